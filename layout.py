@@ -1,0 +1,262 @@
+"""A data set on disk: lists of slices, cases and splits, and the readers and writers of one slice and one mask.
+
+    root/images/CASE/SLICE.png    8- or 16-bit greyscale PNG, or .npy (H, W) int16 in HU
+    root/masks/CASE/SLICE.png     8-bit PNG, pixel = class index, 255 = ignore
+    root/train.txt ...            one path per line, relative to images/
+
+Every problem with a file raises `DataError`, one line that names the file.
+"""
+
+import json
+import os
+import re
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+IGNORE = 255  # the mask value of pixels that neither train nor count
+MAX_SIDE = 16384  # px; a header that claims more is refused before any memory is allocated
+PIXELS_PER_BYTE = 1032 * 8  # deflate shrinks by at most 1032 to 1: a PNG that claims more pixels is damaged or hostile
+SUFFIXES = (".png", ".npy")
+SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one line with the file and the reason."""
+
+
+# ---- One slice, one mask -----------------------------------------------------------------------------------------
+
+
+def read_slice(path, hu_offset=1024):
+    """One slice as float32 (H, W), in HU: 16-bit PNG: value - hu_offset; .npy: as is. An 8-bit PNG is what it is."""
+    path = Path(path)
+    if path.suffix.lower() == ".npy":
+        return np.array(open_npy(path, ndim=2), dtype=np.float32)
+    with open_png(path) as image:
+        values = decode(image, path).astype(np.float32)
+        return values if image.mode == "L" else values - hu_offset
+
+
+def read_mask(path):
+    """One mask as uint8 (H, W): the pixels of an 8-bit grey PNG, or the indices of a palette PNG."""
+    path = Path(path)
+    with open_png(path, modes=("L", "P"), wanted="an 8-bit mask") as image:
+        return decode(image, path)
+
+
+def slice_header(path):
+    """(height, width) in px and "hu" or "uint8" (an 8-bit PNG), without reading the pixels."""
+    path = Path(path)
+    if path.suffix.lower() == ".npy":
+        return open_npy(path, ndim=2).shape, "hu"
+    with open_png(path) as image:
+        return (image.height, image.width), "uint8" if image.mode == "L" else "hu"
+
+
+def mask_size(path):
+    with open_png(path, modes=("L", "P"), wanted="an 8-bit mask") as image:
+        return image.height, image.width
+
+
+def open_png(path, modes=("L", "I;16", "I;16B", "I"), wanted="an 8- or 16-bit grey PNG"):
+    """The opened image, header checked, pixels not read yet."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=("PNG",))
+    except OSError as error:
+        reason = error.strerror if error.strerror else "not a PNG image"
+        raise DataError(f"{path}: {reason}") from None
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: unusable PNG header ({one_line(error)})") from None
+    if image.mode not in modes:
+        mode = image.mode
+        image.close()
+        raise DataError(f"{path}: {wanted} is expected, this one has mode {mode}")
+    check_side(path, image.size)
+    if image.width * image.height > os.path.getsize(path) * PIXELS_PER_BYTE:
+        raise DataError(f"{path}: damaged, too short for the {image.height} x {image.width} px its header claims")
+    return image
+
+
+def decode(image, path):
+    try:
+        image.load()
+    except Exception as error:  # damaged chunks surface as OSError, SyntaxError, struct.error, zlib.error ...
+        raise DataError(f"{path}: damaged PNG ({one_line(error)})") from None
+    return np.asarray(image)
+
+
+def open_npy(path, ndim):
+    """The array of a .npy file, memory-mapped, of a real number type and with `ndim` dimensions."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or one_line(error)}") from None
+    except Exception as error:  # numpy parses the header with ast and tokenize: many kinds of error
+        raise DataError(f"{path}: damaged .npy ({one_line(error)})") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
+        raise DataError(f"{path}: a .npy of numbers is expected, this one holds {getattr(array, 'dtype', type(array))}")
+    if array.ndim != ndim:
+        raise DataError(f"{path}: an array of {ndim} dimensions is expected, this one has shape {array.shape}")
+    check_side(path, array.shape[-2:])
+    return array
+
+
+def check_side(path, size):
+    if min(size) < 1 or max(size) > MAX_SIDE:
+        raise DataError(f"{path}: {size[0]} x {size[1]} px; 1 to {MAX_SIDE} a side can be read")
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def write_png(path, array):
+    """uint8 or uint16 (H, W) to a greyscale PNG, complete or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    Image.fromarray(array).save(temporary, format="PNG", compress_level=3)
+    os.replace(temporary, path)
+
+
+def write_text(path, text):
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path, kind):
+    """The content of a JSON file, which must be of type `kind` (dict or list)."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({one_line(error)})") from None
+    if not isinstance(content, kind):
+        raise DataError(f"{path}: a JSON {'object' if kind is dict else 'list'} is expected")
+    return content
+
+
+# ---- Lists and cases -----------------------------------------------------------------------------------------------
+
+
+def read_list(path):
+    """The slice names of a list file, as written there but for a second column, which is dropped.
+
+    The name ends at .png or .npy; in a line without either, the last column goes unless it contains a "/".
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        there = sorted(file.name for file in path.parent.glob("*.txt")) if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such list file (there: {', '.join(there[:8]) or 'none'})") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not a text file") from None
+    names = [name_in(line.strip()) for line in lines if line.strip()]
+    if not names:
+        raise DataError(f"{path}: the list is empty")
+    for name in names:
+        if name.startswith("/") or (".." in name and ".." in PurePosixPath(name).parts):
+            raise DataError(f"{path}: {name!r} leads out of the data root; paths are relative to the images folder")
+    return names
+
+
+def name_in(line):
+    with_suffix = re.match(r".+?\.(png|npy)(?=\s|$)", line, re.IGNORECASE)
+    if with_suffix:
+        return with_suffix.group()
+    columns = line.rsplit(maxsplit=1)
+    return columns[0] if len(columns) == 2 and "/" not in columns[1] else line
+
+
+def without_suffix(name):
+    return name[:-4] if name.lower().endswith(SUFFIXES) else name
+
+
+def case_of(name):
+    """The case of a slice: its parent folder, unless that is a split folder (train, val, test ...) or there is none:
+    then the file name up to its last number ("train/img0001_slice012" -> "img0001_slice")."""
+    folder, _, stem = without_suffix(name).rpartition("/")
+    if folder and folder.rpartition("/")[2].lower() not in SPLIT_FOLDERS:
+        return folder
+    before_number = re.match(r"(.*?)\d+\D*$", stem)
+    if before_number is None:  # no number: a case of its own
+        return stem
+    return before_number.group(1).rstrip("_-. ") or folder or "case"
+
+
+def find_slices(folder, names):
+    """The names with the suffixes that they have on disk; a name that is not there becomes None.
+
+    Each folder is listed once, so that a million names cost seconds, not a million look-ups.
+    """
+    present = {}
+    found = []
+    for name in names:
+        parent, _, file = name.rpartition("/")
+        if parent not in present:
+            try:
+                present[parent] = set(os.listdir(os.path.join(folder, parent)))
+            except (OSError, ValueError):
+                present[parent] = set()
+        endings = [ending for ending in ("", *SUFFIXES) if file + ending in present[parent]]
+        found.append(name + endings[0] if endings else None)
+    return found
+
+
+def all_slices(folder):
+    """Every .png and .npy below a folder, as sorted names relative to it."""
+    names = []
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        relative = Path(parent).relative_to(folder)
+        names += [(relative / file).as_posix() for file in sorted(files) if file.lower().endswith(SUFFIXES)]
+    if not names:
+        raise DataError(f"{folder}: no .png or .npy slices there")
+    return names
+
+
+# ---- Writing a set -------------------------------------------------------------------------------------------------
+
+
+def split_cases(cases):
+    """60/20/20 by case in a fixed random order -> train, val, test lists; two cases make no val, one no split."""
+    count = len(cases)
+    order = [cases[i] for i in np.random.default_rng(0).permutation(count)]
+    held_out = max(1, round(0.2 * count)) if count > 1 else 0
+    val = held_out if count > 2 else 0
+    train = count - held_out - val
+    return sorted(order[:train]), sorted(order[train : train + val]), sorted(order[train + val :])
+
+
+def write_lists(root, lists):
+    """{"train": names, ...} to root/train.txt ...; an empty one is not written, and none may be left from before."""
+    for split, names in lists.items():
+        if names:
+            write_text(root / f"{split}.txt", "\n".join(names) + "\n")
+
+
+def remove_lists(root):
+    """What follows rewrites the set: without its lists nobody takes it for complete."""
+    for split in ("train", "val", "test", "unlabelled"):
+        (root / f"{split}.txt").unlink(missing_ok=True)
+
+
+def in_threads(function, items, desc):
+    """function(item) of every item, in order, by a few threads (zlib and file access run in parallel)."""
+    items = list(items)
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(items), desc=desc, disable=None) as bar:
+        for start in range(0, len(items), 64 * workers):
+            for result in pool.map(function, items[start : start + 64 * workers]):
+                bar.update()
+                yield result

@@ -1,0 +1,393 @@
+"""The method's mathematics: contrastive losses, matched regions, whitening, and measures of collapse.
+
+Everything here is plain tensors in, tensors out, and needs only torch, so the file can be copied alone:
+
+    info_nce, local_info_nce        MoCo's loss and its version for the regions of an image
+    matched_points, sample_regions  where the regions of two crops lie, and their feature vectors
+    ZCAWhitening, IterNorm          feature decorrelation (inverse_sqrt is its heart)
+    singular_values, effective_rank how far features have collapsed
+    segmentation_loss               cross entropy for the evaluation
+
+Losses and whitening compute in float32 (or float64, if given that) also under autocast.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------
+# Contrastive losses
+# ---------------------------------------------------------------------------------------------------------
+
+
+def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
+    """InfoNCE of each query against its own key (positive) and all keys of the queue (negatives).
+
+    MoCo, arXiv 1911.05722, equation 1.
+
+    Args:
+        query: (N, D), any scale: normalised here.
+        key: (N, D), the other view of the same images.
+        queue: (D, K), keys of earlier batches as columns.
+
+    Returns:
+        The scalar mean over the N queries.
+    """
+    logits = contrastive_logits(query, key, queue, temperature)
+    return nce_from_logits(logits).mean()
+
+
+def contrastive_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
+    """Cosine similarities over the temperature, (N, 1 + K): the positive in column 0, then the queue."""
+    with torch.autocast(query.device.type, enabled=False):
+        query = F.normalize(at_least_float32(query), dim=1)
+        key = F.normalize(at_least_float32(key), dim=1)
+        queue = F.normalize(at_least_float32(queue), dim=0)
+        positive = (query * key).sum(dim=1, keepdim=True)  # (N, 1)
+        negative = query @ queue  # (N, K)
+        return torch.cat([positive, negative], dim=1) / temperature
+
+
+def nce_from_logits(logits: Tensor) -> Tensor:
+    """Cross entropy with the positive in column 0: (..., 1 + K) -> (...)."""
+    return torch.logsumexp(logits, dim=-1) - logits[..., 0]
+
+
+def local_info_nce(
+    query: Tensor, key: Tensor, temperature: float = 0.2, keep: Tensor | None = None
+) -> Tensor:
+    """InfoNCE between the regions of two views of one image, averaged over regions and images.
+
+    Region r of the query has region r of the key as its positive; the other regions of the same key image
+    are the negatives (arXiv 2402.14611, local feature learning).
+
+    Args:
+        query, key: (N, R, D), any scale: normalised here.
+        keep: (N,) bool, the images that count; all if None.
+
+    Returns:
+        The scalar mean over the kept images; 0 (with zero gradient) if none is kept.
+    """
+    per_image = local_nce_per_image(query, key, temperature)
+    if keep is None:
+        return per_image.mean()
+    return torch.where(keep, per_image, 0).sum() / keep.sum().clamp(min=1)
+
+
+def local_nce_per_image(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:
+    """The local InfoNCE of each image, averaged over its regions: (N, R, D), (N, R, D) -> (N,)."""
+    with torch.autocast(query.device.type, enabled=False):
+        query = F.normalize(at_least_float32(query), dim=2)
+        key = F.normalize(at_least_float32(key), dim=2)
+        logits = query @ key.transpose(1, 2) / temperature  # (N, R, R): query region by key region
+        positive = torch.diagonal(logits, dim1=1, dim2=2)  # (N, R)
+        return (torch.logsumexp(logits, dim=2) - positive).mean(dim=1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Matched regions: which points of two crops show the same anatomy
+# ---------------------------------------------------------------------------------------------------------
+
+
+def matched_points(
+    query_box: Tensor, key_box: Tensor, grid: int = 4, match: str = "overlap", min_overlap: float = 0.15
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres of grid x grid matched regions in two crops of the same slice.
+
+    A box row is x0, y0, x1, y1 of the crop in the source slice, in [0, 1] from pixel edge to pixel edge,
+    then 1 if the crop was mirrored left to right afterwards, else 0.
+
+    match="grid" (the paper's): the same cell of both views; the mirrored cell if only one is flipped.
+    match="overlap" (ours): the grid lies over the intersection of the two crops, so that region r is the
+    same anatomy in both. Images whose intersection is narrower than `min_overlap` of a crop's side, in
+    either direction and for either crop, are not kept.
+
+    Args:
+        query_box, key_box: (N, 5).
+
+    Returns:
+        query_points, key_points: (N, R, 2), x and y in [0, 1] of each view as it was cropped and flipped;
+            R = grid * grid, row by row of the source slice ("grid": of the query view).
+        keep: (N,) bool.
+    """
+    centres = (torch.arange(grid, device=query_box.device, dtype=query_box.dtype) + 0.5) / grid
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    cells = torch.stack([x.flatten(), y.flatten()], dim=1)  # (R, 2)
+    cells = cells.expand(len(query_box), -1, -1)  # (N, R, 2)
+
+    if match == "grid":
+        keep = torch.ones(len(query_box), dtype=torch.bool, device=query_box.device)
+        return cells, mirror(cells, (query_box[:, 4] - key_box[:, 4]).abs()), keep
+    if match != "overlap":
+        raise ValueError(f"match must be 'grid' or 'overlap', not {match!r}")
+
+    low = torch.maximum(query_box[:, :2], key_box[:, :2])  # (N, 2): left, top of the intersection
+    side = torch.minimum(query_box[:, 2:4], key_box[:, 2:4]) - low  # (N, 2): negative if they do not meet
+    largest_crop = torch.maximum(box_side(query_box), box_side(key_box))
+    keep = (side >= min_overlap * largest_crop).all(dim=1)
+    in_slice = low[:, None] + cells * side.clamp(min=0)[:, None]  # (N, R, 2) in the source slice
+    return to_view(in_slice, query_box), to_view(in_slice, key_box), keep
+
+
+def to_view(points: Tensor, box: Tensor) -> Tensor:
+    """Points of the source slice, (N, R, 2) in [0, 1], as seen in the crop `box` (N, 5), flip included."""
+    inside = (points - box[:, None, :2]) / box_side(box)[:, None]
+    return mirror(inside, box[:, 4])
+
+
+def box_side(box: Tensor) -> Tensor:
+    return box[:, 2:4] - box[:, :2]
+
+
+def mirror(points: Tensor, flip: Tensor) -> Tensor:
+    """Mirror x of (N, R, 2) points where flip (N,) is 1."""
+    x, y = points.unbind(dim=2)
+    return torch.stack([torch.where(flip[:, None] > 0.5, 1 - x, x), y], dim=2)
+
+
+def sample_regions(feature_map: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples of a feature map: (N, C, h, w) at points (N, R, 2) in [0, 1] -> (N, R, C)."""
+    locations = (2 * points - 1).to(feature_map.dtype)[:, None]  # (N, 1, R, 2) in [-1, 1]
+    sampled = F.grid_sample(
+        feature_map, locations, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return sampled[:, :, 0].transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Feature decorrelation
+# ---------------------------------------------------------------------------------------------------------
+
+
+class InverseSqrt(torch.autograd.Function):
+    """(S + eps I)^(-1/2) whose backward pass never divides by a difference of eigenvalues.
+
+    With S = U diag(lambda) U^T and a_i = sqrt(lambda_i + eps), the Daleckii-Krein theorem gives
+    dL/dS = U (K o (U^T G U)) U^T, where K_ij = (1/a_i - 1/a_j) / (lambda_i - lambda_j). That difference
+    quotient equals -1 / (a_i a_j (a_i + a_j)), which is finite for simple, equal and zero eigenvalues.
+    Differentiating through the eigenvectors instead gives NaN there (pytorch issue 76531).
+    """
+
+    @staticmethod
+    def forward(ctx, cov: Tensor, eps: float) -> Tensor:
+        cov = (cov + cov.mT) / 2
+        finite = torch.isfinite(cov).flatten(-2).all(dim=-1)[..., None, None]
+        identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+        eigenvalues, vectors = torch.linalg.eigh(torch.where(finite, cov, identity))  # raises on NaN
+        a = (eigenvalues.clamp(min=0) + eps).sqrt()
+        ctx.save_for_backward(vectors, a)
+        result = (vectors / a[..., None, :]) @ vectors.mT
+        return torch.where(finite, result, torch.nan)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        vectors, a = ctx.saved_tensors
+        row, column = a[..., :, None], a[..., None, :]
+        kernel = -1 / (row * column * (row + column))
+        inner = vectors.mT @ ((grad + grad.mT) / 2) @ vectors
+        return vectors @ (kernel * inner) @ vectors.mT, None
+
+
+def inverse_sqrt(cov: Tensor, eps: float) -> Tensor:
+    """(cov + eps I)^(-1/2) of symmetric matrices (..., C, C), with a stable backward pass.
+
+    Eigenvalues are clamped at 0 first. At least float32; a matrix with a non-finite entry gives NaN.
+    """
+    with torch.autocast(cov.device.type, enabled=False):
+        return InverseSqrt.apply(at_least_float32(cov), eps)
+
+
+class Whitening(nn.Module):
+    """What ZCAWhitening and IterNorm share: groups, statistics, running averages and the affine map.
+
+    Channels are whitened in groups of `group_size` neighbours (0, or more than there are: all at once).
+    In training the statistics are those of the batch and all its positions, over all ranks of a process
+    group if `sync`; in evaluation the running ones. Input and output (N, C) or (N, C, H, W), any float type.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        group_size: int = 64,
+        eps: float = 1e-3,
+        momentum: float = 0.1,
+        affine: bool = True,
+        sync: bool = True,
+    ):
+        super().__init__()
+        size = min(group_size, num_features) if group_size > 0 else num_features
+        if num_features % size:
+            raise ValueError(f"{num_features} channels do not divide into groups of {size}")
+        self.num_features, self.group_size, self.num_groups = num_features, size, num_features // size
+        self.eps, self.momentum, self.sync = eps, momentum, sync
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(self.num_groups, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            last = x.movedim(1, -1)  # (N, C) or (N, H, W, C): a view of a channels_last tensor
+            groups = at_least_float32(last).reshape(-1, self.num_groups, self.group_size)
+            groups = groups.transpose(0, 1)  # (G, M, S): group, sample and position, channel
+            if self.training:
+                mean, cov, count = batch_moments(groups, self.sync)
+                matrix = self.batch_matrix(mean, cov, count)
+            else:
+                mean, matrix = self.running_mean, self.running_matrix()
+            white = (groups - mean[:, None]) @ matrix  # (G, M, S); the matrix is symmetric
+            white = white.transpose(0, 1).reshape(last.shape).movedim(-1, 1)
+            if self.weight is not None:
+                shape = (1, -1) + (1,) * (x.dim() - 2)
+                white = white * self.weight.view(shape) + self.bias.view(shape)
+            return white.to(x.dtype)
+
+    @torch.no_grad()
+    def update_running(self, buffer: Tensor, value: Tensor) -> None:
+        buffer.lerp_(value.to(buffer.dtype), self.momentum)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, group_size={self.group_size}, eps={self.eps}, sync={self.sync}"
+
+
+class ZCAWhitening(Whitening):
+    """ZCA whitening by eigendecomposition (arXiv 1804.08450): y = (S + eps I)^(-1/2) (x - mean).
+
+    Within a group the covariance of the output (before the affine map) is S (S + eps I)^(-1): the identity
+    where eigenvalues are much larger than eps, zero in null directions, finite always. A group of one
+    channel is batch normalisation.
+    """
+
+    def __init__(self, num_features, group_size=64, eps=1e-3, momentum=0.1, affine=True, sync=True):
+        super().__init__(num_features, group_size, eps, momentum, affine, sync)
+        self.register_buffer("running_cov", torch.eye(self.group_size).repeat(self.num_groups, 1, 1))
+
+    def batch_matrix(self, mean: Tensor, cov: Tensor, count: Tensor) -> Tensor:
+        self.update_running(self.running_mean, mean)
+        self.update_running(
+            self.running_cov, cov * count / (count - 1).clamp(min=1)
+        )  # unbiased, as BatchNorm's
+        return inverse_sqrt(cov, self.eps)
+
+    def running_matrix(self) -> Tensor:
+        return inverse_sqrt(self.running_cov, self.eps)
+
+
+class IterNorm(Whitening):
+    """Whitening by Newton-Schulz iterations (arXiv 1904.03441): matrix products only, no eigenvectors.
+
+    After `iterations` steps only the larger eigenvalues have come near 1. The running average is that of
+    the whitening matrix, as in the paper's own code.
+    """
+
+    def __init__(
+        self, num_features, group_size=64, iterations=5, eps=1e-5, momentum=0.1, affine=True, sync=True
+    ):
+        super().__init__(num_features, group_size, eps, momentum, affine, sync)
+        self.iterations = iterations
+        self.register_buffer("running_wm", torch.eye(self.group_size).repeat(self.num_groups, 1, 1))
+
+    def batch_matrix(self, mean: Tensor, cov: Tensor, count: Tensor) -> Tensor:
+        matrix = newton_schulz(cov, self.eps, self.iterations)
+        self.update_running(self.running_mean, mean)
+        self.update_running(self.running_wm, matrix)
+        return matrix
+
+    def running_matrix(self) -> Tensor:
+        return self.running_wm
+
+
+def newton_schulz(cov: Tensor, eps: float, iterations: int) -> Tensor:
+    """Approximate (cov + eps I)^(-1/2) for (..., C, C): P <- (3 P - P^3 S) / 2 on the trace-normalised S."""
+    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    regular = cov + eps * identity
+    trace = regular.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+    normalised = regular / trace
+    p = identity.expand_as(cov)
+    for _ in range(iterations):
+        p = 1.5 * p - 0.5 * (p @ p @ p) @ normalised
+    return p / trace.sqrt()
+
+
+def batch_moments(groups: Tensor, sync: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (G, S) and covariance (G, S, S) of values (G, M, S) over M, and the count M.
+
+    Over all ranks if `sync`. Two passes: the covariance is that of centred values, since E[xx] - mm cancels
+    catastrophically.
+    """
+    count = groups.new_full((1,), groups.shape[1])
+    total = groups.sum(dim=1)
+    if sync and world_size() > 1:
+        summed = SumOverRanks.apply(torch.cat([total.flatten(), count]))
+        total, count = summed[:-1].view_as(total), summed[-1:].detach()
+    mean = total / count
+    centred = groups - mean[:, None]
+    scatter = centred.transpose(1, 2) @ centred
+    if sync and world_size() > 1:
+        scatter = SumOverRanks.apply(scatter)
+    return mean, scatter / count, count
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Sum over all ranks; the gradient is the sum of their gradients, since each rank used the sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Collapse, and the evaluation's loss
+# ---------------------------------------------------------------------------------------------------------
+
+
+def singular_values(features: Tensor) -> Tensor:
+    """Singular values of the centred features, (N, C) -> (min(N, C),) float64, largest first."""
+    features = features.detach().double()
+    return torch.linalg.svdvals(features - features.mean(dim=0))
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp(entropy of the singular values as a distribution): 0 for constant features, at most min(N - 1, C).
+
+    RankMe (arXiv 2210.02885), with one change: features are centred first, so that a large common mean
+    does not count as a dimension. Features (N, C).
+    """
+    return effective_rank_of(singular_values(features))
+
+
+def effective_rank_of(values: Tensor) -> float:
+    """Effective rank from singular values (K,)."""
+    total = values.sum()
+    if total == 0:
+        return 0.0
+    return float(torch.exp(torch.special.entr(values / total).sum()))
+
+
+def segmentation_loss(logits: Tensor, target: Tensor, ignore: int = 255) -> Tensor:
+    """Mean cross entropy over the pixels that are not `ignore`; 0 if there are none.
+
+    Args:
+        logits: (N, K, H, W).
+        target: (N, H, W) class indices.
+    """
+    target = target.long()
+    loss = F.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="sum")
+    return loss / (target != ignore).sum().clamp(min=1)

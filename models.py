@@ -1,0 +1,668 @@
+"""The networks: ResNet encoder, MoCo around it, and the two decoders that judge it.
+
+    Encoder             torchvision's ResNet trunk, with split BatchNorm, dilation and optional whitening
+    MoCo                query and momentum encoder, projection heads, queue, and the losses of one step
+    LinearDecoder, DeepLabV3Plus
+    load_encoder_weights    from our own files and most published checkpoints
+
+Copy this file together with losses.py; it needs torch and torchvision only.
+"""
+
+import copy
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.models.resnet import Bottleneck
+
+from losses import (
+    IterNorm,
+    Whitening,
+    ZCAWhitening,
+    contrastive_logits,
+    inverse_sqrt,
+    local_nce_per_image,
+    matched_points,
+    nce_from_logits,
+    sample_regions,
+    world_size,
+)
+
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be used; the message is one line that names it."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Encoder
+# ---------------------------------------------------------------------------------------------------------
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm with the training statistics of sub-batches of `split` samples (0: of the whole batch).
+
+    A large batch in one process then behaves as many small ones on many GPUs, which MoCo needs (see MoCo).
+    A batch that `split` does not divide is cut into nearly equal parts of at least `split` samples. The
+    running statistics move once per batch, towards the mean over the sub-batches.
+    """
+
+    split = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = len(x) // self.split if self.split else 1
+        if not self.training or parts < 2:
+            return super().forward(x)
+        mean = self.running_mean.new_empty(parts, self.num_features)
+        var = self.running_var.new_empty(parts, self.num_features)
+        normalised = [  # momentum 1 writes each sub-batch's own statistics into its row
+            F.batch_norm(part, mean[i], var[i], self.weight, self.bias, True, 1.0, self.eps)
+            for i, part in enumerate(x.tensor_split(parts))
+        ]
+        self.running_mean.lerp_(mean.mean(dim=0), self.momentum)
+        self.running_var.lerp_(var.mean(dim=0), self.momentum)
+        self.num_batches_tracked.add_(1)
+        return torch.cat(normalised)
+
+
+class Encoder(nn.Module):
+    """A torchvision ResNet without its classifier; parameter names are torchvision's.
+
+    Args:
+        arch: one of ARCHITECTURES.
+        in_channels: 1 for slices, 3 for pictures.
+        whitening: "none", or "zca" or "iternorm" in place of the last norm of layer4's last block
+            (arXiv 2402.14611). Evaluated, it is linear: `export_state_dict` folds it away.
+        group_size: channels whitened together, 0 for all.
+        output_stride: input pixels per layer4 pixel: 32, or 16 or 8 by dilation.
+
+    Raises:
+        ValueError: an unknown value, or ZCA groups that are singular by construction.
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet50",
+        in_channels: int = 1,
+        whitening: str = "none",
+        group_size: int = 64,
+        output_stride: int = 32,
+    ):
+        super().__init__()
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"unknown architecture {arch!r}: one of {', '.join(ARCHITECTURES)}")
+        trunk = getattr(resnet, arch)(weights=None, norm_layer=SplitBatchNorm2d)
+        self.conv1, self.bn1, self.relu, self.maxpool = trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = (getattr(trunk, name) for name in LAYERS)
+        if in_channels != 3:
+            self.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+        self.arch, self.in_channels = arch, in_channels
+        self.channels = {name: getattr(trunk, name)[-1].conv1.in_channels for name in LAYERS}
+        last = 3 if isinstance(self.layer4[-1], Bottleneck) else 2
+        self.last_conv = f"layer4.{len(self.layer4) - 1}.conv{last}"  # the convolution before the whitening
+        self.last_norm = f"layer4.{len(self.layer4) - 1}.bn{last}"
+        if whitening != "none":
+            self._set_whitening(whitening, group_size)
+        self.set_output_stride(output_stride)
+
+    def _set_whitening(self, whitening: str, group_size: int) -> None:
+        channels = self.channels["layer4"]
+        inputs = self.get_submodule(self.last_conv).weight[0].numel()  # rank of what the convolution can give
+        if whitening == "zca" and (group := group_size or channels) > inputs:
+            raise ValueError(
+                f"zca groups of {group} channels are singular: {self.last_conv} of {self.arch} has {inputs} "
+                f"inputs; use groups of at most {inputs}, or iternorm"
+            )
+        norm = make_whitening(whitening, channels, group_size)
+        setattr(self.layer4[-1], self.last_norm.split(".")[-1], norm)
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Trade strides for dilation, or back; the weights stay valid.
+
+        As in torchvision, the strided convolution of a dilated layer's first block keeps the dilation of the
+        layer before, so that the map at stride 8 taken at [::4, ::4] equals the one at stride 32.
+        """
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output stride must be 8, 16 or 32, not {output_stride}")
+        dilation = 1
+        for layer, natural_stride in ((self.layer3, 16), (self.layer4, 32)):
+            stride = 2 if natural_stride <= output_stride else 1
+            before, dilation = dilation, dilation * (2 if stride == 1 else 1)
+            for index, block in enumerate(layer):
+                spatial = [conv for conv in (block.conv1, block.conv2) if conv.kernel_size == (3, 3)]
+                for conv in spatial:
+                    strided = index == 0 and conv is spatial[0]
+                    rate = before if strided else dilation
+                    conv.dilation = conv.padding = (rate, rate)
+                    if strided:
+                        conv.stride = block.downsample[0].stride = (stride, stride)
+        self.output_stride = output_stride
+
+    def forward(self, x: Tensor, layers: tuple[str, ...] = ("layer4",)) -> dict[str, Tensor]:
+        """Images (N, in_channels, H, W) -> the maps of `layers` by name, each (N, C, h, w)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        maps = {}
+        for name in LAYERS[: 1 + max(LAYERS.index(name) for name in layers)]:
+            x = getattr(self, name)(x)
+            if name in layers:
+                maps[name] = x
+        return maps
+
+    @torch.no_grad()
+    def export_state_dict(self) -> dict[str, Tensor]:
+        """The encoder's function in evaluation mode as a plain torchvision ResNet's state dict (without fc).
+
+        Whitening there computes weight * W (x - mean) + bias on the output x of a convolution without bias.
+        W moves into that convolution; mean, weight and bias become a BatchNorm of variance 1.
+        """
+        state = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
+        norm = self.get_submodule(self.last_norm)
+        if isinstance(norm, Whitening):
+            plain = nn.BatchNorm2d(norm.num_features)
+            matrix = torch.block_diag(*norm.running_matrix().double().cpu())  # (C, C)
+            kernel = state[f"{self.last_conv}.weight"]
+            folded = torch.einsum("oc,c...->o...", matrix, kernel.double())
+            plain.running_mean.copy_(matrix @ norm.running_mean.double().cpu().flatten())
+            plain.running_var.fill_(1 - plain.eps)
+            if norm.weight is not None:
+                plain.weight.copy_(norm.weight.cpu())
+                plain.bias.copy_(norm.bias.cpu())
+            state = {name: v for name, v in state.items() if not name.startswith(self.last_norm + ".")}
+            state[f"{self.last_conv}.weight"] = folded.to(kernel.dtype)
+            state |= {f"{self.last_norm}.{name}": value for name, value in plain.state_dict().items()}
+        return state
+
+
+def make_whitening(method: str, channels: int, group_size: int = 64, **options) -> Whitening:
+    """The whitening layer called "zca" or "iternorm"."""
+    layers = {"zca": ZCAWhitening, "iternorm": IterNorm}
+    if method not in layers:
+        raise ValueError(f"unknown whitening {method!r}: one of none, {', '.join(layers)}")
+    return layers[method](channels, group_size, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# MoCo
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Branch(nn.Module):
+    """Encoder and heads; MoCo has two of them, one trained and one that follows by momentum."""
+
+    def __init__(self, encoder: Encoder, dim: int, local_layer: str | None, decorrelation: Whitening | None):
+        super().__init__()
+        channels = encoder.channels["layer4"]
+        self.encoder = encoder
+        self.decorrelation = decorrelation or nn.Identity()
+        self.projector = mlp(channels, channels, dim)
+        self.local_layer = local_layer
+        self.local_projector = mlp(encoder.channels[local_layer], 512, 128) if local_layer else None
+
+    def forward(self, view: Tensor, points: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """View (N, C, H, W) and region points (N, R, 2) -> projection (N, D), regions (N, R, 128) or None."""
+        maps = self.encoder(view, ("layer4", self.local_layer or "layer4"))
+        maps["layer4"] = self.decorrelation(maps["layer4"])
+        projection = self.projector(maps["layer4"].mean(dim=(2, 3)))
+        if self.local_projector is None:
+            return projection, None
+        return projection, self.local_projector(sample_regions(maps[self.local_layer], points))
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
+
+
+class Keys(NamedTuple):
+    """What the momentum encoder says about this process's n samples, and the points to compare them at."""
+
+    projection: Tensor  # (n, D), normalised
+    everyone: Tensor  # (N, D): the projections of the global batch, in its order, for the queue
+    regions: Tensor | None = None  # (n, R, 128)
+    query_points: Tensor | None = None  # (n, R, 2)
+    local_share: Tensor | None = None  # (n,): weights whose mean over the global batch is 1; 0 = left out
+
+    def part(self, rows: slice) -> "Keys":
+        """The same for some of this process's samples, for gradient accumulation."""
+        mine = [None if value is None else value[rows] for value in (self.projection, *self[2:])]
+        return Keys(mine[0], self.everyone, *mine[1:])
+
+
+class MoCo(nn.Module):
+    """MoCo v2 (arXiv 1911.05722, 2003.04297) with local features and feature decorrelation (2402.14611).
+
+    One step of training is `forward(query_view, key_view, ...)["loss"].backward()` and an optimiser step.
+    With gradient accumulation call what forward consists of: `encode_keys` once per global batch, `forward`
+    with each part of the keys, `enqueue` once. In evaluation mode neither the momentum encoder
+    nor the queue moves.
+
+    If the samples of a query batch were normalised together in the key batch too, the positive could be
+    recognised by the shared batch statistics instead of by its content. So BatchNorm uses sub-batches of
+    `bn_split` samples and the key batch is permuted, over all processes, by a permutation that depends on
+    (seed, step) only. One process and many compute the same.
+
+    Args:
+        encoder: becomes the query encoder; the momentum encoder is a copy.
+        dim: length of the compared vectors.
+        queue_size: number of negatives; at least the global batch.
+        momentum: of the momentum encoder's moving average, per step.
+        local: None, or any of LOCAL_DEFAULTS to change.
+        decorrelation: None, or dict(method="zca" | "iternorm", ...) with group_size, eps, sync: whitening
+            between the trunk and both heads ("output"). For whitening inside the trunk ("bn3") build the
+            encoder with it.
+    """
+
+    LOCAL_DEFAULTS = dict(
+        match="overlap", layer="layer4", grid=4, weight=0.5, temperature=0.2, min_overlap=0.15
+    )
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        dim: int = 128,
+        queue_size: int = 65536,
+        momentum: float = 0.999,
+        temperature: float = 0.2,
+        local: dict | None = None,
+        decorrelation: dict | None = None,
+        bn_split: int = 32,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.momentum, self.temperature, self.seed = momentum, temperature, seed
+        self.local = None if local is None else {**self.LOCAL_DEFAULTS, **local}
+        if unknown := set(self.local or {}) - set(self.LOCAL_DEFAULTS):
+            raise ValueError(f"unknown local option {sorted(unknown)[0]!r}: {', '.join(self.LOCAL_DEFAULTS)}")
+
+        whitening = None
+        if decorrelation is not None:
+            options = {name: value for name, value in decorrelation.items() if name != "position"}
+            if decorrelation.get("position", "output") != "output":
+                raise ValueError("whitening at bn3 is part of the encoder: Encoder(whitening=...)")
+            whitening = make_whitening(channels=encoder.channels["layer4"], **options)
+        self.query = Branch(encoder, dim, self.local and self.local["layer"], whitening)
+        for module in self.query.modules():
+            if isinstance(module, SplitBatchNorm2d):
+                module.split = bn_split
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+
+        self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))
+        self.queue_pointer = 0  # the column that the next key goes to
+        self.step = 0  # global batches seen
+
+    def forward(
+        self,
+        query_view: Tensor,
+        key_view: Tensor | None = None,
+        query_box: Tensor | None = None,
+        key_box: Tensor | None = None,
+        keys: Keys | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses of one step, and the step's changes to momentum encoder and queue.
+
+        Args:
+            query_view, key_view: (n, C, H, W), this process's share of the global batch, in its order.
+            query_box, key_box: (n, 5), see `losses.matched_points`; needed for local.match = overlap.
+            keys: of `encode_keys`, instead of all but the query views: only the losses are computed then.
+
+        Returns:
+            "loss" = "global" + weight * "local", and "accuracy": the share of queries that are nearer to
+            their own key than to any of the queue. Scalars.
+        """
+        if keys is not None:
+            return self.compare(query_view, keys)
+        keys = self.encode_keys(key_view, query_box, key_box)
+        terms = self.compare(query_view, keys)
+        self.enqueue(keys)
+        return terms
+
+    @torch.no_grad()
+    def encode_keys(
+        self,
+        key_view: Tensor,
+        query_box: Tensor | None = None,
+        key_box: Tensor | None = None,
+        parts: int = 1,
+    ) -> Keys:
+        """Move the momentum encoder, permute the keys over the global batch, encode them in `parts` parts."""
+        key_points = query_points = share = None
+        if self.local is not None:
+            query_points, key_points, share = self._match_regions(key_view, query_box, key_box)
+        if self.training:
+            self.update_momentum_encoder()
+
+        order = self._key_order(len(key_view) * world_size())
+        mine = process_rows(order, len(key_view))  # the samples whose keys this process computes
+        view = gather(key_view)[mine.to(key_view.device)]
+        points = None if key_points is None else gather(key_points)[mine.to(key_points.device)]
+
+        outputs = [
+            self.key(view[rows], None if points is None else points[rows])
+            for rows in slices(len(view), parts)
+        ]
+        projection = F.normalize(torch.cat([z.float() for z, _ in outputs]), dim=1)
+        everyone = unpermute(gather(projection), order)
+        regions = None
+        if self.local is not None:
+            regions = unpermute(gather(torch.cat([r.float() for _, r in outputs])), order)
+            regions = process_rows(regions, len(view))
+        return Keys(process_rows(everyone, len(view)), everyone, regions, query_points, share)
+
+    def compare(self, query_view: Tensor, keys: Keys) -> dict[str, Tensor]:
+        """Encode query views (n, C, H, W) and compute the losses against their keys and the queue."""
+        projection, regions = self.query(query_view, keys.query_points)
+        logits = contrastive_logits(projection, keys.projection, self.queue, self.temperature)  # (n, 1 + K)
+        terms = {"global": nce_from_logits(logits).mean()}
+        terms["loss"] = terms["global"]
+        if self.local is not None:
+            per_image = local_nce_per_image(regions, keys.regions, self.local["temperature"])  # (n,)
+            terms["local"] = torch.where(keys.local_share > 0, per_image * keys.local_share, 0).mean()
+            terms["loss"] = terms["global"] + self.local["weight"] * terms["local"]
+        else:
+            terms["local"] = torch.zeros_like(terms["global"])
+        with torch.no_grad():
+            terms["accuracy"] = (logits[:, 0] > logits[:, 1:].amax(dim=1)).float().mean()
+        return terms
+
+    @torch.no_grad()
+    def update_momentum_encoder(self) -> None:
+        """key <- m * key + (1 - m) * query, all parameters."""
+        torch._foreach_lerp_(list(self.key.parameters()), list(self.query.parameters()), 1 - self.momentum)
+
+    @torch.no_grad()
+    def enqueue(self, keys: Keys) -> None:
+        """Overwrite the oldest columns of the queue with the keys of the global batch (training only)."""
+        if not self.training:
+            return
+        size, batch = self.queue.shape[1], len(keys.everyone)
+        if batch > size:
+            raise ValueError(f"a batch of {batch} does not fit into a queue of {size}")
+        columns = (self.queue_pointer + torch.arange(batch, device=self.queue.device)) % size
+        self.queue[:, columns] = keys.everyone.T.to(self.queue.dtype)
+        self.queue_pointer = (self.queue_pointer + batch) % size
+        self.step += 1
+
+    def _match_regions(self, view: Tensor, query_box: Tensor | None, key_box: Tensor | None):
+        if query_box is None or key_box is None:
+            if self.local["match"] == "overlap":
+                raise ValueError("local.match = overlap needs the crop boxes of both views")
+            query_box = key_box = view.new_tensor([[0, 0, 1, 1, 0]], dtype=torch.float32).expand(len(view), 5)
+        query_points, key_points, keep = matched_points(
+            query_box, key_box, self.local["grid"], self.local["match"], self.local["min_overlap"]
+        )
+        kept = gather(keep).float().mean()  # of the whole global batch, so that every kept image counts alike
+        share = keep.float() / kept.clamp(min=1e-12)
+        return query_points, key_points, share
+
+    def _key_order(self, batch: int) -> Tensor:
+        """The permutation of the global batch (N,) in which keys are encoded; in order in evaluation."""
+        if not self.training:
+            return torch.arange(batch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        return torch.randperm(batch, generator=generator)
+
+    @torch.no_grad()
+    def average_running_statistics(self) -> None:
+        """Give all processes the mean of their running statistics: what one process would have.
+
+        Moving averages are linear in the batch statistics, so doing this before they are read (evaluation,
+        checkpoint) equals doing it at every step. Call it on all processes.
+        """
+        if world_size() == 1:
+            return
+        buffers = [b for name, b in self.named_buffers() if b.is_floating_point() and name != "queue"]
+        flat = torch.cat([b.flatten() for b in buffers])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"queue_pointer": self.queue_pointer, "step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.queue_pointer, self.step = state["queue_pointer"], state["step"]
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of all processes, in order of rank: (n, ...) -> (N, ...). No gradient."""
+    if world_size() == 1:
+        return x
+    x = x.contiguous()
+    rows = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(rows, x)
+    return torch.cat(rows)
+
+
+def process_rows(everyone: Tensor, count: int) -> Tensor:
+    """This process's `count` rows of something (N, ...) that covers the global batch."""
+    rank = dist.get_rank() if world_size() > 1 else 0
+    return everyone[rank * count : (rank + 1) * count]
+
+
+def unpermute(permuted: Tensor, order: Tensor) -> Tensor:
+    """Undo permuted = original[order]."""
+    return permuted[torch.argsort(order).to(permuted.device)]
+
+
+def slices(length: int, parts: int) -> list[slice]:
+    """`parts` nearly equal slices of range(length)."""
+    return [slice(length * i // parts, length * (i + 1) // parts) for i in range(parts)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Decoders
+# ---------------------------------------------------------------------------------------------------------
+
+
+class LinearDecoder(nn.Module):
+    """A parameter-free BatchNorm and one 1x1 convolution on a frozen encoder's map."""
+
+    def __init__(self, in_channels: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels, affine=False)
+        self.classifier = nn.Conv2d(in_channels, num_classes, kernel_size=1)
+
+    def forward(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map (N, C, h, w) -> logits (N, K, H, W), upsampled bilinearly to `size` = (H, W) if given."""
+        logits = self.classifier(self.norm(features))
+        return logits if size is None else upsample(logits, size)
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabv3+ (arXiv 1802.02611) with ordinary convolutions: ASPP on layer4, a skip from layer1.
+
+    Atrous rates are 12, 24, 36 at the encoder's output stride 8 and 6, 12, 18 at 16.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: int):
+        super().__init__()
+        self.encoder = encoder
+        rates = [96 // encoder.output_stride * i for i in (1, 2, 3)]
+        self.aspp = ASPP(encoder.channels["layer4"], 256, rates)
+        self.skip = conv_norm_relu(encoder.channels["layer1"], 48, 1)
+        self.decoder = nn.Sequential(conv_norm_relu(256 + 48, 256, 3), conv_norm_relu(256, 256, 3))
+        self.classifier = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, kernel_size=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) of any size -> logits (N, K, H, W)."""
+        maps = self.encoder(x, ("layer1", "layer4"))
+        skip = self.skip(maps["layer1"])
+        context = upsample(self.aspp(maps["layer4"]), skip.shape[2:])
+        logits = self.classifier(self.decoder(torch.cat([context, skip], dim=1)))
+        return upsample(logits, x.shape[2:])
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: a 1x1, three dilated 3x3 convolutions and the image's mean, joined."""
+
+    def __init__(self, inputs: int, outputs: int, rates: list[int]):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [
+                conv_norm_relu(inputs, outputs, 1),
+                *(conv_norm_relu(inputs, outputs, 3, rate) for rate in rates),
+            ]
+        )
+        self.pool = conv_norm_relu(inputs, outputs, 1)
+        self.project = conv_norm_relu((len(rates) + 2) * outputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.pool(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
+        return self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1))
+
+
+def conv_norm_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Sequential:
+    padding = dilation * (kernel // 2)
+    convolution = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights in
+# ---------------------------------------------------------------------------------------------------------
+
+MARK = "layer1.0.conv1.weight"  # every ResNet checkpoint has it, whatever stands before it
+FOLLOWERS = (
+    "encoder_k.",
+    "momentum",
+    "teacher",
+    "target",
+    "ema",
+    "key.",
+)  # copies that follow the trained one
+
+
+@dataclass
+class LoadReport:
+    """What `load_encoder_weights` did; str() is one line."""
+
+    path: str
+    prefix: str  # before the ResNet's own names in the file
+    loaded: int  # tensors
+    left_out: list[str]  # names in the file that have no place in the encoder
+    note: str = ""
+
+    def __str__(self) -> str:
+        where = f" under {self.prefix!r}" if self.prefix else ""
+        rest = f", left out {len(self.left_out)} ({self.left_out[0]}, ...)" if self.left_out else ""
+        return f"{self.path}: loaded {self.loaded} tensors{where}{rest}{self.note}"
+
+
+def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
+    """Load a ResNet's weights from our own or most published files, and say what was done.
+
+    The file may nest the tensors in dicts and put any prefix before the names (MoCo's `module.encoder_q.`,
+    mmselfsup's and mmseg's `backbone.`, our checkpoint's `query.encoder.`); heads are left out. A stem of
+    another number of channels is summed (or spread) so that it answers the same to a slice repeated in
+    every channel. Into a whitened encoder the last norm goes as a diagonal covariance.
+
+    Raises:
+        WeightsError: unreadable, not a ResNet, or one of another architecture. The encoder is then unchanged.
+    """
+    tensors = find_tensors(read_weights(path))
+    prefixes = [name.removesuffix(MARK) for name in tensors if name.endswith(MARK)]
+    prefixes.sort(key=lambda prefix: any(word in prefix for word in FOLLOWERS))
+    if not prefixes:
+        raise WeightsError(f"{path}: holds no ResNet weights (no name ends with {MARK})")
+    prefix = prefixes[0]
+    state = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+    if any(name.startswith(("stem.", "conv1.0.")) for name in state):
+        raise WeightsError(f"{path}: has a deep stem (ResNetV1c or -D); only the 7x7 stem can be loaded")
+
+    note = fit_stem(state, encoder.in_channels)
+    own = encoder.state_dict()
+    if f"{encoder.last_norm}.running_cov" not in state and f"{encoder.last_norm}.running_wm" not in state:
+        note += fit_whitening(state, encoder)
+    required = [name for name in own if not name.endswith("num_batches_tracked")]
+    missing = [name for name in required if name not in state]
+    unfit = [name for name in required if name in state and state[name].shape != own[name].shape]
+    more_blocks = [name for name in state if name.startswith("layer") and "conv" in name and name not in own]
+    if missing or unfit or more_blocks:
+        found = (
+            f"{missing[0]} is missing"
+            if missing
+            else f"{unfit[0]} is {tuple(state[unfit[0]].shape)} instead of {tuple(own[unfit[0]].shape)}"
+            if unfit
+            else f"{more_blocks[0]} has no place"
+        )
+        raise WeightsError(f"{path}: not a {encoder.arch} with this norm: {found}")
+    fitting = {name: state[name] for name in own if name in state}
+    encoder.load_state_dict(fitting, strict=False)
+    used = {prefix + name for name in fitting}
+    return LoadReport(str(path), prefix, len(fitting), [name for name in tensors if name not in used], note)
+
+
+def read_weights(path: str | Path) -> dict:
+    """A checkpoint's content, on the CPU, read without running code from it."""
+    if not Path(path).is_file():
+        raise WeightsError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise WeightsError(f"{path}: not a weights file, or it holds more than tensors: refused") from None
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+    ) as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise WeightsError(f"{path}: cannot be read as weights ({reason})") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def find_tensors(content: dict) -> dict[str, Tensor]:
+    """The innermost dict of tensors that looks like a ResNet's, else an empty one."""
+    if any(isinstance(name, str) and name.endswith(MARK) for name in content):
+        return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    for value in content.values():
+        if isinstance(value, dict) and (found := find_tensors(value)):
+            return found
+    return {}
+
+
+def fit_stem(state: dict[str, Tensor], in_channels: int) -> str:
+    """Change conv1 in `state` to `in_channels`; returns what to say of it."""
+    kernel = state.get("conv1.weight")
+    if kernel is None or kernel.dim() != 4 or kernel.shape[1] == in_channels:
+        return ""
+    summed = kernel.sum(dim=1, keepdim=True)
+    state["conv1.weight"] = summed.expand(-1, in_channels, -1, -1) / in_channels
+    return f", stem of {kernel.shape[1]} channels summed to {in_channels}"
+
+
+def fit_whitening(state: dict[str, Tensor], encoder: Encoder) -> str:
+    """Turn the last BatchNorm in `state` into the encoder's whitening layer, if it has one."""
+    norm, name = encoder.get_submodule(encoder.last_norm), encoder.last_norm
+    if not isinstance(norm, Whitening) or f"{name}.running_var" not in state:
+        return ""
+    shape = (norm.num_groups, norm.group_size)
+    variance = state.pop(f"{name}.running_var")
+    if variance.numel() == norm.num_features:
+        state[f"{name}.running_mean"] = state[f"{name}.running_mean"].reshape(shape)
+        covariance = torch.diag_embed(variance.reshape(shape))
+        if isinstance(norm, ZCAWhitening):
+            state[f"{name}.running_cov"] = covariance
+        else:
+            state[f"{name}.running_wm"] = inverse_sqrt(covariance, norm.eps)
+    return f", {name} turned into whitening of its variances"
