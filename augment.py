@@ -113,7 +113,7 @@ class SegmentationAugment:
         return torch.stack([x0, y0, x0 + w, y0 + h, flip], dim=1)
 
 
-# ---- Random numbers --------------------------------------------------------------------------------------------------
+# ---- Random numbers ------------------------------------------------------------------------------
 
 
 def draw_tables(views, count, generator, offset, total):
@@ -134,7 +134,7 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-# ---- Geometry --------------------------------------------------------------------------------------------------------
+# ---- Geometry ------------------------------------------------------------------------------------
 
 
 def crop(batch, boxes, size, mode="bilinear", padding="border"):
@@ -145,8 +145,12 @@ def crop(batch, boxes, size, mode="bilinear", padding="border"):
     """
     height, width = batch.shape[-2:]
     grid = to_device(sampling_grid(boxes, size), batch.device)
-    shrinks = torch.minimum((boxes[:, 2] - boxes[:, 0]) * width / size[1], (boxes[:, 3] - boxes[:, 1]) * height / size[0])
-    levels = 2 ** torch.log2(shrinks + 1e-4).floor().clamp(0, 2) if mode == "bilinear" else torch.ones(len(boxes))
+    shrinks = torch.minimum(
+        (boxes[:, 2] - boxes[:, 0]) * width / size[1], (boxes[:, 3] - boxes[:, 1]) * height / size[0]
+    )
+    levels = (
+        2 ** torch.log2(shrinks + 1e-4).floor().clamp(0, 2) if mode == "bilinear" else torch.ones(len(boxes))
+    )
     out = None
     for pool in levels.unique().int().tolist():  # on the CPU: nothing to wait for
         rows = (levels == pool).nonzero().squeeze(1)
@@ -176,13 +180,15 @@ def sampling_grid(boxes, size):
     return torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=3)
 
 
-# ---- Grey values -----------------------------------------------------------------------------------------------------
+# ---- Grey values ---------------------------------------------------------------------------------
 
 
 class Photometric:
     """Changes of the grey values of (N, 1, h, w), each image by its own row of the table; see TwoViews."""
 
-    def __init__(self, brightness, contrast, gamma, blur, noise, autocontrast, equalize, value_range=(0.0, 1.0)):
+    def __init__(
+        self, brightness, contrast, gamma, blur, noise, autocontrast, equalize, value_range=(0.0, 1.0)
+    ):
         self.brightness = brightness
         self.contrast = contrast
         self.gamma = gamma
@@ -201,7 +207,9 @@ class Photometric:
         if not self.on:
             return x
         columns = to_device(torch.stack([table[name] for name in COLUMNS], dim=1), x.device)
-        uniform = {name: columns[:, i, None, None, None] for i, name in enumerate(COLUMNS)}  # each (N, 1, 1, 1)
+        uniform = {
+            name: columns[:, i, None, None, None] for i, name in enumerate(COLUMNS)
+        }  # each (N, 1, 1, 1)
         x = ((x - self.low) / (self.high - self.low)).clamp(0, 1)
         if self.autocontrast:
             x = torch.where(uniform["autocontrast"] < self.autocontrast, autocontrast(x), x)
@@ -224,14 +232,16 @@ def blur_or_sharpen(x, amount, largest):
     """x (N, 1, h, w), amount (N, 1, 1, 1) in px: positive: Gaussian blur of that sigma; negative: unsharp masking, the
     difference to a Gaussian of 1 px added that many times. Both vanish continuously at 0."""
     sigma = torch.where(amount > 0, amount, 1.0).clamp(min=1e-3)
-    weight = amount.sign().clamp(min=0) + amount.clamp(max=0)  # 1 for blur, -strength for sharpening
+    weight = torch.where(amount > 0, 1.0, amount)
     radius = math.ceil(2.5 * max(largest, 1.0))
     taps = [torch.exp(-0.5 * (k / sigma) ** 2) for k in range(radius + 1)]
     total = taps[0] + 2 * sum(taps[1:])
     blurred = x
     for dim in (2, 3):  # sums of shifted images: the same bits for an image whatever the batch it is in
         n = x.shape[dim]
-        padded = F.pad(blurred, (radius, radius, 0, 0) if dim == 3 else (0, 0, radius, radius), mode="replicate")
+        padded = F.pad(
+            blurred, (radius, radius, 0, 0) if dim == 3 else (0, 0, radius, radius), mode="replicate"
+        )
         blurred = padded.narrow(dim, radius, n) * (taps[0] / total)
         for k in range(1, radius + 1):
             pair = padded.narrow(dim, radius - k, n) + padded.narrow(dim, radius + k, n)
@@ -256,11 +266,14 @@ def autocontrast(x):
 
 
 def equalize(x, bins=256):
-    """Each image (in [0, 1]) with its grey values replaced by their ranks: histogram equalisation over 256 levels."""
+    """Histogram equalisation: each grey level (of 256 in [0, 1]) of an image becomes the share of pixels that are
+    darker or equal, the darkest level becomes 0; a constant image stays."""
     level = (x * (bins - 1)).round().long().flatten(1)  # (N, h w)
-    counts = torch.zeros(len(x), bins, device=x.device).scatter_add_(1, level, torch.ones_like(level, dtype=torch.float))
-    below = counts.cumsum(1) - counts
-    above_first = level.shape[1] - counts.gather(1, level.amin(1, keepdim=True))  # px that are not of the darkest level
-    ranks = (below - below.gather(1, level.amin(1, keepdim=True))).clamp(min=0)
-    lut = torch.where(above_first > 0, 0, 0)
-    return lut
+    counts = torch.zeros(len(x), bins, device=x.device).scatter_add_(
+        1, level, torch.ones_like(level, dtype=x.dtype)
+    )
+    share = counts.cumsum(1)
+    darkest = share.gather(1, level.amin(1, keepdim=True))
+    brighter = level.shape[1] - darkest  # (N, 1) pixels above the darkest level
+    curve = (share - darkest).clamp(min=0) / brighter.clamp(min=1)
+    return torch.where(brighter[:, :, None, None] > 0, curve.gather(1, level).view_as(x), x)

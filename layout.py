@@ -20,7 +20,10 @@ from tqdm import tqdm
 
 IGNORE = 255  # the mask value of pixels that neither train nor count
 MAX_SIDE = 16384  # px; a header that claims more is refused before any memory is allocated
-PIXELS_PER_BYTE = 1032 * 8  # deflate shrinks by at most 1032 to 1: a PNG that claims more pixels is damaged or hostile
+PIXELS_PER_BYTE = (
+    1032 * 8
+)  # deflate shrinks by at most 1032 to 1: a PNG that claims more pixels is damaged or hostile
+AIR = {"hu": -1024.0, "uint8": 0.0}  # what fills a slice that is brought to the common size
 SUFFIXES = (".png", ".npy")
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
@@ -30,17 +33,22 @@ class DataError(ValueError):
     """Data that cannot be used; the message is one line with the file and the reason."""
 
 
-# ---- One slice, one mask -----------------------------------------------------------------------------------------
+# ---- One slice, one mask -------------------------------------------------------------------------
 
 
 def read_slice(path, hu_offset=1024):
     """One slice as float32 (H, W), in HU: 16-bit PNG: value - hu_offset; .npy: as is. An 8-bit PNG is what it is."""
+    return read_stored(path, hu_offset)[0]
+
+
+def read_stored(path, hu_offset=1024):
+    """A slice as `read_slice` gives it, and what it is stored as: "hu", or "uint8" (an 8-bit PNG)."""
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        return np.array(open_npy(path, ndim=2), dtype=np.float32)
+        return np.array(open_npy(path, ndim=2), dtype=np.float32), "hu"
     with open_png(path) as image:
         values = decode(image, path).astype(np.float32)
-        return values if image.mode == "L" else values - hu_offset
+        return (values, "uint8") if image.mode == "L" else (values - hu_offset, "hu")
 
 
 def read_mask(path):
@@ -59,9 +67,19 @@ def slice_header(path):
         return (image.height, image.width), "uint8" if image.mode == "L" else "hu"
 
 
+def mask_path(folder, name):
+    """Where the mask of a slice lies in the masks folder."""
+    return Path(folder) / (without_suffix(name) + ".png")
+
+
 def mask_size(path):
     with open_png(path, modes=("L", "P"), wanted="an 8-bit mask") as image:
         return image.height, image.width
+
+
+def default_window(stored):
+    """The window meant by `auto`: soft tissue for HU, everything for 8-bit slices."""
+    return (-160.0, 240.0) if stored == "hu" else (0.0, 255.0)
 
 
 def open_png(path, modes=("L", "I;16", "I;16B", "I"), wanted="an 8- or 16-bit grey PNG"):
@@ -79,9 +97,11 @@ def open_png(path, modes=("L", "I;16", "I;16B", "I"), wanted="an 8- or 16-bit gr
         mode = image.mode
         image.close()
         raise DataError(f"{path}: {wanted} is expected, this one has mode {mode}")
-    check_side(path, image.size)
+    check_side(path, (image.height, image.width))
     if image.width * image.height > os.path.getsize(path) * PIXELS_PER_BYTE:
-        raise DataError(f"{path}: damaged, too short for the {image.height} x {image.width} px its header claims")
+        raise DataError(
+            f"{path}: damaged, too short for the {image.height} x {image.width} px its header claims"
+        )
     return image
 
 
@@ -102,9 +122,13 @@ def open_npy(path, ndim):
     except Exception as error:  # numpy parses the header with ast and tokenize: many kinds of error
         raise DataError(f"{path}: damaged .npy ({one_line(error)})") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
-        raise DataError(f"{path}: a .npy of numbers is expected, this one holds {getattr(array, 'dtype', type(array))}")
+        raise DataError(
+            f"{path}: a .npy of numbers is expected, this one holds {getattr(array, 'dtype', type(array))}"
+        )
     if array.ndim != ndim:
-        raise DataError(f"{path}: an array of {ndim} dimensions is expected, this one has shape {array.shape}")
+        raise DataError(
+            f"{path}: an array of {ndim} dimensions is expected, this one has shape {array.shape}"
+        )
     check_side(path, array.shape[-2:])
     return array
 
@@ -145,7 +169,7 @@ def read_json(path, kind):
     return content
 
 
-# ---- Lists and cases -----------------------------------------------------------------------------------------------
+# ---- Lists and cases -----------------------------------------------------------------------------
 
 
 def read_list(path):
@@ -166,7 +190,9 @@ def read_list(path):
         raise DataError(f"{path}: the list is empty")
     for name in names:
         if name.startswith("/") or (".." in name and ".." in PurePosixPath(name).parts):
-            raise DataError(f"{path}: {name!r} leads out of the data root; paths are relative to the images folder")
+            raise DataError(
+                f"{path}: {name!r} leads out of the data root; paths are relative to the images folder"
+            )
     return names
 
 
@@ -225,7 +251,71 @@ def all_slices(folder):
     return names
 
 
-# ---- Writing a set -------------------------------------------------------------------------------------------------
+def split_folder(root, list, folder):
+    """The images or masks folder of a list: "{split}" in it is the list's name without suffix."""
+    return Path(root) / folder.replace("{split}", Path(list).stem if list else "")
+
+
+def read_spacing(root):
+    """{case: (slice, row, column) mm} from spacing.json beside the lists; empty without such a file."""
+    path = Path(root) / "spacing.json"
+    if not path.exists():
+        return {}
+    spacings = read_json(path, dict)
+    for case, spacing in spacings.items():
+        if not (
+            isinstance(spacing, list)
+            and len(spacing) == 3
+            and all(is_number(mm) and mm > 0 for mm in spacing)
+        ):
+            raise DataError(f"{path}: {case}: [slice, row, column] in mm is expected, not {spacing}")
+    return {case: tuple(map(float, spacing)) for case, spacing in spacings.items()}
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# ---- Packed sets ---------------------------------------------------------------------------------
+
+
+class PackedSlices:
+    """NAME.npy (N, H, W) int16, and NAME.json with names and cases (one each a slice), stored, spacing, source."""
+
+    def __init__(self, path):
+        self.path = path.with_name(path.name + ".npy")
+        array = open_npy(self.path, ndim=3)
+        if array.dtype != np.int16 or not array.flags.c_contiguous:
+            raise DataError(f"{self.path}: a packed set is int16 in C order, this is {array.dtype}")
+        self.shape, self.start = array.shape, array.offset
+        about = path.with_name(path.name + ".json")
+        content = read_json(about, dict)
+        self.names, self.cases, self.stored = (content.get(key) for key in ("names", "cases", "stored"))
+        for key in ("names", "cases"):
+            if not isinstance(content.get(key), list) or len(content[key]) != len(array):
+                raise DataError(
+                    f"{about}: {key}: a list of {len(array)} is expected, one for each slice of {self.path}"
+                )
+        if self.stored not in AIR:
+            raise DataError(f"{about}: stored: hu or uint8 is expected, not {self.stored}")
+
+    def read(self, index):
+        """float32 (H, W). Only this slice is mapped, so a process never grows with the set."""
+        height, width = self.shape[1:]
+        start = self.start + range(len(self.names))[index] * height * width * 2
+        return np.memmap(self.path, np.int16, "r", start, (height, width)).astype(np.float32)
+
+
+def packed_at(root):
+    """The packed set that `root` names (with or without .npy or .json), or None."""
+    path = Path(root)
+    if path.suffix in (".npy", ".json"):
+        path = path.with_suffix("")
+    there = not path.is_dir() and path.with_name(path.name + ".npy").is_file()
+    return PackedSlices(path) if there else None
+
+
+# ---- Writing a set -------------------------------------------------------------------------------
 
 
 def split_cases(cases):

@@ -61,8 +61,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         parts = len(x) // self.split if self.split else 1
         if not self.training or parts < 2:
             return super().forward(x)
-        mean = self.running_mean.new_empty(parts, self.num_features)
-        var = self.running_var.new_empty(parts, self.num_features)
+        mean = self.running_mean.new_zeros(parts, self.num_features)
+        var = self.running_var.new_zeros(parts, self.num_features)
         normalised = [  # momentum 1 writes each sub-batch's own statistics into its row
             F.batch_norm(part, mean[i], var[i], self.weight, self.bias, True, 1.0, self.eps)
             for i, part in enumerate(x.tensor_split(parts))
@@ -83,6 +83,7 @@ class Encoder(nn.Module):
             (arXiv 2402.14611). Evaluated, it is linear: `export_state_dict` folds it away.
         group_size: channels whitened together, 0 for all.
         output_stride: input pixels per layer4 pixel: 32, or 16 or 8 by dilation.
+        whitening_options: more arguments of the whitening layer, as eps and sync.
 
     Raises:
         ValueError: an unknown value, or ZCA groups that are singular by construction.
@@ -95,6 +96,7 @@ class Encoder(nn.Module):
         whitening: str = "none",
         group_size: int = 64,
         output_stride: int = 32,
+        **whitening_options,
     ):
         super().__init__()
         if arch not in ARCHITECTURES:
@@ -112,10 +114,10 @@ class Encoder(nn.Module):
         self.last_conv = f"layer4.{len(self.layer4) - 1}.conv{last}"  # the convolution before the whitening
         self.last_norm = f"layer4.{len(self.layer4) - 1}.bn{last}"
         if whitening != "none":
-            self._set_whitening(whitening, group_size)
+            self._set_whitening(whitening, group_size, whitening_options)
         self.set_output_stride(output_stride)
 
-    def _set_whitening(self, whitening: str, group_size: int) -> None:
+    def _set_whitening(self, whitening: str, group_size: int, options: dict) -> None:
         channels = self.channels["layer4"]
         inputs = self.get_submodule(self.last_conv).weight[0].numel()  # rank of what the convolution can give
         if whitening == "zca" and (group := group_size or channels) > inputs:
@@ -123,7 +125,7 @@ class Encoder(nn.Module):
                 f"zca groups of {group} channels are singular: {self.last_conv} of {self.arch} has {inputs} "
                 f"inputs; use groups of at most {inputs}, or iternorm"
             )
-        norm = make_whitening(whitening, channels, group_size)
+        norm = make_whitening(whitening, channels, group_size, **options)
         setattr(self.layer4[-1], self.last_norm.split(".")[-1], norm)
 
     def set_output_stride(self, output_stride: int) -> None:

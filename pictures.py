@@ -1,0 +1,167 @@
+"""Pictures of slices: the colours of the organs, mask outlines, legends, contact sheets, and augmented pairs.
+
+Pictures are uint8 arrays, grey (H, W) or colour (H, W, 3). An organ has one colour everywhere: ORGAN_COLORS[class].
+"""
+
+import colorsys
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+BACKGROUND = (24, 24, 24)
+TEXT = (235, 235, 235)
+MARGIN = 8  # px between tiles
+
+
+def organ_colors():
+    """(256, 3) uint8: black for 0, thirteen colours that are easy to tell apart, then hues by the golden ratio."""
+    colors = np.zeros((256, 3), np.uint8)
+    colors[1:14] = [
+        (230, 25, 75),  # spleen: red
+        (60, 180, 75),  # right kidney: green
+        (170, 255, 195),  # left kidney: mint
+        (255, 225, 25),  # gallbladder: yellow
+        (145, 100, 50),  # esophagus: brown
+        (0, 130, 200),  # liver: blue
+        (245, 130, 48),  # stomach: orange
+        (240, 50, 230),  # aorta: magenta
+        (70, 240, 240),  # inferior vena cava: cyan
+        (145, 70, 220),  # portal and splenic veins: violet
+        (250, 190, 212),  # pancreas: pink
+        (210, 245, 60),  # right adrenal gland: lime
+        (128, 128, 0),  # left adrenal gland: olive
+    ]
+    for index in range(14, 255):
+        hue = index * 0.618034 % 1
+        colors[index] = [round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.75, 0.95)]
+    colors[255] = 128  # ignored
+    return colors
+
+
+ORGAN_COLORS = organ_colors()
+
+
+def gray_tile(unit, side):
+    """A slice (H, W) in [0, 1] -> RGB (h, w, 3), its longer side `side` px."""
+    picture = Image.fromarray((np.clip(unit, 0, 1) * 255).round().astype(np.uint8))
+    return np.asarray(picture.resize(tile_size(unit.shape, side), Image.Resampling.BICUBIC).convert("RGB"))
+
+
+def outlined(unit, mask, side):
+    """A slice (H, W) in [0, 1] with the outline of each class of its mask (H, W), its longer side `side` px."""
+    picture = gray_tile(unit, side).copy()
+    large = Image.fromarray(mask.astype(np.uint8)).resize(
+        tile_size(mask.shape, side), Image.Resampling.NEAREST
+    )
+    edge, labels = outline(np.asarray(large))
+    picture[edge] = ORGAN_COLORS[labels[edge]]
+    return picture
+
+
+def outline(mask):
+    """Where a class of mask (H, W) ends, on its inner side: bool (H, W); and the mask."""
+    padded = np.pad(mask, 1, mode="edge")
+    neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+    edge = np.any([mask != neighbour for neighbour in neighbours], axis=0)
+    return edge & (mask > 0), mask
+
+
+def tile_size(shape, side):
+    """(width, height) for PIL of an image (H, W) whose longer side becomes `side` px."""
+    scale = side / max(shape)
+    return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
+
+
+def contact_sheet(tiles, captions, names=(), columns=6):
+    """RGB tiles in rows of `columns` with a caption under each and a legend of class names (background first)."""
+    columns = min(columns, len(tiles))
+    width = max(tile.shape[1] for tile in tiles) + MARGIN
+    height = max(tile.shape[0] for tile in tiles) + 16 + MARGIN
+    rows = -(-len(tiles) // columns)
+    legend = legend_rows(names, columns * width - MARGIN)
+    page = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN + 22 * len(legend)), BACKGROUND)
+    draw = ImageDraw.Draw(page)
+    for index, (tile, caption) in enumerate(zip(tiles, captions)):
+        x, y = MARGIN + index % columns * width, MARGIN + index // columns * height
+        page.paste(Image.fromarray(tile), (x, y))
+        draw.text((x, y + tile.shape[0] + 1), shortened(caption, tile.shape[1], 11), TEXT, font(11))
+    for row, entries in enumerate(legend):
+        for x, index, name in entries:
+            y = rows * height + MARGIN + 22 * row
+            draw.rectangle((x, y + 2, x + 12, y + 14), tuple(ORGAN_COLORS[index].tolist()))
+            draw.text((x + 17, y), name, TEXT, font(13))
+    return page
+
+
+def legend_rows(names, width):
+    """Where the entries of a legend go: rows of (x in px, class, name) that are not wider than `width`."""
+    rows, x = [], width
+    for index, name in list(enumerate(names))[1:]:
+        needed = 17 + font(13).getlength(name) + 14
+        if x + needed > width:
+            rows.append([])
+            x = MARGIN
+        rows[-1].append((x, index, name))
+        x += needed
+    return rows
+
+
+def shortened(caption, width, size):
+    """The end of a caption that fits into `width` px."""
+    if font(size).getlength(caption) <= width:
+        return caption
+    while caption and font(size).getlength("…" + caption) > width:
+        caption = caption[1:]
+    return "…" + caption
+
+
+def font(size):
+    return ImageFont.load_default(size)
+
+
+# ---- Augmented pairs -----------------------------------------------------------------------------
+
+
+def views_page(slices, views, boxes, points, keep, captions, side=288):
+    """One row a slice: the slice with both crop boxes, and both views with the matched regions, numbered.
+
+    slices (N, H, W), views two of (N, h, w), in [0, 1]; boxes two of (N, 5); points two of (N, R, 2), x and y in [0, 1]
+    of the view, R = grid * grid, row-major; keep (N,) False where the crops overlap too little to be matched.
+    """
+    tiles, labels = [], []
+    for row in range(len(slices)):
+        source = Image.fromarray(gray_tile(slices[row], side))
+        for box, color in zip(boxes, ((70, 240, 240), (245, 130, 48))):
+            draw_box(source, box[row], color)
+        tiles += [np.asarray(source)]
+        tiles += [regions_drawn(view[row], place[row], keep[row], side) for view, place in zip(views, points)]
+        flips = ["flipped" if box[row][4] > 0.5 else "" for box in boxes]
+        matched = "" if keep[row] else "no match: the crops overlap too little"
+        labels += [
+            captions[row],
+            f"view 1 (cyan) {flips[0]} {matched}",
+            f"view 2 (orange) {flips[1]} {matched}",
+        ]
+    return contact_sheet(tiles, labels, columns=3)
+
+
+def draw_box(picture, box, color):
+    width, height = picture.size
+    corners = [box[0] * width, box[1] * height, box[2] * width - 1, box[3] * height - 1]
+    ImageDraw.Draw(picture).rectangle([round(float(corner)) for corner in corners], outline=color, width=2)
+
+
+def regions_drawn(view, points, keep, side):
+    """A view with one numbered, coloured cell around each of its points (R, 2)."""
+    picture = Image.fromarray(gray_tile(view, side))
+    if not keep:
+        return np.asarray(picture)
+    grid = round(len(points) ** 0.5)
+    place = np.asarray(points).reshape(grid, grid, 2) * picture.size
+    half = np.abs(place[-1, -1] - place[0, 0]) / max(grid - 1, 1) / 2 - 1
+    draw = ImageDraw.Draw(picture)
+    for index, (x, y) in enumerate(place.reshape(-1, 2)):
+        color = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(index / len(points), 0.7, 1.0))
+        draw.rectangle((x - half[0], y - half[1], x + half[0], y + half[1]), outline=color)
+        draw.text((x, y), str(index + 1), color, font(12), anchor="mm")
+    return np.asarray(picture)

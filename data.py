@@ -1,0 +1,532 @@
+"""Slices for pretraining and evaluation: datasets, intensities, packed sets, and the command line around them.
+
+    python data.py phantom --out data/phantom --cases 40 --slices 24 --size 128 --seed 0
+    python data.py slice --images ct.nii.gz|DIR --labels seg.nii.gz|DIR --out data/ct --label-map MAP.json
+    python data.py pack --root data/ct --list train.txt --out data/ct-train
+    python data.py check --root data/ct
+    python data.py show --root data/ct --list train.txt --out page.png --views
+
+The layout of a set on disk and the readers of single files are in layout.py, NIfTI volumes in volumes.py, the phantom
+in phantom.py, pictures in pictures.py; their public names can be imported from here too.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from augment import SegmentationAugment, TwoViews
+from check import check_set
+from layout import (
+    AIR,
+    IGNORE,
+    DataError,
+    all_slices,
+    case_of,
+    default_window,
+    find_slices,
+    in_threads,
+    mask_path,
+    mask_size,
+    packed_at,
+    read_json,
+    read_list,
+    read_mask,
+    read_slice,
+    read_spacing,
+    read_stored,
+    remove_lists,
+    slice_header,
+    split_cases,
+    split_folder,
+    without_suffix,
+    write_lists,
+    write_png,
+    write_text,
+)
+from phantom import BTCV_ORGANS, phantom_case, phantom_spacing
+from pictures import ORGAN_COLORS, contact_sheet, outlined, views_page
+from volumes import read_volume, slice_volumes, write_labels
+
+__all__ = [
+    "BTCV_ORGANS",
+    "ORGAN_COLORS",
+    "DataError",
+    "Intensity",
+    "SegmentationAugment",
+    "SegmentationDataset",
+    "SliceDataset",
+    "TwoViews",
+    "all_slices",
+    "case_of",
+    "class_names",
+    "default_window",
+    "fit",
+    "phantom_case",
+    "phantom_spacing",
+    "read_list",
+    "read_mask",
+    "read_slice",
+    "read_volume",
+    "write_labels",
+]
+
+# ---- Intensities ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """Stored values -> what a network sees: a window to [0, 1], then minus `mean` and over `std` (of windowed values).
+
+    window None: stored values unscaled. Works on tensors and arrays of any shape; two of them compare by value.
+    """
+
+    window: tuple | None = (-160.0, 240.0)
+    mean: float = 0.5
+    std: float = 0.25
+
+    def __post_init__(self):
+        if self.window is not None:
+            if len(self.window) != 2 or not self.window[0] < self.window[1]:
+                raise DataError(f"window: two increasing values are expected, not {self.window}")
+            object.__setattr__(self, "window", (float(self.window[0]), float(self.window[1])))
+        if not self.std > 0:
+            raise DataError(f"std: a positive value is expected, not {self.std}")
+
+    def to_unit(self, stored):
+        if self.window is None:
+            return stored
+        low, high = self.window
+        return ((stored - low) / (high - low)).clip(0, 1)
+
+    def normalise(self, unit):
+        return (unit - self.mean) / self.std
+
+    def __call__(self, stored):
+        return self.normalise(self.to_unit(stored))
+
+    def as_dict(self):
+        """For JSON; Intensity(**as_dict()) is the same again."""
+        return {
+            "window": None if self.window is None else list(self.window),
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+
+# ---- One size for all slices ---------------------------------------------------------------------
+
+
+def fit(image, size, fill, nearest=False):
+    """An image (H, W) brought to `size` (h, w): scaled to fit inside with its aspect ratio kept, centred, the rest
+    filled. Bilinear (antialiased when it shrinks), or nearest for masks. Float tensor in, float tensor out."""
+    if tuple(image.shape) == tuple(size):
+        return image
+    height, width, top, left = placement(image.shape, size)
+    mode = (
+        {"mode": "nearest-exact"}
+        if nearest
+        else {"mode": "bilinear", "antialias": True, "align_corners": False}
+    )
+    out = image.new_full(size, fill)
+    out[top : top + height, left : left + width] = F.interpolate(image[None, None], (height, width), **mode)[
+        0, 0
+    ]
+    return out
+
+
+def placement(own, size):
+    """Where an image of size `own` lies on the common size: (height, width, top, left) in px."""
+    scale = min(size[0] / own[0], size[1] / own[1])
+    height, width = max(1, round(own[0] * scale)), max(1, round(own[1] * scale))
+    return height, width, (size[0] - height) // 2, (size[1] - width) // 2
+
+
+# ---- Datasets ------------------------------------------------------------------------------------
+
+
+class SliceDataset(Dataset):
+    """The slices of a list, as FloatTensor (1, H, W) in HU (8-bit sets: the stored value).
+
+    root     the data set's folder, or a packed set (NAME, NAME.npy or NAME.json; it is its own list then)
+    list     list file below root; None: every slice in the images folder
+    images   folder below root; "{split}" in it stands for the list's name without .txt
+    size     (H, W) of all slices; None: that of the first one. Slices of another size are scaled to fit (see `fit`).
+    names, cases    one each a slice;  stored: "hu" or "uint8" (8-bit PNGs)
+    """
+
+    def __init__(self, root, list="train.txt", images="images", hu_offset=1024, size=None):
+        self.hu_offset = hu_offset
+        self.packed = packed_at(root)
+        if self.packed:
+            self.names, self.cases, self.stored = self.packed.names, self.packed.cases, self.packed.stored
+            first = self.packed.shape[1:]
+        else:
+            self.folder, self.names = listed_slices(root, list, images)
+            self.cases = [case_of(name) for name in self.names]
+            first, self.stored = slice_header(self.folder / self.names[0])
+        self.size = tuple(size) if size else tuple(first)
+        self.said = torch.zeros(1, dtype=torch.bool).share_memory_()  # workers say once that sizes differ
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        slice = self.packed.read(index) if self.packed else self.read(index)
+        return self.to_size(torch.from_numpy(slice), AIR[self.stored])[None]
+
+    def read(self, index):
+        """One slice as it is on disk, float32 (H, W)."""
+        path = self.folder / self.names[index]
+        slice, stored = read_stored(path, self.hu_offset)
+        if stored != self.stored:
+            kinds = {"hu": "16-bit or HU", "uint8": "8-bit"}
+            raise DataError(
+                f"{path}: {kinds[stored]} values in a set that begins with {kinds[self.stored]} ones"
+            )
+        return slice
+
+    def to_size(self, image, fill, nearest=False):
+        if tuple(image.shape) != self.size and not self.said:
+            self.said[0] = True
+            logging.getLogger("med-moco").warning(
+                "slices of different sizes: all are scaled to fit %d x %d px, centred, the rest filled with air",
+                *self.size,
+            )
+        return fit(image, self.size, fill, nearest)
+
+
+class SegmentationDataset(SliceDataset):
+    """Slices with their masks: FloatTensor (1, H, W) as in SliceDataset, and LongTensor (H, W), 255 = ignore.
+
+    masks        folder below root, with the slice's name and the suffix .png
+    num_classes  a mask with a label outside 0 ... num_classes - 1 and 255 is an error; None: not checked
+    """
+
+    def __init__(
+        self,
+        root,
+        list="train.txt",
+        images="images",
+        masks="masks",
+        hu_offset=1024,
+        num_classes=None,
+        size=None,
+    ):
+        if packed_at(root):
+            raise DataError(f"{root}: a packed set holds no masks; give the data set's folder")
+        super().__init__(root, list, images, hu_offset, size)
+        self.num_classes = num_classes
+        self.mask_folder = split_folder(root, list, masks)
+        wanted = [without_suffix(name) + ".png" for name in self.names]
+        require_all(wanted, find_slices(self.mask_folder, wanted), self.mask_folder, f"masks of {list}")
+        self.spacings = read_spacing(root)
+
+    def __getitem__(self, index):
+        slice, mask = self.read(index), self.own_mask(index)
+        if slice.shape != mask.shape:
+            raise DataError(
+                f"{self.mask_path(index)}: the mask has {mask.shape[0]} x {mask.shape[1]} px, "
+                f"its image {slice.shape[0]} x {slice.shape[1]}"
+            )
+        image = self.to_size(torch.from_numpy(slice), AIR[self.stored])
+        mask = self.to_size(torch.from_numpy(mask.astype(np.float32)), IGNORE, nearest=True)
+        return image[None], mask.long()
+
+    def mask_path(self, index):
+        return mask_path(self.mask_folder, self.names[index])
+
+    def own_mask(self, index):
+        """The mask on its own grid, uint8 (h, w)."""
+        mask = read_mask(self.mask_path(index))
+        check_labels(mask, self.num_classes, self.mask_path(index))
+        return mask
+
+    def to_own_grid(self, prediction, index):
+        """A prediction uint8 (H, W) on the common size -> uint8 (h, w) on the mask's own grid (nearest)."""
+        own = mask_size(self.mask_path(index))
+        height, width, top, left = placement(own, self.size)
+        inside = torch.as_tensor(prediction)[top : top + height, left : left + width]
+        return (
+            F.interpolate(inside[None, None].float(), own, mode="nearest-exact")[0, 0].to(torch.uint8).numpy()
+        )
+
+    def spacing(self, case):
+        """(slice, row, column) distances in mm, or None if the set does not say."""
+        return self.spacings.get(case)
+
+
+def check_labels(mask, num_classes, path):
+    """DataError if a mask (uint8) has a label that is neither below num_classes nor 255."""
+    if num_classes is None:
+        return
+    wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
+    if wrong.size:
+        raise DataError(
+            f"{path}: label {wrong.max()}, but there are {num_classes} classes (0 to {num_classes - 1})"
+        )
+
+
+def listed_slices(root, list, images):
+    """The folder and the names, with suffix, of a list's slices; DataError if any is missing."""
+    if not Path(root).is_dir():
+        raise DataError(f"{root}: no such data set (neither a folder nor a packed set)")
+    folder = split_folder(root, list, images)
+    if list is None:
+        return folder, all_slices(folder)
+    names = read_list(Path(root) / list)
+    found = find_slices(folder, names)
+    require_all(names, found, folder, list)
+    return folder, found
+
+
+def require_all(names, found, folder, what):
+    missing = [name for name, there in zip(names, found) if there is None]
+    if missing:
+        first = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise DataError(f"{what}: {len(missing)} of {len(names)} files are missing in {folder}: {first}")
+
+
+def class_names(root, classes=None):
+    """The names of the classes, background first: a list as it is, a number K -> background, class 1 ... class K - 1,
+    None -> classes.json beside the lists."""
+    if isinstance(classes, int):
+        return ["background"] + [f"class {i}" for i in range(1, classes)]
+    if classes is None:
+        path = Path(root) / "classes.json"
+        if not path.exists():
+            raise DataError(
+                f"{path}: no such file; give data.classes (a number, or names from background on)"
+            )
+        classes = read_json(path, list)
+    if not 2 <= len(classes) <= IGNORE or not all(isinstance(name, str) for name in classes):
+        raise DataError(f"{root}: 2 to {IGNORE} class names are expected, background first, not {classes}")
+    return classes
+
+
+# ---- Packing -------------------------------------------------------------------------------------
+
+
+def pack(args):
+    """The pack command: the slices of a list, on their common size, as one memory-mapped file."""
+    dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
+    out = Path(args.out.removesuffix(".npy"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about, array = out.with_name(out.name + ".json"), out.with_name(out.name + ".npy")
+    about.unlink(missing_ok=True)  # without it nobody takes the array for complete
+    part = array.with_name(array.name + ".part")
+    packed = np.lib.format.open_memmap(part, "w+", np.int16, (len(dataset), *dataset.size))
+    limits = np.iinfo(np.int16)
+    slices = in_threads(dataset.__getitem__, range(len(dataset)), "packing")
+    for row, image in zip(packed, slices):
+        row[:] = image[0].round().clamp(limits.min, limits.max).to(torch.int16).numpy()
+    packed.flush()
+    os.replace(part, array)
+    content = {
+        "source": f"{args.root} {args.list}",
+        "stored": dataset.stored,
+        "spacing": read_spacing(args.root),
+    }
+    write_text(about, json.dumps(content | {"names": dataset.names, "cases": dataset.cases}))
+    print(
+        f"{array}: {len(dataset)} slices of {dataset.size[0]} x {dataset.size[1]} px, {len(set(dataset.cases))} cases"
+    )
+    return 0
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def make_phantom(args):
+    """The phantom command. phantom.json holds the arguments, and says "complete" only when everything is written."""
+    out = Path(args.out)
+    about = {"cases": args.cases, "slices": args.slices, "size": args.size, "seed": args.seed}
+    if (out / "phantom.json").exists():
+        there = read_json(out / "phantom.json", dict)
+        if there == about | {"complete": True}:
+            print(f"{out}: this phantom is there already")
+            return 0
+        if {key: there.get(key) for key in about} != about:
+            raise DataError(
+                f"{out}: holds a phantom made with other arguments ({there}); choose another folder"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise DataError(f"{out}: not empty, and not a phantom; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "phantom.json", json.dumps(about | {"complete": False}))
+    remove_lists(out)
+
+    cases = [f"phantom{index:03d}" for index in range(args.cases)]
+    for _ in in_threads(
+        lambda index: write_phantom_case(out, cases[index], index, args), range(args.cases), "phantom"
+    ):
+        pass
+    names = {case: [f"{case}/{index:03d}.png" for index in range(args.slices)] for case in cases}
+    lists = {split: part for split, part in zip(("train", "val", "test"), split_cases(cases))}
+    lists["unlabelled"] = [case for case in cases if case not in lists["val"] + lists["test"]]
+    spacing = phantom_spacing(args.slices, args.size)
+    write_text(out / "spacing.json", json.dumps({case: spacing for case in cases}, indent=1))
+    write_text(out / "classes.json", json.dumps(BTCV_ORGANS, indent=1))
+    write_lists(
+        out, {split: [name for case in part for name in names[case]] for split, part in lists.items()}
+    )
+    write_text(out / "phantom.json", json.dumps(about | {"complete": True}))
+    parts = ", ".join(f"{len(part)} {split}" for split, part in lists.items())
+    print(f"{out}: {args.cases} cases of {args.slices} slices of {args.size} px (cases: {parts})")
+    return 0
+
+
+def write_phantom_case(out, case, index, args):
+    hu, labels = phantom_case(args.seed * 100_003 + index, args.slices, args.size)
+    for folder, values in (
+        ("images", (hu.astype(np.int32) + 1024).clip(0).astype(np.uint16)),
+        ("masks", labels),
+    ):
+        (out / folder / case).mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(values):
+            write_png(out / folder / case / f"{number:03d}.png", image)
+
+
+def show(args):
+    """The show command: evenly spaced slices of a list with their mask outlines, or pairs of views, on one page."""
+    dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
+    chosen = (
+        np.linspace(0, len(dataset) - 1, min(args.count or (5 if args.views else 24), len(dataset)))
+        .round()
+        .astype(int)
+    )
+    intensity = Intensity(default_window(dataset.stored))
+    slices = torch.stack([intensity.to_unit(dataset[index]) for index in chosen])  # (N, 1, H, W)
+    captions = [dataset.names[index] for index in chosen]
+    page = (
+        show_views(slices, captions, args.seed) if args.views else show_masks(dataset, slices, captions, args)
+    )
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    page.save(args.out, format="PNG")
+    print(f"{args.out}: {len(chosen)} of {len(dataset)} slices, {page.width} x {page.height} px")
+    return 0
+
+
+def show_views(slices, captions, seed):
+    from losses import matched_points
+
+    views = TwoViews(size=min(slices.shape[-2:]), flip=0.5)
+    view1, view2, box1, box2 = views(slices, torch.Generator().manual_seed(seed))
+    points1, points2, keep = matched_points(box1, box2, grid=4)
+    pair = view1[:, 0].numpy(), view2[:, 0].numpy()
+    return views_page(slices[:, 0].numpy(), pair, (box1, box2), (points1, points2), keep, captions)
+
+
+def show_masks(dataset, slices, captions, args):
+    """A slice whose mask exists gets its outlines; classes without a name in classes.json are called by number."""
+    masks = split_folder(args.root, args.list, args.masks)
+    tiles, highest = [], 0
+    for image, name in zip(slices[:, 0], captions):
+        path = mask_path(masks, name)
+        mask = np.zeros(dataset.size, np.uint8)
+        if path.exists():
+            own = torch.from_numpy(read_mask(path).astype(np.float32))
+            mask = fit(own, dataset.size, 0, nearest=True).numpy().astype(np.uint8)
+        highest = max([highest, *mask[mask != IGNORE].tolist()])
+        tiles.append(outlined(image.numpy(), mask, side=256))
+    named = (Path(args.root) / "classes.json").exists()
+    names = class_names(args.root, None if named else highest + 1) if highest else ()
+    return contact_sheet(tiles, captions, names)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help explains)\n")
+
+
+def parse(argv):
+    parser = Parser(description="Data sets of CT slices: make, convert, check and show them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="phantom|slice|pack|check|show")
+
+    def command(name, function, help):
+        sub = commands.add_parser(
+            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(function=function)
+        return sub
+
+    def set_options(sub, masks):
+        sub.add_argument("--root", required=True, help="the data set's folder")
+        sub.add_argument("--images", default="images", help="folder of the slices; {split}: the list's name")
+        if masks:
+            sub.add_argument("--masks", default="masks", help="folder of the masks; {split}: the list's name")
+        sub.add_argument("--hu-offset", type=float, default=1024, help="HU = value of a 16-bit PNG - this")
+
+    sub = command("phantom", make_phantom, "procedural abdominal CT with 13 organs, 60/20/20 by case")
+    sub.add_argument("--out", required=True, help="folder of the new set")
+    sub.add_argument("--cases", type=at_least(3), default=40)
+    sub.add_argument("--slices", type=at_least(1), default=24, help="slices a case")
+    sub.add_argument("--size", type=at_least(16), default=128, help="px")
+    sub.add_argument("--seed", type=at_least(0), default=0)
+
+    sub = command("slice", slice_volumes, "NIfTI volumes to 16-bit PNG slices (HU + 1024) and 8-bit masks")
+    sub.add_argument("--images", required=True, help="a .nii or .nii.gz, or a folder of them")
+    sub.add_argument("--labels", help="the same with labels; without: slices for pretraining only")
+    sub.add_argument("--out", required=True, help="folder of the new set")
+    sub.add_argument("--label-map", help='JSON {"source id": target id}; ids not listed become 0')
+    sub.add_argument("--classes", help="JSON list of class names, background first")
+    sub.add_argument(
+        "--axis", type=int, choices=(0, 1, 2), default=2, help="0 sagittal, 1 coronal, 2 axial slices"
+    )
+
+    sub = command("pack", pack, "the slices of a list in one memory-mapped file, NAME.npy and NAME.json")
+    set_options(sub, masks=False)
+    sub.add_argument("--list", required=True, help="list file below the root")
+    sub.add_argument("--out", required=True, metavar="NAME")
+
+    sub = command(
+        "check", check_set, "reads everything: counts, HU statistics, labels, every bad file by name"
+    )
+    set_options(sub, masks=True)
+    sub.add_argument("--list", nargs="+", help="list files below the root; without: all of them")
+
+    sub = command("show", show, "a page of slices with mask outlines, or of augmented pairs")
+    set_options(sub, masks=True)
+    sub.add_argument("--list", help="list file below the root; without: every slice")
+    sub.add_argument("--out", required=True, metavar="PAGE.png")
+    sub.add_argument(
+        "--views", action="store_true", help="two views of each slice with their matched regions"
+    )
+    sub.add_argument("--count", type=at_least(1), help="slices on the page")
+    sub.add_argument("--seed", type=at_least(0), default=0, help="of the views")
+    return parser.parse_args(argv)
+
+
+def at_least(least):
+    def whole_number(text):
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return whole_number
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        return args.function(args)
+    except DataError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or args.command}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        message = "interrupted"
+    print(f"data.py {args.command}: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
