@@ -1,4 +1,5 @@
-"""`data.py check`: reads a whole data set and says what is in it, what to put into a config, and which files are bad."""
+"""`data.py check`: reads a whole data set and says what is in it, what to put into a config, and which
+files are bad."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -11,11 +12,11 @@ from layout import (
     DataError,
     all_slices,
     case_of,
+    class_names,
     default_window,
     find_slices,
     in_threads,
     mask_path,
-    read_json,
     read_list,
     read_mask,
     read_stored,
@@ -57,9 +58,7 @@ class Summary:
 
     sizes: Counter = field(default_factory=Counter)
     stored: Counter = field(default_factory=Counter)
-    values: np.ndarray = field(
-        default_factory=lambda: np.zeros(2 * LIMIT + 1, np.int64)
-    )  # of slices not held out
+    values: np.ndarray = field(default_factory=lambda: np.zeros(2 * LIMIT + 1, np.int64))  # not of val, test
     voxels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     slices: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     cases: dict = field(default_factory=lambda: defaultdict(set))
@@ -80,7 +79,7 @@ class Summary:
 def check_set(args):
     """The check command; returns the exit code: 1 if any file is bad."""
     root = Path(args.root)
-    names = read_json(root / "classes.json", list) if (root / "classes.json").exists() else None
+    names = class_names(root) if (root / "classes.json").exists() else None
     lists = list_files(root, args.list)
     to_read, bad = collect(root, lists, args)
     summary = Summary()
@@ -99,7 +98,8 @@ def check_set(args):
 
 
 def list_files(root, given):
-    """The lists to check: those given, or train, val, test, unlabelled, or every .txt; [None] (all slices) if none."""
+    """The lists to check: those given; or train, val, test, unlabelled; or every .txt; or [None], all
+    slices."""
     if given:
         return given
     if not root.is_dir():
@@ -116,11 +116,8 @@ def collect(root, lists, args):
         images, masks = (split_folder(root, list_name, folder) for folder in (args.images, args.masks))
         names = read_list(root / list_name) if list_name else all_slices(images)
         found = find_slices(images, names)
-        bad += [
-            f"{images / name}: in {list_name}, but missing"
-            for name, there in zip(names, found)
-            if there is None
-        ]
+        missing = [name for name, there in zip(names, found) if there is None]
+        bad += [f"{images / name}: in {list_name}, but missing" for name in missing]
         needs_mask = masks.is_dir() and split != "unlabelled"
         for name in filter(None, found):
             new = Slice(name, images / name, mask_path(masks, name), needs_mask, split in ("val", "test"))
@@ -128,9 +125,9 @@ def collect(root, lists, args):
             known.needs_mask |= needs_mask
             known.held_out |= new.held_out
             splits_of[new.image].append(split)
+        masks_too = "with masks" if needs_mask else "masks not needed"
         print(
-            f"{list_name or images}: {len(names)} slices, {len(set(map(case_of, names)))} cases, "
-            f"{'with masks' if needs_mask else 'no masks needed'}"
+            f"{list_name or images}: {len(names)} slices, {masks_too}; cases: {len({*map(case_of, names)})}"
         )
     warn_of_leaks(slices, splits_of)
     return list(slices.values()), bad
@@ -138,9 +135,8 @@ def collect(root, lists, args):
 
 def warn_of_leaks(slices, splits_of):
     """Slices or cases that stand in val or test and in another list too."""
-    twice = [
-        image for image, splits in splits_of.items() if {"val", "test"} & {*splits} and len({*splits}) > 1
-    ]
+    several = (image for image, splits in splits_of.items() if len({*splits}) > 1)
+    twice = [image for image in several if {"val", "test"} & {*splits_of[image]}]
     if twice:
         print(f"warning: {len(twice)} slices of val or test are in other lists too, the first: {twice[0]}")
     splits_of_case = defaultdict(set)
@@ -148,7 +144,7 @@ def warn_of_leaks(slices, splits_of):
         splits_of_case[case_of(slices[image].name)] |= {*splits} & {*SPLITS}
     shared = sorted(case for case, splits in splits_of_case.items() if len(splits) > 1)
     if shared:
-        print(f"warning: {len(shared)} cases are in several of train, val and test, the first: {shared[0]}")
+        print(f"warning: cases in several of train, val and test: {len(shared)}, the first: {shared[0]}")
 
 
 def inspect(slice, hu_offset, names):
@@ -172,14 +168,12 @@ def inspect_mask(slice, size, names):
         raise DataError(f"{slice.image}: its mask {slice.mask} is missing")
     mask = read_mask(slice.mask)
     if mask.shape != size:
-        raise DataError(
-            f"{slice.mask}: {mask.shape[0]} x {mask.shape[1]} px, its image {size[0]} x {size[1]}"
-        )
+        raise DataError(f"{slice.mask}: {mask.shape} px (rows, columns), its image {size}")
     labels = np.bincount(mask.ravel(), minlength=256)
-    wrong = np.flatnonzero(labels[:IGNORE])
-    if names and wrong[-1:] >= len(names):
+    highest = np.flatnonzero(labels[:IGNORE]).max(initial=0)
+    if names and highest >= len(names):
         raise DataError(
-            f"{slice.mask}: label {wrong[-1]}, but classes.json names {len(names)} (0 to {len(names) - 1})"
+            f"{slice.mask}: label {highest}, but classes.json has {len(names)} classes, from 0 on"
         )
     return labels
 
@@ -193,9 +187,8 @@ def print_sizes(summary):
     if len(summary.sizes) > 5:
         print(f"size: {len(summary.sizes) - 5} more sizes")
     if len(summary.stored) > 1:
-        print(
-            f"warning: {summary.stored['uint8']} 8-bit slices among {summary.stored['hu']} of HU; no set can mix them"
-        )
+        uint8, hu = summary.stored["uint8"], summary.stored["hu"]
+        print(f"warning: {uint8} 8-bit slices beside {hu} of HU: one set cannot mix them")
 
 
 def print_values(summary, some_held_out):
@@ -205,19 +198,18 @@ def print_values(summary, some_held_out):
     stored = summary.stored.most_common(1)[0][0]
     unit = "HU" if stored == "hu" else "value"
     values = np.arange(-LIMIT, LIMIT + 1)
-    where = " (slices outside val and test)" if some_held_out else ""
     mean, std = mean_std(values, summary.values)
     low, high = values[summary.values > 0][[0, -1]]
+    where = " (slices outside val and test)" if some_held_out else ""
     print(f"{unit}{where}: from {low} to {high}, mean {mean:.1f}, std {std:.1f}")
-    body = np.where(values > (BODY if stored == "hu" else 0), summary.values, 0)
+    least = BODY if stored == "hu" else 0
+    body = np.where(values > least, summary.values, 0)
     if body.any():
         mean, std = mean_std(values, body)
-        p1, p50, p99 = (
-            values[np.searchsorted(body.cumsum(), share * body.sum())] for share in (0.01, 0.5, 0.99)
-        )
-        above = f"above {BODY} HU" if stored == "hu" else "above 0"
+        shares = np.searchsorted(body.cumsum(), body.sum() * np.array([0.01, 0.5, 0.99]))
         print(
-            f"{unit} inside the body ({above}): mean {mean:.1f}, std {std:.1f}, 1 % {p1}, median {p50}, 99 % {p99}"
+            f"{unit} inside the body (above {least}): mean {mean:.1f}, std {std:.1f}, "
+            "1 % {}, median {}, 99 % {}".format(*values[shares])
         )
     window = default_window(stored)
     unit_values = ((values - window[0]) / (window[1] - window[0])).clip(0, 1)
@@ -239,4 +231,4 @@ def print_labels(summary, names):
     for label in sorted(known):
         name = "ignored" if label == IGNORE else names[label] if names else ""
         voxels, slices = summary.voxels[label], summary.slices[label]
-        print(f"{label:5}  {name:26}{voxels:12}{slices:8}{len(summary.cases[label]):7}")
+        print(f"{label:5}  {name[:25]:26}{voxels:12}{slices:8}{len(summary.cases[label]):7}")

@@ -1,4 +1,4 @@
-"""Slices for pretraining and evaluation: datasets, intensities, packed sets, and the command line around them.
+"""Slices for pretraining and evaluation: datasets and intensities, and the command line around them.
 
     python data.py phantom --out data/phantom --cases 40 --slices 24 --size 128 --seed 0
     python data.py slice --images ct.nii.gz|DIR --labels seg.nii.gz|DIR --out data/ct --label-map MAP.json
@@ -6,8 +6,8 @@
     python data.py check --root data/ct
     python data.py show --root data/ct --list train.txt --out page.png --views
 
-The layout of a set on disk and the readers of single files are in layout.py, NIfTI volumes in volumes.py, the phantom
-in phantom.py, pictures in pictures.py; their public names can be imported from here too.
+The layout of a set on disk and the readers of single files are in layout.py, NIfTI volumes in volumes.py,
+the phantom in phantom.py, pictures in pictures.py; their public names can be imported from here too.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from layout import (
     DataError,
     all_slices,
     case_of,
+    class_names,
     default_window,
     find_slices,
     in_threads,
@@ -84,9 +85,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Intensity:
-    """Stored values -> what a network sees: a window to [0, 1], then minus `mean` and over `std` (of windowed values).
+    """Stored values -> what a network sees: the window to [0, 1], then minus `mean` and over `std`.
 
-    window None: stored values unscaled. Works on tensors and arrays of any shape; two of them compare by value.
+    window None: stored values stay unscaled. Takes tensors and arrays of any shape. Two compare by value.
     """
 
     window: tuple | None = (-160.0, 240.0)
@@ -115,31 +116,27 @@ class Intensity:
 
     def as_dict(self):
         """For JSON; Intensity(**as_dict()) is the same again."""
-        return {
-            "window": None if self.window is None else list(self.window),
-            "mean": self.mean,
-            "std": self.std,
-        }
+        window = None if self.window is None else list(self.window)
+        return {"window": window, "mean": self.mean, "std": self.std}
 
 
 # ---- One size for all slices ---------------------------------------------------------------------
 
 
 def fit(image, size, fill, nearest=False):
-    """An image (H, W) brought to `size` (h, w): scaled to fit inside with its aspect ratio kept, centred, the rest
-    filled. Bilinear (antialiased when it shrinks), or nearest for masks. Float tensor in, float tensor out."""
+    """An image (H, W) brought to `size` (h, w): scaled to fit inside with its aspect ratio kept, centred, the
+    rest filled. Bilinear (antialiased where it shrinks), or nearest for masks. A tensor of any dtype,
+    kept."""
     if tuple(image.shape) == tuple(size):
         return image
     height, width, top, left = placement(image.shape, size)
-    mode = (
-        {"mode": "nearest-exact"}
-        if nearest
-        else {"mode": "bilinear", "antialias": True, "align_corners": False}
-    )
+    pixels = image[None, None].float()
+    if nearest:
+        scaled = F.interpolate(pixels, (height, width), mode="nearest-exact")
+    else:
+        scaled = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
     out = image.new_full(size, fill)
-    out[top : top + height, left : left + width] = F.interpolate(image[None, None], (height, width), **mode)[
-        0, 0
-    ]
+    out[top : top + height, left : left + width] = scaled[0, 0]
     return out
 
 
@@ -159,7 +156,8 @@ class SliceDataset(Dataset):
     root     the data set's folder, or a packed set (NAME, NAME.npy or NAME.json; it is its own list then)
     list     list file below root; None: every slice in the images folder
     images   folder below root; "{split}" in it stands for the list's name without .txt
-    size     (H, W) of all slices; None: that of the first one. Slices of another size are scaled to fit (see `fit`).
+    size     (H, W) of all slices; None: that of the first one. Slices of another size are scaled to fit
+             (see `fit`).
     names, cases    one each a slice;  stored: "hu" or "uint8" (8-bit PNGs)
     """
 
@@ -190,17 +188,15 @@ class SliceDataset(Dataset):
         if stored != self.stored:
             kinds = {"hu": "16-bit or HU", "uint8": "8-bit"}
             raise DataError(
-                f"{path}: {kinds[stored]} values in a set that begins with {kinds[self.stored]} ones"
+                f"{path}: {kinds[stored]} values, but the set begins with {kinds[self.stored]} ones"
             )
         return slice
 
     def to_size(self, image, fill, nearest=False):
         if tuple(image.shape) != self.size and not self.said:
             self.said[0] = True
-            logging.getLogger("med-moco").warning(
-                "slices of different sizes: all are scaled to fit %d x %d px, centred, the rest filled with air",
-                *self.size,
-            )
+            rule = "slices of different sizes: scaled to fit %d x %d px, centred, the rest filled with air"
+            logging.getLogger("med-moco").warning(rule, *self.size)
         return fit(image, self.size, fill, nearest)
 
 
@@ -234,11 +230,10 @@ class SegmentationDataset(SliceDataset):
         slice, mask = self.read(index), self.own_mask(index)
         if slice.shape != mask.shape:
             raise DataError(
-                f"{self.mask_path(index)}: the mask has {mask.shape[0]} x {mask.shape[1]} px, "
-                f"its image {slice.shape[0]} x {slice.shape[1]}"
+                f"{self.mask_path(index)}: {mask.shape} px (rows, columns), its image {slice.shape}"
             )
         image = self.to_size(torch.from_numpy(slice), AIR[self.stored])
-        mask = self.to_size(torch.from_numpy(mask.astype(np.float32)), IGNORE, nearest=True)
+        mask = self.to_size(torch.from_numpy(mask), IGNORE, nearest=True)
         return image[None], mask.long()
 
     def mask_path(self, index):
@@ -255,9 +250,8 @@ class SegmentationDataset(SliceDataset):
         own = mask_size(self.mask_path(index))
         height, width, top, left = placement(own, self.size)
         inside = torch.as_tensor(prediction)[top : top + height, left : left + width]
-        return (
-            F.interpolate(inside[None, None].float(), own, mode="nearest-exact")[0, 0].to(torch.uint8).numpy()
-        )
+        on_own = F.interpolate(inside[None, None].float(), own, mode="nearest-exact")[0, 0]
+        return on_own.to(torch.uint8).numpy()
 
     def spacing(self, case):
         """(slice, row, column) distances in mm, or None if the set does not say."""
@@ -271,7 +265,7 @@ def check_labels(mask, num_classes, path):
     wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
     if wrong.size:
         raise DataError(
-            f"{path}: label {wrong.max()}, but there are {num_classes} classes (0 to {num_classes - 1})"
+            f"{path}: label {wrong.max()}, but there are {num_classes} classes, 0 to {num_classes - 1}"
         )
 
 
@@ -293,23 +287,6 @@ def require_all(names, found, folder, what):
     if missing:
         first = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise DataError(f"{what}: {len(missing)} of {len(names)} files are missing in {folder}: {first}")
-
-
-def class_names(root, classes=None):
-    """The names of the classes, background first: a list as it is, a number K -> background, class 1 ... class K - 1,
-    None -> classes.json beside the lists."""
-    if isinstance(classes, int):
-        return ["background"] + [f"class {i}" for i in range(1, classes)]
-    if classes is None:
-        path = Path(root) / "classes.json"
-        if not path.exists():
-            raise DataError(
-                f"{path}: no such file; give data.classes (a number, or names from background on)"
-            )
-        classes = read_json(path, list)
-    if not 2 <= len(classes) <= IGNORE or not all(isinstance(name, str) for name in classes):
-        raise DataError(f"{root}: 2 to {IGNORE} class names are expected, background first, not {classes}")
-    return classes
 
 
 # ---- Packing -------------------------------------------------------------------------------------
@@ -336,9 +313,8 @@ def pack(args):
         "spacing": read_spacing(args.root),
     }
     write_text(about, json.dumps(content | {"names": dataset.names, "cases": dataset.cases}))
-    print(
-        f"{array}: {len(dataset)} slices of {dataset.size[0]} x {dataset.size[1]} px, {len(set(dataset.cases))} cases"
-    )
+    size = f"{dataset.size[0]} x {dataset.size[1]}"
+    print(f"{array}: {len(dataset)} slices of {size} px; cases: {len(set(dataset.cases))}")
     return 0
 
 
@@ -346,7 +322,7 @@ def pack(args):
 
 
 def make_phantom(args):
-    """The phantom command. phantom.json holds the arguments, and says "complete" only when everything is written."""
+    """The phantom command. phantom.json has the arguments; "complete" is true once everything is written."""
     out = Path(args.out)
     about = {"cases": args.cases, "slices": args.slices, "size": args.size, "seed": args.seed}
     if (out / "phantom.json").exists():
@@ -355,9 +331,7 @@ def make_phantom(args):
             print(f"{out}: this phantom is there already")
             return 0
         if {key: there.get(key) for key in about} != about:
-            raise DataError(
-                f"{out}: holds a phantom made with other arguments ({there}); choose another folder"
-            )
+            raise DataError(f"{out}: holds a phantom with other arguments ({there}); choose another folder")
     elif out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: not empty, and not a phantom; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -365,50 +339,41 @@ def make_phantom(args):
     remove_lists(out)
 
     cases = [f"phantom{index:03d}" for index in range(args.cases)]
-    for _ in in_threads(
-        lambda index: write_phantom_case(out, cases[index], index, args), range(args.cases), "phantom"
-    ):
-        pass
+    list(in_threads(lambda case: write_phantom_case(out, case, args), cases, "phantom"))
     names = {case: [f"{case}/{index:03d}.png" for index in range(args.slices)] for case in cases}
-    lists = {split: part for split, part in zip(("train", "val", "test"), split_cases(cases))}
+    lists = dict(zip(("train", "val", "test"), split_cases(cases)))
     lists["unlabelled"] = [case for case in cases if case not in lists["val"] + lists["test"]]
     spacing = phantom_spacing(args.slices, args.size)
     write_text(out / "spacing.json", json.dumps({case: spacing for case in cases}, indent=1))
     write_text(out / "classes.json", json.dumps(BTCV_ORGANS, indent=1))
-    write_lists(
-        out, {split: [name for case in part for name in names[case]] for split, part in lists.items()}
-    )
+    write_lists(out, {split: sum((names[case] for case in part), []) for split, part in lists.items()})
     write_text(out / "phantom.json", json.dumps(about | {"complete": True}))
     parts = ", ".join(f"{len(part)} {split}" for split, part in lists.items())
     print(f"{out}: {args.cases} cases of {args.slices} slices of {args.size} px (cases: {parts})")
     return 0
 
 
-def write_phantom_case(out, case, index, args):
-    hu, labels = phantom_case(args.seed * 100_003 + index, args.slices, args.size)
-    for folder, values in (
-        ("images", (hu.astype(np.int32) + 1024).clip(0).astype(np.uint16)),
-        ("masks", labels),
-    ):
+def write_phantom_case(out, case, args):
+    hu, labels = phantom_case(args.seed * 100_003 + int(case[7:]), args.slices, args.size)
+    stored = (hu.astype(np.int32) + 1024).clip(0).astype(np.uint16)
+    for folder, values in (("images", stored), ("masks", labels)):
         (out / folder / case).mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(values):
             write_png(out / folder / case / f"{number:03d}.png", image)
 
 
 def show(args):
-    """The show command: evenly spaced slices of a list with their mask outlines, or pairs of views, on one page."""
+    """The show command: evenly spaced slices of a list with mask outlines, or pairs of views, on one page."""
     dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
-    chosen = (
-        np.linspace(0, len(dataset) - 1, min(args.count or (5 if args.views else 24), len(dataset)))
-        .round()
-        .astype(int)
-    )
+    count = min(args.count or (5 if args.views else 24), len(dataset))
+    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     intensity = Intensity(default_window(dataset.stored))
     slices = torch.stack([intensity.to_unit(dataset[index]) for index in chosen])  # (N, 1, H, W)
     captions = [dataset.names[index] for index in chosen]
-    page = (
-        show_views(slices, captions, args.seed) if args.views else show_masks(dataset, slices, captions, args)
-    )
+    if args.views:
+        page = show_views(slices, captions, args.seed)
+    else:
+        page = show_masks(dataset, slices, captions, args)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     page.save(args.out, format="PNG")
     print(f"{args.out}: {len(chosen)} of {len(dataset)} slices, {page.width} x {page.height} px")
@@ -426,19 +391,21 @@ def show_views(slices, captions, seed):
 
 
 def show_masks(dataset, slices, captions, args):
-    """A slice whose mask exists gets its outlines; classes without a name in classes.json are called by number."""
-    masks = split_folder(args.root, args.list, args.masks)
+    """A slice whose mask exists gets its outlines; without classes.json the classes are called by number."""
+    folder = split_folder(args.root, args.list, args.masks)
     tiles, highest = [], 0
     for image, name in zip(slices[:, 0], captions):
-        path = mask_path(masks, name)
-        mask = np.zeros(dataset.size, np.uint8)
-        if path.exists():
-            own = torch.from_numpy(read_mask(path).astype(np.float32))
-            mask = fit(own, dataset.size, 0, nearest=True).numpy().astype(np.uint8)
-        highest = max([highest, *mask[mask != IGNORE].tolist()])
+        path = mask_path(folder, name)
+        own = (
+            torch.from_numpy(read_mask(path))
+            if path.exists()
+            else torch.zeros(dataset.size, dtype=torch.uint8)
+        )
+        mask = fit(own, dataset.size, 0, nearest=True).numpy()
+        highest = max(highest, mask[mask != IGNORE].max(initial=0))
         tiles.append(outlined(image.numpy(), mask, side=256))
     named = (Path(args.root) / "classes.json").exists()
-    names = class_names(args.root, None if named else highest + 1) if highest else ()
+    names = class_names(args.root, None if named else int(highest) + 1) if highest else ()
     return contact_sheet(tiles, captions, names)
 
 

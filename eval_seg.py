@@ -4,57 +4,31 @@
     python eval_seg.py --config configs/finetune.yaml encoder=runs/x/encoder.pth     # all trained, DeepLabv3+
     torchrun --nproc_per_node=8 eval_seg.py --config configs/btcv_finetune.yaml encoder=runs/x/encoder.pth
     python eval_seg.py --config configs/linear.yaml --predict ct.nii.gz --out pred   # by the model in run.out
-    python eval_seg.py --compare runs/x-linear runs/x-finetune runs/random-linear    # one table of several
-    runs
+    python eval_seg.py --compare runs/x-linear runs/x-finetune runs/random-linear    # one table
 
 An evaluation leaves in run.out: config.yaml, metrics.jsonl, model.pth (the best on the validation cases, with
 all that --predict needs), results.json, cases.csv and predictions.png. The same command again prints its
-table.
-One started again after a stop goes on from the last validation.
+table; after a stop it goes on from the last validation.
 
 Under torchrun a batch is divided among the processes and gradients are averaged; BatchNorm normalises each
-process's share (no SyncBatchNorm: a share of 4 or more crops is enough for it), cases are divided for
-scoring.
+process's share (no SyncBatchNorm: shares of 4 crops and more do without). Cases are divided for scoring.
 """
 
 import argparse
 import hashlib
 import json
-import re
-from dataclasses import asdict, dataclass
+import math
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
-import metrics
 import report
-from data import (
-    DataError,
-    Intensity,
-    SegmentationAugment,
-    SegmentationDataset,
-    class_names,
-    default_window,
-    read_volume,
-    write_labels,
-)
+from data import DataError, Intensity, SegmentationAugment, SegmentationDataset, class_names, default_window
 from losses import effective_rank, segmentation_loss
-from layout import read_stored, write_png
-from models import (
-    DeepLabV3Plus,
-    Encoder,
-    LinearDecoder,
-    WeightsError,
-    load_encoder_weights,
-    read_weights,
-    upsample,
-)
+from models import Encoder, WeightsError, load_encoder_weights, read_weights
 from runtime import (
     Config,
     ConfigError,
@@ -62,6 +36,7 @@ from runtime import (
     Process,
     check,
     check_choice,
+    check_fraction,
     check_positive,
     check_range,
     config_errors,
@@ -73,51 +48,63 @@ from runtime import (
     save_checkpoint,
     start_process,
     write_whole,
-    written_whole,
+)
+from segmenter import (
+    Batches,
+    Description,
+    at_size,
+    build_model,
+    chunks,
+    frozen_features,
+    network_input,
+    predict,
+    save_model,
 )
 
 DEFAULTS = """
 seed: 0
-mode: linear                # linear: frozen encoder, linear decoder | finetune: DeepLabv3+, everything
-trained encoder: null               # path of encoder.pth or another checkpoint, torchvision:PATH, or random
-label_fraction: 1.0         # share of the training cases; smaller ones are subsets of larger ones (same seed)
-cache: auto                 # linear: keep the frozen features in memory: on, off, auto = if they fit cache_gb
-cache_gb: 4.0               # GiB run:
-  out: runs/eval            # folder of this run
+mode: linear                # linear: frozen encoder, linear decoder | finetune: DeepLabv3+, all trained
+encoder: null               # path of encoder.pth or another checkpoint, torchvision:PATH, or random
+label_fraction: 1.0         # share of the training cases; smaller ones are subsets of larger ones
+cache: auto                 # linear: compute the features once: on | off | auto, if they fit cache_gb
+cache_gb: 4.0               # GiB of memory for features
+run:
+  out: runs/eval            # folder of the results
   device: auto              # auto | cpu | cuda
-  precision: auto           # auto (bf16 on GPUs that have it) | fp32 | bf16
-  compile: false            # torch.compile
-  deterministic: false      # deterministic algorithms on GPUs, slower
+  precision: auto           # auto | fp32 | bf16; auto: bf16 where a GPU has it
+  compile: false            # torch.compile: minutes at the start, some percent faster then
+  deterministic: false      # the same bits on the same GPU, slower; a CPU run always gives the same bits
 data:
-  root: null                # folder of the data set
-  images: images            # folders below root; {split} stands for the list's name without .txt
+  root: null                # the data set's folder
+  images: images            # folders below root; {split} is the list's name
   masks: masks
   train: train.txt
-  val: val.txt              # null: the last model is used instead of the best one
+  val: val.txt              # chooses the best model; null: the last one is taken
   test: test.txt
-  classes: null             # number of classes or their names, background first; null: classes.json beside
-  the lists size: null                # px, side of the training crops of finetune; null: the slices' own;
-  linear: whole slices window: auto              # HU, [low, high]; null = stored values unscaled; auto = the
-  encoder's own, else -160..240 hu_offset: 1024           # HU = value of a 16-bit PNG minus this mean: null
-  # of windowed values; null = the encoder's own, else 0.5 std: null                 # null = the encoder's
-  own, else 0.25 workers: 2                # reading processes per training process
-augment:                    # finetune only, see augment.SegmentationAugment
+  classes: null             # number of classes, or names, background first; null: classes.json below root
+  size: null                # finetune: side of the training crops, px; null: the slices' size
+  window: auto              # [low, high] HU; null: unscaled; auto: the encoder's, else [-160, 240]
+  hu_offset: 1024           # HU = 16-bit value - hu_offset
+  mean: null                # of the windowed values; null: the encoder's, else 0.5
+  std: null                 # null: the encoder's, else 0.25
+  workers: 2                # reading processes for each training process
+augment:                    # finetune; see augment.SegmentationAugment
   scale: [0.5, 2.0]
-  flip: 0.0                 # organs have sides
+  flip: 0.0                 # probability; 0 because organs have sides
   brightness: 0.1
   contrast: 0.1
   gamma: 0.1
   noise: 0.02
 model:
-  arch: null                # resnet18 | resnet34 | resnet50 | resnet101; null = the encoder's own, else
-  resnet50 in_channels: 1            # 3: the slice three times; a checkpoint with the other number is
-  converted output_stride: 8          # 8 | 16 | 32
-optim:                      # SGD with momentum 0.9, lr falls as (1 - step / steps) ** 0.9
+  arch: null                # resnet18 | resnet34 | resnet50 | resnet101; null: the encoder's, else resnet50
+  in_channels: 1            # 3: the slice three times
+  output_stride: 8          # 8 | 16 | 32
+optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9
   steps: 2000
-  batch_size: 16            # slices per step, over all processes
+  batch_size: 16            # slices a step, over all processes
   lr: 0.05
-  encoder_lr_factor: 1.0    # finetune: the encoder's lr relative to the decoder's
-  weight_decay: 1e-4
+  encoder_lr_factor: 1.0    # finetune: the encoder's lr over the decoder's
+  weight_decay: 0.0001
 eval:
   every: 200                # steps between validations
 log:
@@ -125,6 +112,7 @@ log:
 """
 
 NULLABLE = {
+    "cache": (str, bool),
     "encoder": str,
     "data.root": str,
     "data.val": str,
@@ -135,37 +123,35 @@ NULLABLE = {
     "data.std": float,
     "model.arch": str,
 }
-# Keys that may differ between a run and its repetition, since they do not decide what is computed.
+# What may differ when a run is repeated in its folder: none of it decides what is computed.
 FREE_KEYS = ("run.out", "run.device", "run.compile", "data.workers", "cache", "log.")
-PICTURE_CASES = 4
-RANK_SLICES = 2048  # at most so many validation slices for the effective rank
-RANK_POSITIONS = 8192  # at most so many dense feature vectors
+PHOTOMETRIC = ("brightness", "contrast", "gamma", "noise")
+RANK_SLICES, RANK_POSITIONS = 2048, 4096  # the effective rank looks at no more slices and feature vectors
 
 
 def check_config(cfg: Config) -> None:
-    """Everything that is impossible whatever the data; raises ConfigError."""
-    for name in ("encoder", "data.root"):
-        check(cfg, name, cfg.flat()[name] is not None, "a path" + " or random" * (name == "encoder"))
+    """Everything that is impossible whatever the data is; raises ConfigError."""
     check_choice(cfg, "mode", ("linear", "finetune"))
+    cfg["cache"] = {True: "on", False: "off"}.get(cfg.cache, cfg.cache)  # YAML reads on and off as truth values
     check_choice(cfg, "cache", ("auto", "on", "off"))
     check_choice(cfg, "run.device", ("auto", "cpu", "cuda"))
     check_choice(cfg, "run.precision", ("auto", "fp32", "bf16"))
     check_positive(cfg, "label_fraction", "cache_gb", "model.in_channels", "eval.every", "log.every")
     check_positive(cfg, "optim.steps", "optim.batch_size", "optim.lr", "optim.encoder_lr_factor")
-    check(cfg, "label_fraction", cfg.label_fraction <= 1, "a value above 0, up to 1")
-    check(cfg, "seed", cfg.seed >= 0, "0 or more")
-    check(cfg, "data.workers", cfg.data.workers >= 0, "0 or more")
-    check(cfg, "data.size", cfg.data.size is None or cfg.data.size > 0, "px or null")
-    check(cfg, "data.std", cfg.data.std is None or cfg.data.std > 0, "a value above 0 or null")
-    check(cfg, "optim.weight_decay", cfg.optim.weight_decay >= 0, "0 or more")
-    check(cfg, "augment.scale", cfg.augment.scale[:1] > [0], "[low, high], both above 0")
+    check_fraction(cfg, "label_fraction", "augment.flip")
+    check(cfg, "seed", 0 <= cfg.seed < 2**31, "0 to 2147483647")
+    for name in ("data.workers", "optim.weight_decay", *(f"augment.{n}" for n in PHOTOMETRIC)):
+        check(cfg, name, cfg.flat()[name] >= 0, "0 or more")
     check_range(cfg, "augment.scale")
+    check(cfg, "augment.scale", cfg.augment.scale[0] > 0, "[low, high], both above 0")
+    check(cfg, "data.size", cfg.data.size is None or cfg.data.size > 0, "px, or null")
+    check(cfg, "data.std", cfg.data.std is None or cfg.data.std > 0, "a value above 0, or null")
     if isinstance(cfg.data.window, list):
         check_range(cfg, "data.window")
     else:
         check(cfg, "data.window", cfg.data.window in (None, "auto"), "[low, high], auto or null")
     if isinstance(cfg.data.classes, int):
-        check(cfg, "data.classes", 2 <= cfg.data.classes <= 255, "2 to 255 classes, background included")
+        check(cfg, "data.classes", 2 <= cfg.data.classes <= 255, "2 to 255, the background included")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -201,9 +187,9 @@ def agreed(cfg: Config, name: str, facts: dict):
     given = cfg[section][key]
     if key not in facts:
         return given
-    if given not in (None, "auto") or (given is None and key == "window"):
-        if given != facts[key]:
-            raise ConfigError(f"{name}: {given!r} contradicts {facts[key]!r} of {encoder_path(cfg)}")
+    left_open = "auto" if key == "window" else None
+    if given not in (left_open, facts[key]):
+        raise ConfigError(f"{name}: {given!r} contradicts {facts[key]!r} of {encoder_path(cfg)}")
     return facts[key]
 
 
@@ -228,148 +214,6 @@ def build_encoder(cfg: Config, facts: dict, process: Process) -> Encoder:
     return encoder
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The models
-# ---------------------------------------------------------------------------------------------------------
-
-
-class LinearProbe(nn.Module):
-    """A frozen encoder, always in evaluation mode, and a linear decoder on its layer4."""
-
-    def __init__(self, encoder: Encoder, num_classes: int):
-        super().__init__()
-        self.encoder = encoder.requires_grad_(False)
-        self.decoder = LinearDecoder(encoder.channels["layer4"], num_classes)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.encoder.eval()
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, C, H, W) -> logits (N, K, h, w) at the encoder's output stride."""
-        return self.decoder(frozen_features(self.encoder, images))
-
-
-@torch.no_grad()
-def frozen_features(encoder: Encoder, images: Tensor) -> Tensor:
-    """layer4 (N, D, h, w) of normalised images (N, C, H, W)."""
-    return encoder(images)["layer4"].contiguous()
-
-
-@dataclass
-class Description:
-    """What it takes to rebuild and use a trained model; stands in model.pth beside the weights."""
-
-    mode: str
-    arch: str
-    in_channels: int
-    output_stride: int
-    classes: list[str]
-    normalisation: dict
-    stored: str  # "hu" or "uint8", the values that it takes
-
-
-def build_model(about: Description, encoder: Encoder, process: Process) -> nn.Module:
-    build = LinearProbe if about.mode == "linear" else DeepLabV3Plus
-    model = build(encoder, len(about.classes))
-    return model.to(process.device, memory_format=torch.channels_last)
-
-
-def save_model(path: Path, model: nn.Module, about: Description) -> None:
-    with written_whole(path) as file:
-        torch.save({"about": asdict(about), "state": model.state_dict()}, file)
-
-
-def load_model(path: Path, process: Process) -> tuple[nn.Module, Description]:
-    """Raises ConfigError if there is none, WeightsError if the file is damaged."""
-    if not path.is_file():
-        raise ConfigError(f"run.out: no trained model in {path.parent} (model.pth); evaluate there first")
-    content = read_weights(path)
-    try:
-        about = Description(**content["about"])
-        encoder = Encoder(about.arch, about.in_channels, output_stride=about.output_stride)
-        model = build_model(about, encoder, process)
-        model.load_state_dict(content["state"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise WeightsError(f"{path}: not a model of this program, or damaged") from None
-    return model.eval(), about
-
-
-def network_input(unit: Tensor, intensity: Intensity, in_channels: int) -> Tensor:
-    """Windowed images (N, 1, H, W) -> what the network sees, (N, in_channels, H, W) channels_last."""
-    images = intensity.normalise(unit).expand(-1, in_channels, -1, -1)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def at_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits (N, K, h, w) upsampled bilinearly to (N, K, H, W) in float32."""
-    return logits.float() if logits.shape[2:] == size else upsample(logits.float(), size)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Batches of slices, or of their frozen features
-# ---------------------------------------------------------------------------------------------------------
-
-
-class Batches:
-    """Batches of the chosen slices of a data set, as the trained part of the model takes them.
-
-    Args:
-        positions: the slices that take part; slice i below is dataset[positions[i]].
-        prepare: turns images (n, 1, H, W), stored values on the device, into that: windowed or normalised
-            images, or frozen features.
-    """
-
-    def __init__(self, dataset, positions: list[int], prepare, cfg: Config, process: Process):
-        self.dataset, self.positions, self.prepare, self.process = dataset, positions, prepare, process
-        self.workers, self.batch_size = cfg.data.workers, cfg.optim.batch_size
-        self.inputs = self.masks = None
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def of(self, plan: list[list[int]]):
-        """For each list of slices in the plan: inputs, and masks (n, H, W) on the device."""
-        if self.inputs is not None:
-            for rows in plan:
-                yield self.inputs[rows], self.masks[rows]
-            return
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=[[self.positions[i] for i in rows] for rows in plan],
-            num_workers=min(self.workers, len(plan)),
-            pin_memory=self.process.device.type == "cuda",
-        )
-        for images, masks in loader:
-            device = self.process.device
-            yield self.prepare(images.to(device, non_blocking=True)), masks.to(device, non_blocking=True)
-
-    def in_order(self) -> list[list[int]]:
-        """The plan of all slices, one after the other."""
-        return chunks(list(range(len(self))), self.batch_size)
-
-    def bytes(self) -> int:
-        """The memory that `keep` would take, in bytes."""
-        one, mask = next(self.of([[0]]))
-        return len(self) * (one.nbytes + mask.numel())
-
-    def keep(self, desc: str) -> None:
-        """Compute the inputs of all slices once and hold them in memory."""
-        inputs = masks = None
-        plan = self.in_order()
-        for rows, (some, mask) in zip(plan, progress(self.process, desc, self.of(plan), len(plan))):
-            if inputs is None:
-                inputs = some.new_empty(len(self), *some.shape[1:])
-                masks = mask.new_empty(len(self), *mask.shape[1:], dtype=torch.uint8)
-            inputs[rows], masks[rows] = some, mask.to(torch.uint8)
-        self.inputs, self.masks = inputs, masks
-
-
-def chunks(rows: list, size: int) -> list[list]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
 def training_rows(step: int, count: int, cfg: Config, process: Process) -> list[int]:
     """This process's share of the slices of a step: the global batch depends on (seed, step) only.
 
@@ -381,19 +225,18 @@ def training_rows(step: int, count: int, cfg: Config, process: Process) -> list[
     return [epoch_order(cfg.seed, at // count, count)[at % count] for at in range(first, first + share)]
 
 
+def generator(seed: int, number: int) -> torch.Generator:
+    """A CPU generator for a pair of numbers, such as seed and step."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
     return torch.randperm(count, generator=generator(seed, epoch)).tolist()
 
 
-def generator(seed: int, number: int) -> torch.Generator:
-    """A CPU generator for the pair, e.g. of seed and step."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
-
-
 def training_positions(dataset, fraction: float, seed: int) -> list[int]:
-    """The slices of a share of the cases (at least one): the first ones of a seeded order, so subsets
-    nest."""
+    """The slices of a share of the cases, at least one: the first of a seeded order, so that shares nest."""
     cases = sorted(set(dataset.cases))
     order = torch.randperm(len(cases), generator=generator(seed, 0)).tolist()
     chosen = {cases[i] for i in order[: max(1, round(fraction * len(cases)))]}
@@ -405,8 +248,8 @@ def training_positions(dataset, fraction: float, seed: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config, process: Process, model: nn.Module, batches: Batches, augment, validate, keep):
-    """Train the decoder of a LinearProbe, or all of a DeepLabV3Plus; returns the best validation Dice.
+def train(cfg: Config, process: Process, trained: nn.Module, batches: Batches, augment, validate, keep):
+    """Train the decoder of a LinearProbe, or a whole DeepLabV3Plus; returns the best validation Dice.
 
     Args:
         augment: (inputs, masks, step) -> inputs, masks.
@@ -414,9 +257,8 @@ def train(cfg: Config, process: Process, model: nn.Module, batches: Batches, aug
         keep: () -> None, called when the model is the best so far.
     """
     folder = Path(cfg.run.out)
-    trained = model.decoder if cfg.mode == "linear" else model
     optimizer = torch.optim.SGD(
-        parameter_groups(cfg, model), momentum=0.9, weight_decay=cfg.optim.weight_decay
+        parameter_groups(cfg, trained), momentum=0.9, weight_decay=cfg.optim.weight_decay
     )
     start, best = 0, None
     if state := load_checkpoint(folder):
@@ -429,12 +271,13 @@ def train(cfg: Config, process: Process, model: nn.Module, batches: Batches, aug
     if process.world > 1:
         network = DistributedDataParallel(network)
 
-    model.train()
+    trained.train()
     losses = []
     steps = range(start, cfg.optim.steps)
     plan = [training_rows(step, len(batches), cfg, process) for step in steps]
     bar = progress(process, f"training ({cfg.mode})", steps, cfg.optim.steps, start)
     for step, (inputs, masks) in zip(bar, batches.of(plan)):
+        torch.manual_seed(cfg.seed * 1_000_003 + step * process.world + process.rank)  # for dropout
         inputs, masks = augment(inputs, masks, step)
         with process.autocast():
             logits = network(inputs)  # (n, K, h, w)
@@ -447,167 +290,40 @@ def train(cfg: Config, process: Process, model: nn.Module, batches: Batches, aug
         losses.append(loss.detach())
 
         done, row = step + 1, {}
-        if done % cfg.log.every == 0 or done == cfg.optim.steps:
+        last = done == cfg.optim.steps
+        if last or done % cfg.log.every == 0:
             row = {"step": done, "loss": mean_loss(losses, done), "lr": optimizer.param_groups[-1]["lr"]}
             losses = []
-            bar.set_postfix(loss=f"{row['loss']:.3f}", dice=f"{100 * best:.1f}" if best else "-")
-        if done % cfg.eval.every == 0 or done == cfg.optim.steps:
-            row |= {"step": done, "val_dice": (dice := validate())}
+            bar.set_postfix(loss=f"{row['loss']:.3f}", val_dice=report.percent(best))
+        if last or done % cfg.eval.every == 0:
+            dice = validate()
+            trained.train()
+            row |= {"step": done, "val_dice": dice}
             if dice is None or best is None or dice > best:
                 best = dice
                 keep()
-            if process.is_main and done < cfg.optim.steps:
+            if process.is_main and not last:
                 state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
                 save_checkpoint(folder, state | {"step": done, "best": best})
-            model.train()
         if row:
             log.write(row)
     return best
 
 
-def parameter_groups(cfg: Config, model: nn.Module) -> list[dict]:
-    """Linear: the decoder. Finetune: the encoder at its own rate, then the rest."""
-    if cfg.mode == "linear":
-        groups = [(model.decoder.parameters(), 1.0)]
-    else:
-        rest = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
-        groups = [(model.encoder.parameters(), cfg.optim.encoder_lr_factor), (rest, 1.0)]
-    rates = [(list(parameters), cfg.optim.lr * factor) for parameters, factor in groups]
-    return [{"params": parameters, "lr": lr, "initial_lr": lr} for parameters, lr in rates]
+def parameter_groups(cfg: Config, trained: nn.Module) -> list[dict]:
+    """The encoder, if it is trained, at its own rate; then everything else."""
+    encoder = [p for name, p in trained.named_parameters() if name.startswith("encoder.")]
+    others = [p for name, p in trained.named_parameters() if not name.startswith("encoder.")]
+    groups = [(encoder, cfg.optim.lr * cfg.optim.encoder_lr_factor), (others, cfg.optim.lr)]
+    return [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
 
 
 def mean_loss(losses: list[Tensor], step: int) -> float:
-    """Raises ConfigError if training has diverged. (The copy to the CPU waits for the device; once a log
-    line.)"""
+    """Mean since the last log line (waits for the device); ConfigError if training has diverged."""
     value = float(torch.stack(losses).mean())
-    if not np.isfinite(value):
+    if not math.isfinite(value):
         raise ConfigError(f"optim.lr: the loss is {value} at step {step}; a lower rate may help")
     return value
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Scoring
-# ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class CaseScore:
-    """What is known of one case: counts (K, 3) as metrics.dice_counts gives them, HD95 in mm per class."""
-
-    counts: Tensor
-    hd95: list[float | None]
-    shown: tuple[int, np.ndarray] | None  # the slice for the picture and its prediction, common size
-
-
-@torch.no_grad()
-def score(model, batches: Batches, classes, process: Process, desc: str, full=False) -> dict[str, CaseScore]:
-    """Segment all slices of all cases and compare with the masks, each on its own grid.
-
-    Cases are divided among the processes; every process gets all results. `full`: HD95 and pictures too.
-    """
-    dataset = batches.dataset
-    own = sorted(set(dataset.cases))[process.rank :: process.world]
-    slices = {case: [] for case in own}
-    for i, position in enumerate(batches.positions):
-        if dataset.cases[position] in slices:
-            slices[dataset.cases[position]].append(i)
-    model.eval()
-    scores = {}
-    total = sum(len(rows) for rows in slices.values())
-    with progress(process, desc, total=total) as bar:
-        for case, rows in slices.items():
-            rows.sort(key=lambda i: natural_order(dataset.names[batches.positions[i]]))
-            plan = chunks(rows, batches.batch_size)
-            predictions = []
-            for inputs, masks in batches.of(plan):
-                with process.autocast():
-                    logits = model(inputs)
-                predictions.append(at_size(logits, masks.shape[1:]).argmax(1).to(torch.uint8).cpu())
-                bar.update(len(inputs))
-            positions = [batches.positions[i] for i in rows]
-            scores[case] = score_case(dataset, case, positions, torch.cat(predictions), len(classes), full)
-    if process.world > 1:
-        parts = [None] * process.world
-        dist.all_gather_object(parts, scores)
-        scores = {case: part[case] for part in parts for case in part}
-    return dict(sorted(scores.items()))
-
-
-def score_case(
-    dataset, case: str, positions: list[int], predictions: Tensor, classes: int, full: bool
-) -> CaseScore:
-    """One case from the predictions (n, H, W) of its slices, given from the first to the last slice."""
-    truths = [torch.from_numpy(dataset.own_mask(position)) for position in positions]
-    own = [torch.as_tensor(dataset.to_own_grid(p.numpy(), at)) for p, at in zip(predictions, positions)]
-    counts = sum(metrics.dice_counts(p, truth, classes) for p, truth in zip(own, truths))
-    distances, shown = [None] * classes, None
-    if full:
-        spacing = dataset.spacing(case)
-        if spacing and len({truth.shape for truth in truths}) == 1:
-            distances = organ_distances(torch.stack(own), torch.stack(truths), spacing, classes)
-        labelled = [i for i, truth in enumerate(truths) if ((truth > 0) & (truth != metrics.IGNORE)).any()]
-        middle = labelled[len(labelled) // 2] if labelled else len(truths) // 2
-        shown = positions[middle], predictions[middle].numpy()
-    return CaseScore(counts, distances, shown)
-
-
-def organ_distances(prediction: Tensor, truth: Tensor, spacing, classes: int) -> list[float | None]:
-    """HD95 in mm of each class of two volumes (S, H, W); background, which nobody asks for, stays None."""
-    counted = truth != metrics.IGNORE
-    pairs = ((counted & (prediction == organ), truth == organ) for organ in range(1, classes))
-    return [None] + [metrics.hd95(*pair, spacing) for pair in pairs]
-
-
-def natural_order(name: str) -> list:
-    """Sorts slice10 after slice9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def mean_dice(scores: dict[str, CaseScore]) -> float | None:
-    """Over cases, then over organs, without background."""
-    cases = {case: dict(enumerate(metrics.case_dice(one.counts)[1:])) for case, one in scores.items()}
-    return metrics.mean_or_none(metrics.mean_over_cases(cases).values())
-
-
-def summary(scores: dict[str, CaseScore], classes: list[str]) -> dict:
-    """The figures of results.json."""
-    organs = classes[1:]
-    cases = {case: dict(zip(organs, metrics.case_dice(one.counts)[1:])) for case, one in scores.items()}
-    distances = {case: dict(zip(organs, one.hd95[1:])) for case, one in scores.items()}
-    dice, hd95 = metrics.mean_over_cases(cases), metrics.mean_over_cases(distances)
-    whole = metrics.dataset_dice(sum(one.counts for one in scores.values()))
-    return {
-        "mean_dice": metrics.mean_or_none(dice.values()),
-        "dice": dice,
-        "cases": cases,
-        "dataset_dice": whole | {"classes": dict(zip(classes, whole["classes"]))},
-        "hd95": metrics.mean_or_none(hd95.values()),
-        "hd95_organs": hd95,
-        "hd95_cases": distances,
-    }
-
-
-@torch.no_grad()
-def effective_ranks(batches: Batches) -> dict[str, float | int]:
-    """Effective rank of the frozen encoder's features, one process's work, from batches of (n, D, h, w).
-
-    pooled: of the slices' mean vectors; dense: of single positions, a seeded sample, the same number a slice.
-    """
-    count = len(batches)
-    rows = [count * i // min(count, RANK_SLICES) for i in range(min(count, RANK_SLICES))]
-    pooled, dense = [], []
-    plan = chunks(rows, batches.batch_size)
-    for features, _ in progress(batches.process, "effective rank", batches.of(plan), len(plan)):
-        vectors = features.float().flatten(2).mT.cpu()  # (n, h w, D)
-        pooled.append(vectors.mean(dim=1))
-        per_slice = max(1, RANK_POSITIONS // len(rows))
-        chosen = torch.randperm(vectors.shape[1], generator=generator(0, len(dense)))[:per_slice]
-        dense.append(vectors[:, chosen].flatten(0, 1))
-    return {
-        "pooled": effective_rank(torch.cat(pooled)),
-        "dense": effective_rank(torch.cat(dense)),
-        "slices": len(rows),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -617,35 +333,38 @@ def effective_ranks(batches: Batches) -> dict[str, float | int]:
 
 def evaluate(cfg: Config, process: Process) -> None:
     """Train on the labelled cases, keep the best model on the validation cases, score the test cases."""
-    check_config(cfg)
-    check_batch(cfg, process)
+    for name in ("encoder", "data.root"):
+        check(cfg, name, cfg.flat()[name], "a path (for the encoder also: random)")
+    wanted = f"a multiple of the {process.world} processes"
+    check(cfg, "optim.batch_size", cfg.optim.batch_size % process.world == 0, wanted)
     folder = Path(cfg.run.out)
     if results := finished(cfg, folder):
         process.say(f"{folder}: finished already\n{report.organ_table(results)}")
         return
+
     torch.manual_seed(cfg.seed)
-    facts = encoder_facts(encoder_path(cfg))
     classes = class_names(cfg.data.root, cfg.data.classes)
-    sets = {
-        split: open_set(cfg, split, len(classes)) for split in ("train", "val", "test") if cfg.data[split]
-    }
+    sets = open_sets(cfg, len(classes))
+    facts = encoder_facts(encoder_path(cfg))
     intensity = normalisation(cfg, facts, sets["train"].stored)
     encoder = build_encoder(cfg, facts, process)
     about = Description(
-        cfg.mode, encoder.arch, encoder.in_channels, encoder.output_stride, classes, intensity.as_dict(),
-        sets["train"].stored,
-    )  # fmt: skip
-    model = build_model(about, encoder, process)
-    positions = training_positions(sets["train"], cfg.label_fraction, cfg.seed)
-    slices = f"at most the {len(positions)} training slices"
-    check(cfg, "optim.batch_size", cfg.optim.batch_size <= len(positions), slices)
-    folder = make_run_folder(folder, process)
+        mode=cfg.mode,
+        arch=encoder.arch,
+        in_channels=encoder.in_channels,
+        output_stride=encoder.output_stride,
+        classes=classes,
+        normalisation=intensity.as_dict(),
+        stored=sets["train"].stored,
+    )
+    model = build_model(about, encoder, process).eval()
+    positions = {split: list(range(len(dataset))) for split, dataset in sets.items()}
+    positions["train"] = training_positions(sets["train"], cfg.label_fraction, cfg.seed)
+    wanted = f"at most the {len(positions['train'])} training slices"
+    check(cfg, "optim.batch_size", cfg.optim.batch_size <= len(positions["train"]), wanted)
+    make_run_folder(folder, process)
     if process.is_main:
         cfg.save(folder / "config.yaml")
-
-    # What the trained part of the model takes: frozen features, or images (augmented before normalisation).
-    linear = cfg.mode == "linear"
-    trained = model.decoder if linear else model
 
     def to_images(stored: Tensor) -> Tensor:
         return network_input(intensity.to_unit(stored), intensity, encoder.in_channels)
@@ -654,51 +373,37 @@ def evaluate(cfg: Config, process: Process) -> None:
         with process.autocast():
             return frozen_features(encoder, to_images(stored))
 
-    def augment(inputs: Tensor, masks: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        if linear:
-            return inputs, masks
-        numbers, share = generator(cfg.seed, step), len(inputs)
-        inputs, masks = crops(inputs, masks, numbers, process.rank * share, process.world * share)
-        return network_input(inputs, intensity, encoder.in_channels), masks
+    def batches_of(split: str, prepare) -> Batches:
+        return Batches(sets[split], positions[split], prepare, cfg, process)
 
-    crops = SegmentationAugment(cfg.data.size or sets["train"].size, **cfg.augment)
-    everything = {split: list(range(len(dataset))) for split, dataset in sets.items()} | {"train": positions}
-    prepared = {"train": to_features if linear else intensity.to_unit}
-    batches = {
-        split: Batches(
-            dataset,
-            everything[split],
-            prepared.get(split, to_features if linear else to_images),
-            cfg,
-            process,
-        )
-        for split, dataset in sets.items()
-    }
-    model.eval()
-    if linear:
-        keep_features(cfg, [batches[split] for split in ("train", "val") if split in batches], process)
+    # The linear decoder takes frozen features, the fine-tuned model images: augmented, then normalised.
+    if cfg.mode == "linear":
+        trained, augment = model.decoder, no_augmentation
+        batches = {split: batches_of(split, to_features) for split in sets}
+        keep_features(cfg, [batches[split] for split in ("train", "val") if split in sets], process)
+    else:
+        trained, augment = model, crop_augmentation(cfg, sets["train"].size, intensity, encoder, process)
+        batches = {split: batches_of(split, to_images) for split in sets}
+        batches["train"] = batches_of("train", intensity.to_unit)
     if process.is_main:
         split = "val" if "val" in sets else "train"
-        frozen = (
-            batches[split] if linear else Batches(sets[split], everything[split], to_features, cfg, process)
-        )
-        ranks = effective_ranks(frozen)
+        ranks = effective_ranks(batches[split] if cfg.mode == "linear" else batches_of(split, to_features))
 
     def validate() -> float | None:
-        if "val" not in batches:
+        if "val" not in sets:
             return None
-        return mean_dice(score(trained, batches["val"], classes, process, "validation"))
+        return report.mean_dice(report.score(trained, batches["val"], process, "validation"))
 
-    def keep_best() -> None:
+    def keep() -> None:
         if process.is_main:
             save_model(folder / "model.pth", model, about)
 
-    best = train(cfg, process, model, batches["train"], augment, validate, keep_best)
+    best = train(cfg, process, trained, batches["train"], augment, validate, keep)
     process.barrier()
     model.load_state_dict(read_weights(folder / "model.pth")["state"])
-    scores = score(trained, batches["test"], classes, process, "test cases", full=True)
+    scores = report.score(trained, batches["test"], process, "test cases", full=True)
     if process.is_main:
-        results = summary(scores, classes) | {
+        results = report.summary(scores, classes) | {
             "val_dice": best,
             "effective_rank": ranks,
             "encoder": cfg.encoder,
@@ -708,20 +413,17 @@ def evaluate(cfg: Config, process: Process) -> None:
             "label_fraction": cfg.label_fraction,
             "config": cfg.plain(),
         }
-        draw_predictions(folder / "predictions.png", sets["test"], scores, intensity, classes)
+        report.draw_predictions(folder / "predictions.png", sets["test"], scores, intensity, classes)
         write_whole(folder / "cases.csv", report.cases_csv(results))
-        write_whole(folder / "results.json", json.dumps(results, indent=1))
+        write_whole(
+            folder / "results.json", json.dumps(results, indent=1)
+        )  # last: it marks the run as finished
         for name in ("checkpoint.pth", "checkpoint.pth.previous"):
             (folder / name).unlink(missing_ok=True)
         process.say(
-            f"{report.organ_table(results)}\n{folder}/results.json, cases.csv, predictions.png, model.pth"
+            f"{report.organ_table(results)}\n{folder}: results.json, cases.csv, predictions.png, model.pth"
         )
     process.barrier()
-
-
-def check_batch(cfg: Config, process: Process) -> None:
-    wanted = f"a multiple of the {process.world} processes"
-    check(cfg, "optim.batch_size", cfg.optim.batch_size % process.world == 0, wanted)
 
 
 def finished(cfg: Config, folder: Path) -> dict | None:
@@ -759,9 +461,18 @@ def sha256(path: Path | None) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_set(cfg: Config, split: str, num_classes: int) -> SegmentationDataset:
+def open_sets(cfg: Config, num_classes: int) -> dict[str, SegmentationDataset]:
+    """The train, val (if there is one) and test slices with their masks."""
     data = cfg.data
-    return SegmentationDataset(data.root, data[split], data.images, data.masks, data.hu_offset, num_classes)
+    lists = {"train": data.train, "val": data.val, "test": data.test}
+    folders = (data.images, data.masks, data.hu_offset, num_classes)
+    sets = {split: SegmentationDataset(data.root, file, *folders) for split, file in lists.items() if file}
+    for split, dataset in sets.items():
+        if dataset.stored != sets["train"].stored:
+            raise DataError(
+                f"{lists[split]}: {dataset.stored} slices, those of {data.train} are {sets['train'].stored}"
+            )
+    return sets
 
 
 def keep_features(cfg: Config, all_batches: list[Batches], process: Process) -> None:
@@ -775,78 +486,45 @@ def keep_features(cfg: Config, all_batches: list[Batches], process: Process) -> 
         batches.keep("frozen features")
 
 
-def draw_predictions(
-    path: Path, dataset, scores: dict[str, CaseScore], intensity: Intensity, classes
-) -> None:
-    """The middle one of the labelled slices of each of the first PICTURE_CASES cases by name."""
-    rows = []
-    for one in list(scores.values())[:PICTURE_CASES]:
-        position, prediction = one.shown
-        image, truth = dataset[position]
-        unit = intensity.to_unit(image[0])
-        if intensity.window is None:
-            unit = (unit - unit.min()) / (unit.max() - unit.min()).clamp(min=1e-6)
-        rows.append((dataset.names[position], unit.numpy(), truth.numpy(), prediction))
-    with written_whole(path) as file:
-        report.prediction_page(rows, classes).save(file, format="PNG")
+def no_augmentation(inputs: Tensor, masks: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    return inputs, masks
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Prediction
-# ---------------------------------------------------------------------------------------------------------
+def crop_augmentation(
+    cfg: Config, size: tuple[int, int], intensity: Intensity, encoder: Encoder, process: Process
+):
+    """Augmented crops of windowed images, as the network takes them: a function of (seed, step)."""
+    if intensity.window is None:
+        for name in PHOTOMETRIC:
+            check(cfg, f"augment.{name}", cfg.augment[name] == 0, "0, since data.window is null")
+    crops = SegmentationAugment(cfg.data.size or size, **cfg.augment)
 
+    def augment(unit: Tensor, masks: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        share = len(unit)
+        first, total = process.rank * share, process.world * share
+        unit, masks = crops(unit, masks, generator(cfg.seed, step), first, total)
+        return network_input(unit, intensity, encoder.in_channels), masks
 
-def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
-    """Masks for a slice, a volume, or all slices and volumes below a folder, by the model in run.out.
-
-    Slices become 8-bit PNGs of the same relative names; NIfTI volumes become NIfTI on their own grid.
-    Raises ConfigError without a trained model, DataError for an input that cannot be used.
-    """
-    model, about = load_model(Path(cfg.run.out) / "model.pth", process)
-    slices, volumes = slices_and_volumes(source)
-    base = source if source.is_dir() else source.parent
-    make_run_folder(out, process)
-    own = (slices + volumes)[process.rank :: process.world]
-    for path in progress(process, "predicting", own):
-        target = out / path.relative_to(base)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path in volumes:
-            volume = read_volume(path)
-            stored = torch.from_numpy(volume.array.astype(np.float32))
-            write_labels(target, segment(model, about, stored, "hu", path, cfg, process), volume)
-        else:
-            array, kind = read_stored(path, cfg.data.hu_offset)
-            labels = segment(model, about, torch.from_numpy(array)[None], kind, path, cfg, process)
-            write_png(target.with_suffix(".png"), labels[0])
-    process.say(f"{out}: masks of {len(slices)} slices and {len(volumes)} volumes")
-
-
-def slices_and_volumes(source: Path) -> tuple[list[Path], list[Path]]:
-    """The .png and .npy files, and the .nii and .nii.gz files, of a folder (with folders in it) or of one
-    file."""
-    if not source.exists():
-        raise DataError(f"{source}: no such file or folder")
-    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    slices = [path for path in files if path.suffix.lower() in (".png", ".npy")]
-    volumes = [path for path in files if path.name.lower().endswith((".nii", ".nii.gz"))]
-    if not slices and not volumes:
-        raise DataError(f"{source}: neither slices (.png, .npy) nor volumes (.nii, .nii.gz)")
-    return slices, volumes
+    return augment
 
 
 @torch.no_grad()
-def segment(model, about: Description, stored: Tensor, kind: str, path: Path, cfg: Config, process: Process):
-    """Labels (S, H, W) uint8 of slices (S, H, W) in stored values, each slice whole."""
-    if kind != about.stored:
-        raise DataError(f"{path}: holds {kind} values, the model was trained on {about.stored} ones")
-    intensity = Intensity(**about.normalisation)
-    labels = []
-    for some in stored.split(cfg.optim.batch_size):
-        unit = intensity.to_unit(some[:, None].to(process.device))
-        with process.autocast():
-            logits = model(network_input(unit, intensity, about.in_channels))
-        labels.append(at_size(logits, some.shape[1:]).argmax(1).to(torch.uint8).cpu())
-    return torch.cat(labels).numpy()
+def effective_ranks(batches: Batches) -> dict[str, float | int]:
+    """Effective rank of the frozen encoder's features, from batches of (n, D, h, w).
+
+    pooled: of the slices' mean vectors; dense: of single positions, the same number of each slice by chance.
+    """
+    count = min(len(batches), RANK_SLICES)
+    rows = [len(batches) * i // count for i in range(count)]
+    pooled, dense = [], []
+    plan = chunks(rows, batches.batch_size)
+    for features, _ in progress(batches.process, "effective rank", batches.of(plan), len(plan)):
+        vectors = features.float().flatten(2).mT.cpu()  # (n, h w, D)
+        chosen = torch.randperm(vectors.shape[1], generator=generator(0, len(dense)))
+        pooled.append(vectors.mean(dim=1))
+        dense.append(vectors[:, chosen[: max(1, RANK_POSITIONS // count)]].flatten(0, 1))
+    ranks = {"pooled": effective_rank(torch.cat(pooled)), "dense": effective_rank(torch.cat(dense))}
+    return ranks | {"slices": count}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -874,6 +552,7 @@ def main(argv: list[str] | None = None) -> int:
     if (args.predict is None) != (args.out is None):
         raise ConfigError("--predict INPUT and --out DIR belong together")
     cfg = load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
+    check_config(cfg)
     process = start_process(cfg.run)
     try:
         if args.predict:

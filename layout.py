@@ -1,4 +1,4 @@
-"""A data set on disk: lists of slices, cases and splits, and the readers and writers of one slice and one mask.
+"""A data set on disk: readers and writers of one slice and one mask, lists, cases, splits, packed sets.
 
     root/images/CASE/SLICE.png    8- or 16-bit greyscale PNG, or .npy (H, W) int16 in HU
     root/masks/CASE/SLICE.png     8-bit PNG, pixel = class index, 255 = ignore
@@ -21,8 +21,8 @@ from tqdm import tqdm
 IGNORE = 255  # the mask value of pixels that neither train nor count
 MAX_SIDE = 16384  # px; a header that claims more is refused before any memory is allocated
 PIXELS_PER_BYTE = (
-    1032 * 8
-)  # deflate shrinks by at most 1032 to 1: a PNG that claims more pixels is damaged or hostile
+    8 * 1032
+)  # deflate shrinks by at most 1032 to 1: a PNG that claims more is damaged or hostile
 AIR = {"hu": -1024.0, "uint8": 0.0}  # what fills a slice that is brought to the common size
 SUFFIXES = (".png", ".npy")
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -37,7 +37,8 @@ class DataError(ValueError):
 
 
 def read_slice(path, hu_offset=1024):
-    """One slice as float32 (H, W), in HU: 16-bit PNG: value - hu_offset; .npy: as is. An 8-bit PNG is what it is."""
+    """One slice as float32 (H, W) in HU. 16-bit PNG: value - hu_offset; .npy: the value; 8-bit PNG: the
+    value, whatever it means."""
     return read_stored(path, hu_offset)[0]
 
 
@@ -99,9 +100,8 @@ def open_png(path, modes=("L", "I;16", "I;16B", "I"), wanted="an 8- or 16-bit gr
         raise DataError(f"{path}: {wanted} is expected, this one has mode {mode}")
     check_side(path, (image.height, image.width))
     if image.width * image.height > os.path.getsize(path) * PIXELS_PER_BYTE:
-        raise DataError(
-            f"{path}: damaged, too short for the {image.height} x {image.width} px its header claims"
-        )
+        size = f"{image.height} x {image.width}"
+        raise DataError(f"{path}: damaged, too short for the {size} px its header claims")
     return image
 
 
@@ -110,7 +110,7 @@ def decode(image, path):
         image.load()
     except Exception as error:  # damaged chunks surface as OSError, SyntaxError, struct.error, zlib.error ...
         raise DataError(f"{path}: damaged PNG ({one_line(error)})") from None
-    return np.asarray(image)
+    return np.array(image)
 
 
 def open_npy(path, ndim):
@@ -122,13 +122,9 @@ def open_npy(path, ndim):
     except Exception as error:  # numpy parses the header with ast and tokenize: many kinds of error
         raise DataError(f"{path}: damaged .npy ({one_line(error)})") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
-        raise DataError(
-            f"{path}: a .npy of numbers is expected, this one holds {getattr(array, 'dtype', type(array))}"
-        )
+        raise DataError(f"{path}: a .npy of real numbers is expected")
     if array.ndim != ndim:
-        raise DataError(
-            f"{path}: an array of {ndim} dimensions is expected, this one has shape {array.shape}"
-        )
+        raise DataError(f"{path}: {ndim} dimensions are expected, not shape {array.shape}")
     check_side(path, array.shape[-2:])
     return array
 
@@ -190,13 +186,12 @@ def read_list(path):
         raise DataError(f"{path}: the list is empty")
     for name in names:
         if name.startswith("/") or (".." in name and ".." in PurePosixPath(name).parts):
-            raise DataError(
-                f"{path}: {name!r} leads out of the data root; paths are relative to the images folder"
-            )
+            raise DataError(f"{path}: {name!r} leaves the data root; paths are relative to the images folder")
     return names
 
 
 def name_in(line):
+    line = line.removeprefix("./")
     with_suffix = re.match(r".+?\.(png|npy)(?=\s|$)", line, re.IGNORECASE)
     if with_suffix:
         return with_suffix.group()
@@ -209,8 +204,8 @@ def without_suffix(name):
 
 
 def case_of(name):
-    """The case of a slice: its parent folder, unless that is a split folder (train, val, test ...) or there is none:
-    then the file name up to its last number ("train/img0001_slice012" -> "img0001_slice")."""
+    """The case of a slice: its parent folder, unless that is a split folder (train, val, test ...) or
+    there is none: then the file name up to its last number ("train/img0001_slice012" -> "img0001_slice")."""
     folder, _, stem = without_suffix(name).rpartition("/")
     if folder and folder.rpartition("/")[2].lower() not in SPLIT_FOLDERS:
         return folder
@@ -234,7 +229,8 @@ def find_slices(folder, names):
                 present[parent] = set(os.listdir(os.path.join(folder, parent)))
             except (OSError, ValueError):
                 present[parent] = set()
-        endings = [ending for ending in ("", *SUFFIXES) if file + ending in present[parent]]
+        possible = ("",) if file.lower().endswith(SUFFIXES) else (*SUFFIXES, "")
+        endings = [ending for ending in possible if file + ending in present[parent]]
         found.append(name + endings[0] if endings else None)
     return found
 
@@ -245,7 +241,8 @@ def all_slices(folder):
     for parent, folders, files in os.walk(folder):
         folders.sort()
         relative = Path(parent).relative_to(folder)
-        names += [(relative / file).as_posix() for file in sorted(files) if file.lower().endswith(SUFFIXES)]
+        slices = (file for file in sorted(files) if file.lower().endswith(SUFFIXES) and file[0] != ".")
+        names += [(relative / file).as_posix() for file in slices]
     if not names:
         raise DataError(f"{folder}: no .png or .npy slices there")
     return names
@@ -263,24 +260,32 @@ def read_spacing(root):
         return {}
     spacings = read_json(path, dict)
     for case, spacing in spacings.items():
-        if not (
-            isinstance(spacing, list)
-            and len(spacing) == 3
-            and all(is_number(mm) and mm > 0 for mm in spacing)
-        ):
+        three = isinstance(spacing, list) and len(spacing) == 3
+        if not three or not all(isinstance(mm, int | float) and mm > 0 for mm in spacing):
             raise DataError(f"{path}: {case}: [slice, row, column] in mm is expected, not {spacing}")
     return {case: tuple(map(float, spacing)) for case, spacing in spacings.items()}
 
 
-def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def class_names(root, classes=None):
+    """The names of the classes, background first. `classes` is a list of them, or their number K
+    (background, class 1 ... class K - 1), or None: classes.json beside the lists has them."""
+    path = Path(root) / "classes.json"
+    if isinstance(classes, int):
+        classes = ["background"] + [f"class {index}" for index in range(1, classes)]
+    if classes is None:
+        if not path.exists():
+            raise DataError(f"{path}: no such file; give the classes (a number, or names from background on)")
+        classes = read_json(path, list)
+    if not 2 <= len(classes) <= IGNORE or not all(isinstance(name, str) for name in classes):
+        raise DataError(f"{path}: 2 to {IGNORE} class names are expected, background first, not {classes}")
+    return list(classes)
 
 
 # ---- Packed sets ---------------------------------------------------------------------------------
 
 
 class PackedSlices:
-    """NAME.npy (N, H, W) int16, and NAME.json with names and cases (one each a slice), stored, spacing, source."""
+    """NAME.npy (N, H, W) int16, and NAME.json with the names and cases of the slices, spacing and source."""
 
     def __init__(self, path):
         self.path = path.with_name(path.name + ".npy")
@@ -293,9 +298,7 @@ class PackedSlices:
         self.names, self.cases, self.stored = (content.get(key) for key in ("names", "cases", "stored"))
         for key in ("names", "cases"):
             if not isinstance(content.get(key), list) or len(content[key]) != len(array):
-                raise DataError(
-                    f"{about}: {key}: a list of {len(array)} is expected, one for each slice of {self.path}"
-                )
+                raise DataError(f"{about}: {key}: a list of {len(array)}, one for each slice, is expected")
         if self.stored not in AIR:
             raise DataError(f"{about}: stored: hu or uint8 is expected, not {self.stored}")
 
@@ -309,17 +312,17 @@ class PackedSlices:
 def packed_at(root):
     """The packed set that `root` names (with or without .npy or .json), or None."""
     path = Path(root)
-    if path.suffix in (".npy", ".json"):
-        path = path.with_suffix("")
-    there = not path.is_dir() and path.with_name(path.name + ".npy").is_file()
-    return PackedSlices(path) if there else None
+    if path.is_dir():
+        return None
+    path = path.with_suffix("") if path.suffix in (".npy", ".json") else path
+    return PackedSlices(path) if path.with_name(path.name + ".npy").is_file() else None
 
 
 # ---- Writing a set -------------------------------------------------------------------------------
 
 
 def split_cases(cases):
-    """60/20/20 by case in a fixed random order -> train, val, test lists; two cases make no val, one no split."""
+    """60/20/20 by case in a fixed random order -> train, val, test; of two cases none is for val."""
     count = len(cases)
     order = [cases[i] for i in np.random.default_rng(0).permutation(count)]
     held_out = max(1, round(0.2 * count)) if count > 1 else 0
@@ -329,7 +332,7 @@ def split_cases(cases):
 
 
 def write_lists(root, lists):
-    """{"train": names, ...} to root/train.txt ...; an empty one is not written, and none may be left from before."""
+    """{"train": names, ...} to root/train.txt ...; an empty list is not written."""
     for split, names in lists.items():
         if names:
             write_text(root / f"{split}.txt", "\n".join(names) + "\n")

@@ -359,7 +359,10 @@ def world_size() -> int:
 
 
 def singular_values(features: Tensor) -> Tensor:
-    """Singular values of the centred features, (N, C) -> (min(N, C),) float64, largest first; NaN if any is."""
+    """Singular values of the centred features, (N, C) -> (min(N, C),) float64, largest first.
+
+    All NaN if a feature is not finite.
+    """
     features = features.detach().double()
     if not features.isfinite().all():
         return features.new_full((min(features.shape),), torch.nan)

@@ -39,15 +39,9 @@ def dice_counts(prediction: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     for name, labels in (("prediction", prediction), ("truth", truth)):
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(f"{name} holds label {int(labels.max())}, with {num_classes} classes")
-    both = torch.bincount(truth[prediction == truth], minlength=num_classes)
-    return torch.stack(
-        [
-            both,
-            torch.bincount(prediction, minlength=num_classes),
-            torch.bincount(truth, minlength=num_classes),
-        ],
-        dim=1,
-    )
+    pairs = torch.bincount(truth * num_classes + prediction, minlength=num_classes**2)
+    confusion = pairs.view(num_classes, num_classes)  # truth by prediction
+    return torch.stack([confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)], dim=1)
 
 
 def case_dice(counts: Tensor) -> list[float | None]:

@@ -25,6 +25,7 @@ from losses import (
     IterNorm,
     Whitening,
     ZCAWhitening,
+    at_least_float32,
     contrastive_logits,
     inverse_sqrt,
     local_nce_per_image,
@@ -351,11 +352,11 @@ class MoCo(nn.Module):
             self.key(view[rows], None if points is None else points[rows])
             for rows in slices(len(view), parts)
         ]
-        projection = F.normalize(torch.cat([z.float() for z, _ in outputs]), dim=1)
+        projection = F.normalize(torch.cat([at_least_float32(z) for z, _ in outputs]), dim=1)
         everyone = unpermute(gather(projection), order)
         regions = None
         if self.local is not None:
-            regions = unpermute(gather(torch.cat([r.float() for _, r in outputs])), order)
+            regions = unpermute(gather(torch.cat([at_least_float32(r) for _, r in outputs])), order)
             regions = process_rows(regions, len(view))
         return Keys(process_rows(everyone, len(view)), everyone, regions, query_points, share)
 
@@ -401,9 +402,9 @@ class MoCo(nn.Module):
         query_points, key_points, keep = matched_points(
             query_box, key_box, self.local["grid"], self.local["match"], self.local["min_overlap"]
         )
-        kept = gather(keep).float().mean()  # of the whole global batch, so that every kept image counts alike
-        share = keep.float() / kept.clamp(min=1e-12)
-        return query_points, key_points, share
+        keep = keep.to(query_box.dtype)
+        kept = gather(keep).mean()  # of the whole global batch, so that every kept image counts alike
+        return query_points, key_points, keep / kept.clamp(min=1e-12)
 
     def _key_order(self, batch: int) -> Tensor:
         """The permutation of the global batch (N,) in which keys are encoded; in order in evaluation."""

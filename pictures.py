@@ -1,6 +1,7 @@
 """Pictures of slices: the colours of the organs, mask outlines, legends, contact sheets, and augmented pairs.
 
-Pictures are uint8 arrays, grey (H, W) or colour (H, W, 3). An organ has one colour everywhere: ORGAN_COLORS[class].
+Pictures are uint8 arrays, grey (H, W) or colour (H, W, 3). An organ has one colour everywhere:
+ORGAN_COLORS[class].
 """
 
 import colorsys
@@ -14,7 +15,8 @@ MARGIN = 8  # px between tiles
 
 
 def organ_colors():
-    """(256, 3) uint8: black for 0, thirteen colours that are easy to tell apart, then hues by the golden ratio."""
+    """(256, 3) uint8: black for 0, thirteen colours that are easy to tell apart, then hues by the golden
+    ratio."""
     colors = np.zeros((256, 3), np.uint8)
     colors[1:14] = [
         (230, 25, 75),  # spleen: red
@@ -48,7 +50,8 @@ def gray_tile(unit, side):
 
 
 def outlined(unit, mask, side):
-    """A slice (H, W) in [0, 1] with the outline of each class of its mask (H, W), its longer side `side` px."""
+    """A slice (H, W) in [0, 1] with the outline of each class of its mask (H, W), its longer side `side`
+    px."""
     picture = gray_tile(unit, side).copy()
     large = Image.fromarray(mask.astype(np.uint8)).resize(
         tile_size(mask.shape, side), Image.Resampling.NEAREST
@@ -73,7 +76,8 @@ def tile_size(shape, side):
 
 
 def contact_sheet(tiles, captions, names=(), columns=6):
-    """RGB tiles in rows of `columns` with a caption under each and a legend of class names (background first)."""
+    """RGB tiles in rows of `columns` with a caption under each and a legend of class names (background
+    first)."""
     columns = min(columns, len(tiles))
     width = max(tile.shape[1] for tile in tiles) + MARGIN
     height = max(tile.shape[0] for tile in tiles) + 16 + MARGIN
@@ -125,8 +129,9 @@ def font(size):
 def views_page(slices, views, boxes, points, keep, captions, side=288):
     """One row a slice: the slice with both crop boxes, and both views with the matched regions, numbered.
 
-    slices (N, H, W), views two of (N, h, w), in [0, 1]; boxes two of (N, 5); points two of (N, R, 2), x and y in [0, 1]
-    of the view, R = grid * grid, row-major; keep (N,) False where the crops overlap too little to be matched.
+    slices (N, H, W), views two of (N, h, w), in [0, 1]; boxes two of (N, 5); points two of (N, R, 2), x
+    and y in [0, 1] of the view, R = grid * grid, row-major; keep (N,) False where the crops overlap too
+    little to be matched.
     """
     tiles, labels = [], []
     for row in range(len(slices)):
@@ -163,5 +168,5 @@ def regions_drawn(view, points, keep, side):
     for index, (x, y) in enumerate(place.reshape(-1, 2)):
         color = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(index / len(points), 0.7, 1.0))
         draw.rectangle((x - half[0], y - half[1], x + half[0], y + half[1]), outline=color)
-        draw.text((x, y), str(index + 1), color, font(12), anchor="mm")
+        draw.text((x, y), str(index + 1), color, font(13), "mm", stroke_width=2, stroke_fill=BACKGROUND)
     return np.asarray(picture)

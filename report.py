@@ -1,4 +1,4 @@
-"""What an evaluation shows: the table of organs, the list of cases, the picture, and runs side by side.
+"""From a trained model to figures: scores per case and organ, the table, the picture, and runs side by side.
 
 `results` is the content of results.json: Dice from 0 to 1 (shown in percent), HD95 in mm, None where
 undefined.
@@ -7,16 +7,126 @@ undefined.
 import csv
 import io
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from PIL import Image
+from torch import Tensor
 
+import metrics
+from data import Intensity
 from pictures import ORGAN_COLORS, contact_sheet, gray_tile, tile_size
-from runtime import ConfigError
+from runtime import ConfigError, Process, progress, written_whole
+from segmenter import Batches, at_size, chunks
 
+PICTURE_CASES = 4
 TILE = 288  # px, longer side of a slice in the picture
+
+
+@dataclass
+class CaseScore:
+    """What is known of one case: counts (K, 3) as metrics.dice_counts gives them, HD95 in mm per class."""
+
+    counts: Tensor
+    hd95: list[float | None]
+    shown: tuple[int, np.ndarray] | None  # the slice for the picture and its prediction, common size
+
+
+@torch.no_grad()
+def score(model, batches: Batches, process: Process, desc: str, full=False) -> dict[str, CaseScore]:
+    """Segment all slices of all cases and compare with the masks, each on its own grid.
+
+    Cases are divided among the processes; every process gets all results. `full`: HD95 and pictures too.
+    """
+    dataset = batches.dataset
+    own = sorted(set(dataset.cases))[process.rank :: process.world]
+    slices = {case: [] for case in own}
+    for i, position in enumerate(batches.positions):
+        if dataset.cases[position] in slices:
+            slices[dataset.cases[position]].append(i)
+    model.eval()
+    scores = {}
+    total = sum(len(rows) for rows in slices.values())
+    with progress(process, desc, total=total) as bar:
+        for case, rows in slices.items():
+            rows.sort(key=lambda i: natural_order(dataset.names[batches.positions[i]]))
+            plan = chunks(rows, batches.batch_size)
+            predictions = []
+            for inputs, masks in batches.of(plan):
+                with process.autocast():
+                    logits = model(inputs)
+                predictions.append(at_size(logits, masks.shape[1:]).argmax(1).to(torch.uint8).cpu())
+                bar.update(len(inputs))
+            positions = [batches.positions[i] for i in rows]
+            scores[case] = score_case(dataset, case, positions, torch.cat(predictions), full)
+    if process.world > 1:
+        parts = [None] * process.world
+        dist.all_gather_object(parts, scores)
+        scores = {case: part[case] for part in parts for case in part}
+    return dict(sorted(scores.items()))
+
+
+def score_case(dataset, case: str, positions: list[int], predictions: Tensor, full: bool) -> CaseScore:
+    """One case from the predictions (n, H, W) of its slices, given from the first to the last slice."""
+    classes = dataset.num_classes
+    truths = [torch.tensor(dataset.own_mask(position)) for position in positions]
+    own = [torch.as_tensor(dataset.to_own_grid(p.numpy(), at)) for p, at in zip(predictions, positions)]
+    counts = sum(metrics.dice_counts(p, truth, classes) for p, truth in zip(own, truths))
+    distances, shown = [None] * classes, None
+    if full:
+        spacing = dataset.spacing(case)
+        if spacing and len({truth.shape for truth in truths}) == 1:
+            distances = organ_distances(torch.stack(own), torch.stack(truths), spacing, classes)
+        labelled = [i for i, truth in enumerate(truths) if ((truth > 0) & (truth != metrics.IGNORE)).any()]
+        middle = labelled[len(labelled) // 2] if labelled else len(truths) // 2
+        shown = positions[middle], predictions[middle].numpy()
+    return CaseScore(counts, distances, shown)
+
+
+def organ_distances(prediction: Tensor, truth: Tensor, spacing, classes: int) -> list[float | None]:
+    """HD95 in mm of each class of two volumes (S, H, W); background, which nobody asks for, stays None."""
+    counted = truth != metrics.IGNORE
+    pairs = ((counted & (prediction == organ), truth == organ) for organ in range(1, classes))
+    return [None] + [metrics.hd95(*pair, spacing) for pair in pairs]
+
+
+def natural_order(name: str) -> list:
+    """Sorts slice10 after slice9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def mean_dice(scores: dict[str, CaseScore]) -> float | None:
+    """Over cases, then over organs, without background."""
+    cases = {case: dict(enumerate(metrics.case_dice(one.counts)[1:])) for case, one in scores.items()}
+    return metrics.mean_or_none(metrics.mean_over_cases(cases).values())
+
+
+def summary(scores: dict[str, CaseScore], classes: list[str]) -> dict:
+    """The figures of results.json."""
+    organs = classes[1:]
+    cases = {case: dict(zip(organs, metrics.case_dice(one.counts)[1:])) for case, one in scores.items()}
+    distances = {case: dict(zip(organs, one.hd95[1:])) for case, one in scores.items()}
+    dice, hd95 = metrics.mean_over_cases(cases), metrics.mean_over_cases(distances)
+    whole = metrics.dataset_dice(sum(one.counts for one in scores.values()))
+    return {
+        "mean_dice": metrics.mean_or_none(dice.values()),
+        "dice": dice,
+        "cases": cases,
+        "dataset_dice": whole | {"classes": dict(zip(classes, whole["classes"]))},
+        "hd95": metrics.mean_or_none(hd95.values()),
+        "hd95_organs": hd95,
+        "hd95_cases": distances,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is shown of them
+# ---------------------------------------------------------------------------------------------------------
 
 
 def percent(value: float | None) -> str:
@@ -59,14 +169,31 @@ def cases_csv(results: dict) -> str:
     writer.writerow(["case", "organ", "dice", "hd95_mm"])
     for case, organs in results["cases"].items():
         for organ, dice in organs.items():
-            writer.writerow([case, organ, dice, results["hd95_cases"][case][organ]])  # None becomes an empty
-            field
+            writer.writerow([case, organ, dice, results["hd95_cases"][case][organ]])
     return text.getvalue()
 
 
+def draw_predictions(
+    path: Path, dataset, scores: dict[str, CaseScore], intensity: Intensity, classes
+) -> None:
+    """The middle one of the labelled slices of each of the first PICTURE_CASES cases by name."""
+    rows = []
+    for one in list(scores.values())[:PICTURE_CASES]:
+        position, prediction = one.shown
+        image, truth = dataset[position]
+        unit = intensity.to_unit(image[0])
+        if intensity.window is None:
+            unit = (unit - unit.min()) / (unit.max() - unit.min()).clamp(min=1e-6)
+        rows.append((dataset.names[position], unit.numpy(), truth.numpy(), prediction))
+    with written_whole(path) as file:
+        prediction_page(rows, classes).save(file, format="PNG")
+
+
 def prediction_page(rows: list[tuple], classes: list[str]) -> Image.Image:
-    """Rows of image | truth | prediction with a legend; a row is (caption, unit image, truth, prediction),
-    (H, W)."""
+    """Rows of image | truth | prediction with a legend.
+
+    A row is a caption, the slice in [0, 1], the true and the predicted mask, each (H, W).
+    """
     tiles, captions = [], []
     for caption, unit, truth, prediction in rows:
         tiles += [gray_tile(unit, TILE), painted(unit, truth), painted(unit, prediction)]

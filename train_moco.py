@@ -306,8 +306,8 @@ def count_steps(cfg: Config, size: int, process: Process) -> tuple[int, int]:
         process.say(f"note: BatchNorm sees {share} samples at a time, fewer than model.bn_split = {split}")
     if cfg.model.queue_size > size:
         process.say(
-            f"note: model.queue_size {cfg.model.queue_size} is above the {size} slices: a slice's own older keys "
-            "are among its negatives; half the slices or less is better"
+            f"note: model.queue_size {cfg.model.queue_size} is above the {size} slices: a slice's own older "
+            "keys are among its negatives; half the slices or less is better"
         )
     steps_per_epoch = size // batch
     return steps_per_epoch, cfg.optim.max_steps or cfg.optim.epochs * steps_per_epoch

@@ -1,4 +1,5 @@
-"""NIfTI volumes: reading them in radiological view, writing labels back on their own grid, and `data.py slice`.
+"""NIfTI volumes: reading them in radiological view, writing labels back on their own grid, and `data.py
+slice`.
 
 nibabel is needed here and nowhere else (pip install nibabel).
 """
@@ -15,6 +16,7 @@ from layout import (
     IGNORE,
     MAX_SIDE,
     DataError,
+    class_names,
     in_threads,
     one_line,
     read_json,
@@ -26,14 +28,17 @@ from layout import (
 )
 from phantom import BTCV_ORGANS
 
-# Where slices, rows and columns run to, by slice axis: Left, Posterior, Superior or Inferior of the patient. Axial slices
-# lie as a radiologist sees them: the patient's right at the left, anterior at the top.
+# Where slices, rows and columns run to, by slice axis: Left, Posterior, Superior or Inferior of the patient.
+# Axial slices lie as a radiologist sees them: the patient's right at the left, anterior at the top.
 VIEWS = {0: "LIP", 1: "PIL", 2: "SPL"}
 
 
 @dataclass
 class Volume:
-    """array (S, H, W) in radiological view whatever the file's affine; spacing (slice, row, column) in mm."""
+    """array (S, H, W) in radiological view whatever the file's affine; spacing (slice, row, column) in mm.
+
+    The array is a view of the file's voxels, so its strides may be negative.
+    """
 
     array: np.ndarray
     spacing: tuple
@@ -59,10 +64,14 @@ def read_volume(path, axis=2):
     path = Path(path)
     try:
         image = nibabel.load(path)
+        if not isinstance(image, nibabel.Nifti1Image):
+            raise DataError(f"{path}: not NIfTI (.nii or .nii.gz)")
         check_header(image, path)
         array = np.asanyarray(image.dataobj)
         from_file = nibabel.io_orientation(image.affine)
-    except (DataError, FileNotFoundError, PermissionError):
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (DataError, PermissionError):
         raise
     except Exception as error:  # nibabel and zlib raise many kinds on damaged files
         raise DataError(f"{path}: not a readable NIfTI volume ({one_line(error)})") from None
@@ -78,7 +87,7 @@ def read_volume(path, axis=2):
 
 
 def check_header(image, path):
-    """Before any voxel is read: three dimensions, real numbers, and no more of them than the file can hold."""
+    """Before any voxel is read: three dimensions of real numbers, no more of them than the file can hold."""
     shape = image.shape
     if len(shape) < 3 or any(side != 1 for side in shape[3:]):
         raise DataError(f"{path}: a volume of three dimensions is expected, this one has shape {shape}")
@@ -87,15 +96,14 @@ def check_header(image, path):
     dtype = image.get_data_dtype()
     if dtype.kind not in "iuf":
         raise DataError(f"{path}: voxels of numbers are expected, not {dtype}")
-    most = os.path.getsize(path) * (
-        1032 if path.suffix == ".gz" else 1
-    )  # deflate shrinks by at most 1032 to 1
-    if np.prod(shape, dtype=float) * dtype.itemsize > most:
+    inflation = 1032 if path.suffix == ".gz" else 1  # the most that deflate can do
+    if np.prod(shape, dtype=float) * dtype.itemsize > os.path.getsize(path) * inflation:
         raise DataError(f"{path}: damaged, too short for the {shape} voxels its header claims")
 
 
 def write_labels(path, labels, volume):
-    """labels (S, H, W) uint8 in the view of `volume` -> a NIfTI on that volume's grid, with its affine and header."""
+    """labels (S, H, W) uint8 in the view of `volume` -> a NIfTI on its file's grid, affine and header
+    kept."""
     nibabel = import_nibabel()
     path = Path(path)
     header = volume.image.header.copy()
@@ -113,6 +121,7 @@ def import_nibabel():
         import nibabel
     except ImportError:
         raise DataError("NIfTI files need nibabel: pip install nibabel") from None
+    nibabel.imageglobals.logger.setLevel("CRITICAL")  # what is wrong with a header is raised anyway
     return nibabel
 
 
@@ -120,7 +129,8 @@ def import_nibabel():
 
 
 def slice_volumes(args):
-    """The slice command: volumes (and labels) -> 16-bit PNG slices (HU + 1024), 8-bit masks, spacing and lists.
+    """The slice command: volumes (and labels) -> 16-bit PNG slices (HU + 1024), 8-bit masks, spacing and
+    lists.
 
     The lists are written last: without them nobody takes the set for complete.
     """
@@ -133,33 +143,32 @@ def slice_volumes(args):
     for number, (case, image_path, label_path) in enumerate(pairs, 1):
         volume = read_volume(image_path, args.axis)
         labels = read_labels(label_path, volume, label_map, args.axis, seen) if label_path else None
-        names = write_case(out, case, volume, labels, f"{case} ({number} of {len(pairs)})")
-        labelled = None if labels is None else [name for name, mask in zip(names, labels) if mask.any()]
-        cases[case] = {"names": names, "labelled": labelled}
+        cases[case] = write_case(out, case, volume, labels, f"{case} ({number} of {len(pairs)})")
         spacing[case] = volume.spacing
     write_text(out / "spacing.json", json.dumps(spacing, indent=1))
-    print(f"{out}: {sum(len(case['names']) for case in cases.values())} slices of {len(cases)} cases")
+    print(f"{out}: {sum(len(names) for names, _ in cases.values())} slices; cases: {len(cases)}")
     if args.labels:
-        report_labels(out, label_map, seen, given_names)
-    write_lists(out, print_lists(make_lists(cases)))
+        write_classes(out, label_map, seen, given_names)
+    lists = make_lists(cases)
+    for split, names in lists.items():
+        print(f"{split}.txt: {len(names)} slices; cases: {len({name.rpartition('/')[0] for name in names})}")
+    write_lists(out, lists)
     return 0
 
 
 def pair_volumes(images, labels):
     """[(case, image path, label path or None)] of two files or two folders.
 
-    In folders an image and its labels have the same stem (a trailing _0000, nnU-Net's channel, aside), or else the same
-    last number: img0001 and label0001. What has no partner is printed; two candidates for one number are an error.
+    In folders an image and its labels have the same stem (a trailing _0000, nnU-Net's channel, aside), or
+    else the same last number: img0001 and label0001. What has no partner is printed; two candidates for
+    one number are an error.
     """
     image_files = volume_files(images)
     label_files = volume_files(labels) if labels else []
     if Path(images).is_file() and len(label_files) == 1:
         return [(stem_of(image_files[0]), image_files[0], label_files[0])]
-    key = (
-        without_channel
-        if {*map(without_channel, label_files)} <= {*map(without_channel, image_files)}
-        else last_number
-    )
+    same_stems = {*map(without_channel, label_files)} & {*map(without_channel, image_files)}
+    key = without_channel if same_stems else last_number
     by_key = unique_by(key, label_files)
     pairs = [
         (stem_of(path), path, by_key.pop(key(path), None)) for path in unique_by(key, image_files).values()
@@ -224,11 +233,9 @@ def read_label_map(path):
         label_map = {int(source): int(target) for source, target in read_json(path, dict).items()}
     except (ValueError, TypeError):
         raise DataError(f'{path}: {{"source id": target id}} with whole numbers is expected') from None
-    wrong = [target for target in label_map.values() if not 0 <= target <= IGNORE]
-    if wrong or not label_map:
-        raise DataError(
-            f"{path}: target ids from 0 to {IGNORE} are expected, not {wrong[0] if wrong else 'none'}"
-        )
+    for source, target in label_map.items():
+        if not (0 <= source <= 65535 and 0 <= target <= IGNORE):
+            raise DataError(f"{path}: {source} -> {target}: ids from 0 to 65535 can become 0 to {IGNORE}")
     return label_map
 
 
@@ -240,28 +247,25 @@ def read_labels(path, volume, label_map, axis, seen):
         raise DataError(
             f"{path}: labels of {labels.shape} voxels, its image {volume.path} has {volume.array.shape}"
         )
-    if labels.dtype.kind == "f":
-        if not np.array_equal(labels, np.rint(labels)):  # unequal too if there is a NaN
-            raise DataError(f"{path}: labels must be whole numbers")
-        labels = labels.astype(np.int64)
-    low, high = int(labels.min()), int(labels.max())
+    if not np.array_equal(labels, np.rint(labels)):  # a NaN is unequal too
+        raise DataError(f"{path}: labels must be whole numbers")
+    low, high = labels.min(), labels.max()
     if low < 0 or high > (65535 if label_map else IGNORE):
-        raise DataError(
-            f"{path}: labels from {low} to {high}; 0 to {IGNORE} fit a mask (--label-map chooses among more)"
-        )
-    counts = np.bincount(labels.ravel(order="K"), minlength=high + 1)
-    seen.update(np.flatnonzero(counts).tolist())
+        reason = "--label-map chooses among more" if label_map is None else "at most 65535 can be mapped"
+        raise DataError(f"{path}: labels from {low:g} to {high:g}; a mask holds 0 to {IGNORE}, {reason}")
+    labels = labels.astype(np.uint16)
+    seen.update(np.flatnonzero(np.bincount(labels.ravel(order="K"))).tolist())
     if label_map is None:
         return labels.astype(np.uint8)
-    targets = np.zeros(high + 1, np.uint8)  # ids that the map does not list become background
+    targets = np.zeros(65536, np.uint8)  # ids that the map does not list become background
     for source, target in label_map.items():
-        if 0 <= source <= high:
-            targets[source] = target
+        targets[source] = target
     return targets[labels]
 
 
 def write_case(out, case, volume, labels, desc):
-    """images/CASE/0000.png ... and the masks; returns the names of the slices."""
+    """images/CASE/0000.png ... and the masks -> the names of the slices, and of those with labels (or
+    None)."""
     (out / "images" / case).mkdir(parents=True, exist_ok=True)
     names = [f"{case}/{index:04d}.png" for index in range(len(volume.array))]
     if labels is not None:
@@ -273,73 +277,55 @@ def write_case(out, case, volume, labels, desc):
         if labels is not None:
             write_png(out / "masks" / names[index], np.ascontiguousarray(labels[index]))
 
-    for _ in in_threads(write, range(len(names)), desc):
-        pass
-    return names
+    list(in_threads(write, range(len(names)), desc))
+    return names, None if labels is None else [name for name, mask in zip(names, labels) if mask.any()]
 
 
-def report_labels(out, label_map, seen, given_names):
+def write_classes(out, label_map, seen, given_names):
     """classes.json: the names given, or BTCV's if the map leads to its 13 organs, or class 1, class 2 ..."""
-    targets = set(label_map.values()) if label_map else seen
-    count = max(targets - {IGNORE}, default=0) + 1
-    if given_names:
-        names = given_names
-    elif label_map and count <= len(BTCV_ORGANS):
-        names = BTCV_ORGANS
-    else:
-        names = ["background"] + [f"class {index}" for index in range(1, count)]
+    count = max(({*label_map.values()} if label_map else seen) - {IGNORE}, default=0) + 1
+    default = BTCV_ORGANS if label_map and count <= len(BTCV_ORGANS) else max(count, 2)
+    names = class_names(out, given_names or default)
     if len(names) < count:
-        raise DataError(f"{len(names)} class names (background first) for labels up to {count - 1}")
+        raise DataError(f"{len(names)} class names (background first), but labels up to {count - 1}")
     write_text(out / "classes.json", json.dumps(names, indent=1))
-    absent = [
-        f"{source} ({names[target]})" for source, target in (label_map or {}).items() if source not in seen
-    ]
-    print_names("ids of the label map that no volume holds", absent)
     print(f"class names: {', '.join(names)}")
+    named = dict(enumerate(names)) | {IGNORE: "ignored"}
+    absent = [f"{id} ({named[label]})" for id, label in (label_map or {}).items() if id not in seen]
+    print_names("ids of the label map that no volume holds", absent)
 
 
 def make_lists(cases):
-    """{case: {"names", "labelled": names with a label, or None}} -> {"train": names ...}, split by case.
-
-    One labelled case only: contiguous blocks of it, see `blocks`. unlabelled: all outside val and test.
-    """
-    labelled = [case for case, content in cases.items() if content["labelled"] is not None]
-    everything = [name for content in cases.values() for name in content["names"]]
+    """{case: (names, names with labels or None)} -> {"train": names ...}: 60/20/20 by labelled case, or
+    blocks of the only one. "unlabelled" has every slice outside val and test, for pretraining."""
+    labelled = [case for case, (_, with_labels) in cases.items() if with_labels is not None]
     if len(labelled) == 1:
-        lists, dropped = blocks(labelled[0], **cases[labelled[0]])
+        lists, dropped = blocks(labelled[0], *cases[labelled[0]])
     else:
         splits = zip(("train", "val", "test"), split_cases(labelled))
-        lists = {split: [name for case in part for name in cases[case]["names"]] for split, part in splits}
+        lists = {split: [name for case in part for name in cases[case][0]] for split, part in splits}
         dropped = []
     held_out = {*lists["val"], *lists["test"], *dropped}
+    everything = (name for names, _ in cases.values() for name in names)
     return lists | {"unlabelled": [name for name in everything if name not in held_out]}
 
 
 def blocks(case, names, labelled, gap=2):
-    """Contiguous 60/20/20 blocks inside the labelled range of the only labelled case, `gap` slices dropped between."""
+    """Contiguous 60/20/20 blocks inside the labelled range of the only labelled case, `gap` slices dropped
+    between them -> the lists, and the dropped names."""
     first, last = (names.index(labelled[0]), names.index(labelled[-1])) if labelled else (0, -1)
-    usable = last - first + 1 - 2 * gap
-    if usable < 3:
+    inside = names[first : last + 1]
+    held_out = max(1, round(0.2 * (len(inside) - 2 * gap)))
+    train = len(inside) - 2 * (held_out + gap)
+    if train < 1:
         raise DataError(
-            f"{case}: {last - first + 1} labelled slices are too few for train, val and test blocks"
+            f"{case}: {len(inside)} slices with labels are too few for train, val and test blocks"
         )
-    held_out = max(1, round(0.2 * usable))
-    val = first + usable - 2 * held_out + gap
-    test = val + held_out + gap
-    print(
-        f"one labelled case: train, val and test are contiguous blocks of its labelled slices {first} to {last}: "
-        f"{first}-{val - gap - 1}, {val}-{test - gap - 1}, {test}-{last}, {gap} slices dropped between them"
-    )
-    lists = {
-        "train": names[first : val - gap],
-        "val": names[val : test - gap],
-        "test": names[test : last + 1],
-    }
-    return lists, names[val - gap : val] + names[test - gap : test]
-
-
-def print_lists(lists):
-    for split, names in lists.items():
-        cases = len({name.rpartition("/")[0] for name in names})
-        print(f"{split + '.txt':15}{len(names):7} slices {cases:5} cases" if names else f"{split}.txt: none")
-    return lists
+    val, test = train + gap, train + gap + held_out + gap  # where these blocks begin
+    lists = {"train": inside[:train], "val": inside[val : val + held_out], "test": inside[test:]}
+    print(f"one labelled case: train, val and test are blocks of its slices with labels, {first} to {last}:")
+    ranges = [
+        f"{first + at}-{first + at + len(lists[split]) - 1}" for split, at in zip(lists, (0, val, test))
+    ]
+    print(f"train {ranges[0]}, val {ranges[1]}, test {ranges[2]}; {gap} slices dropped between two blocks")
+    return lists, inside[train:val] + inside[val + held_out : test]

@@ -1,0 +1,215 @@
+"""The segmentation model as an evaluation uses it: what it is, what it takes, its file, and its predictions.
+
+LinearProbe             frozen encoder and linear decoder; its rival, DeepLabV3Plus, is in models.py
+Batches                 slices, or their frozen features computed once, in any order
+save_model, load_model  model.pth: the weights with all that is needed to use them
+segment, predict        labels of slices and volumes
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from data import DataError, Intensity, read_volume, write_labels
+from layout import read_stored, write_png
+from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, read_weights, upsample
+from runtime import Config, ConfigError, Process, make_run_folder, progress, written_whole
+
+
+class LinearProbe(nn.Module):
+    """A frozen encoder, always in evaluation mode, and a linear decoder on its layer4."""
+
+    def __init__(self, encoder: Encoder, num_classes: int):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.decoder = LinearDecoder(encoder.channels["layer4"], num_classes)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (N, C, H, W) -> logits (N, K, h, w) at the encoder's output stride."""
+        return self.decoder(frozen_features(self.encoder, images))
+
+
+@torch.no_grad()
+def frozen_features(encoder: Encoder, images: Tensor) -> Tensor:
+    """layer4 (N, D, h, w) of normalised images (N, C, H, W)."""
+    return encoder(images)["layer4"].contiguous()
+
+
+@dataclass
+class Description:
+    """What it takes to rebuild and use a trained model; stands in model.pth beside the weights."""
+
+    mode: str
+    arch: str
+    in_channels: int
+    output_stride: int
+    classes: list[str]
+    normalisation: dict
+    stored: str  # "hu" or "uint8", the values that it takes
+
+
+def build_model(about: Description, encoder: Encoder, process: Process) -> nn.Module:
+    build = LinearProbe if about.mode == "linear" else DeepLabV3Plus
+    model = build(encoder, len(about.classes))
+    return model.to(process.device, memory_format=torch.channels_last)
+
+
+def save_model(path: Path, model: nn.Module, about: Description) -> None:
+    with written_whole(path) as file:
+        torch.save({"about": asdict(about), "state": model.state_dict()}, file)
+
+
+def load_model(path: Path, process: Process) -> tuple[nn.Module, Description]:
+    """Raises ConfigError if there is none, WeightsError if the file is damaged."""
+    if not path.is_file():
+        raise ConfigError(f"run.out: no trained model in {path.parent} (model.pth); evaluate there first")
+    content = read_weights(path)
+    try:
+        about = Description(**content["about"])
+        encoder = Encoder(about.arch, about.in_channels, output_stride=about.output_stride)
+        model = build_model(about, encoder, process)
+        model.load_state_dict(content["state"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise WeightsError(f"{path}: not a model of this program, or damaged") from None
+    return model.eval(), about
+
+
+def network_input(unit: Tensor, intensity: Intensity, in_channels: int) -> Tensor:
+    """Windowed images (N, 1, H, W) -> what the network sees, (N, in_channels, H, W) channels_last."""
+    images = intensity.normalise(unit).expand(-1, in_channels, -1, -1)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def at_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits (N, K, h, w) upsampled bilinearly to (N, K, H, W) in float32."""
+    return logits.float() if logits.shape[2:] == size else upsample(logits.float(), size)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches of slices, or of their frozen features
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Batches of the chosen slices of a data set, as the trained part of the model takes them.
+
+    Args:
+        positions: the slices that take part; slice i below is dataset[positions[i]].
+        prepare: turns images (n, 1, H, W), stored values on the device, into that: windowed or normalised
+            images, or frozen features.
+    """
+
+    def __init__(self, dataset, positions: list[int], prepare, cfg: Config, process: Process):
+        self.dataset, self.positions, self.prepare, self.process = dataset, positions, prepare, process
+        self.workers, self.batch_size = cfg.data.workers, cfg.optim.batch_size
+        self.inputs = self.masks = None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def of(self, plan: list[list[int]]):
+        """For each list of slices in the plan: inputs, and masks (n, H, W) on the device."""
+        if self.inputs is not None:
+            for rows in plan:
+                yield self.inputs[rows], self.masks[rows]
+            return
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[[self.positions[i] for i in rows] for rows in plan],
+            num_workers=min(self.workers, len(plan)),
+            pin_memory=self.process.device.type == "cuda",
+        )
+        for images, masks in loader:
+            device = self.process.device
+            yield self.prepare(images.to(device, non_blocking=True)), masks.to(device, non_blocking=True)
+
+    def in_order(self) -> list[list[int]]:
+        """The plan of all slices, one after the other."""
+        return chunks(list(range(len(self))), self.batch_size)
+
+    def bytes(self) -> int:
+        """The memory that `keep` would take, in bytes."""
+        one, mask = next(self.of([[0]]))
+        return len(self) * (one.nbytes + mask.numel())
+
+    def keep(self, desc: str) -> None:
+        """Compute the inputs of all slices once and hold them in memory."""
+        inputs = masks = None
+        plan = self.in_order()
+        for rows, (some, mask) in zip(plan, progress(self.process, desc, self.of(plan), len(plan))):
+            if inputs is None:
+                inputs = some.new_empty(len(self), *some.shape[1:])
+                masks = mask.new_empty(len(self), *mask.shape[1:], dtype=torch.uint8)
+            inputs[rows], masks[rows] = some, mask.to(torch.uint8)
+        self.inputs, self.masks = inputs, masks
+
+
+def chunks(rows: list, size: int) -> list[list]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Prediction
+# ---------------------------------------------------------------------------------------------------------
+
+
+def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
+    """Masks for a slice, a volume, or all slices and volumes below a folder, by the model in run.out.
+
+    Slices become 8-bit PNGs of the same relative names; NIfTI volumes become NIfTI on their own grid.
+    Raises ConfigError without a trained model, DataError for an input that cannot be used.
+    """
+    model, about = load_model(Path(cfg.run.out) / "model.pth", process)
+    slices, volumes = slices_and_volumes(source)
+    base = source if source.is_dir() else source.parent
+    make_run_folder(out, process)
+    own = (slices + volumes)[process.rank :: process.world]
+    for path in progress(process, "predicting", own):
+        target = out / path.relative_to(base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path in volumes:
+            volume = read_volume(path)
+            stored = torch.from_numpy(volume.array.astype(np.float32))
+            write_labels(target, segment(model, about, stored, "hu", path, cfg, process), volume)
+        else:
+            array, kind = read_stored(path, cfg.data.hu_offset)
+            labels = segment(model, about, torch.from_numpy(array)[None], kind, path, cfg, process)
+            write_png(target.with_suffix(".png"), labels[0])
+    process.say(f"{out}: masks of {len(slices)} slices and {len(volumes)} volumes")
+
+
+def slices_and_volumes(source: Path) -> tuple[list[Path], list[Path]]:
+    """The .png and .npy files, and the .nii and .nii.gz files, of a folder (with folders in it) or of one
+    file."""
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder")
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    slices = [path for path in files if path.suffix.lower() in (".png", ".npy")]
+    volumes = [path for path in files if path.name.lower().endswith((".nii", ".nii.gz"))]
+    if not slices and not volumes:
+        raise DataError(f"{source}: neither slices (.png, .npy) nor volumes (.nii, .nii.gz)")
+    return slices, volumes
+
+
+@torch.no_grad()
+def segment(model, about: Description, stored: Tensor, kind: str, path: Path, cfg: Config, process: Process):
+    """Labels (S, H, W) uint8 of slices (S, H, W) in stored values, each slice whole."""
+    if kind != about.stored:
+        raise DataError(f"{path}: holds {kind} values, the model was trained on {about.stored} ones")
+    intensity = Intensity(**about.normalisation)
+    labels = []
+    for some in stored.split(cfg.optim.batch_size):
+        unit = intensity.to_unit(some[:, None].to(process.device))
+        with process.autocast():
+            logits = model(network_input(unit, intensity, about.in_channels))
+        labels.append(at_size(logits, some.shape[1:]).argmax(1).to(torch.uint8).cpu())
+    return torch.cat(labels).numpy()

@@ -1,0 +1,457 @@
+"""eval_seg.py, segmenter.py and report.py: whole evaluations on a tiny phantom, and what each part promises."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import eval_seg
+import report
+from data import DataError
+from models import Encoder, WeightsError
+from runtime import ConfigError, Process
+
+PROJECT = Path(eval_seg.__file__).parent
+TINY = ["model.arch=resnet18", "model.output_stride=16", "data.workers=0", "run.device=cpu"]
+TINY += ["optim.steps=4", "optim.batch_size=4", "eval.every=2", "log.every=1", "seed=3"]
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    """Five cases (3 train, 1 val, 1 test) of 6 slices of 48 px."""
+    root = tmp_path_factory.mktemp("set") / "phantom"
+    data.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48"])
+    return root
+
+
+def run(*arguments) -> int:
+    return eval_seg.main([str(argument) for argument in arguments])
+
+
+def evaluate(root, out, *overrides, encoder="random"):
+    """A tiny evaluation; its results."""
+    run(*TINY, f"data.root={root}", f"run.out={out}", f"encoder={encoder}", *overrides)
+    return json.loads((Path(out) / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def linear(phantom, tmp_path_factory):
+    """The folder and the results of a linear evaluation."""
+    out = tmp_path_factory.mktemp("linear")
+    return out, evaluate(phantom, out)
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory):
+    """encoder.pth and encoder.json as train_moco.py leaves them, with a normalisation of its own."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(5)
+    torch.save(Encoder("resnet18").export_state_dict(), folder / "encoder.pth")
+    facts = {
+        "arch": "resnet18",
+        "in_channels": 1,
+        "normalisation": {"window": [-200.0, 300.0], "mean": 0.4, "std": 0.3},
+    }
+    (folder / "encoder.json").write_text(json.dumps(facts))
+    return folder / "encoder.pth"
+
+
+def slow_dice(prediction_folder, root):
+    """Dice per case and organ from PNG masks on disk, by sets of pixels; None where both are empty."""
+    names = (root / "test.txt").read_text().split()
+    organs = json.loads((root / "classes.json").read_text())
+    cases = {}
+    for case in {name.split("/")[0] for name in names}:
+        own = [name for name in names if name.startswith(case + "/")]
+        true = np.stack([np.asarray(Image.open(root / "masks" / name)) for name in own])
+        found = np.stack([np.asarray(Image.open(prediction_folder / name)) for name in own])
+        cases[case] = {}
+        for label, organ in enumerate(organs[1:], 1):
+            both, either = (
+                ((true == label) & (found == label)).sum(),
+                (true == label).sum() + (found == label).sum(),
+            )
+            cases[case][organ] = 2 * both / either if either else None
+    return cases
+
+
+# ---- A whole evaluation ----------------------------------------------------------------------------------------
+
+
+def test_linear_evaluation_leaves_consistent_results(linear, phantom):
+    out, results = linear
+    organs = data.BTCV_ORGANS[1:]
+    assert list(results["dice"]) == organs and list(next(iter(results["cases"].values()))) == organs
+    defined = [value for value in results["dice"].values() if value is not None]
+    assert results["mean_dice"] == pytest.approx(sum(defined) / len(defined))
+    assert {"mean", "mean_with_background", "classes"} == set(results["dataset_dice"])
+    assert results["config"]["data"]["root"] == str(phantom) and results["encoder"] == "random"
+    assert results["mode"] == "linear" and results["effective_rank"]["pooled"] > 0
+    assert 0 <= results["val_dice"] <= 1
+    rows = list(csv.DictReader((out / "cases.csv").open()))
+    assert len(rows) == len(organs) * len(results["cases"]) and rows[0]["organ"] == "spleen"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(
+        math.isfinite(line["loss"]) for line in lines
+    )
+    assert ["val_dice" in line for line in lines] == [False, True, False, True]
+    assert results["val_dice"] == max(line["val_dice"] for line in lines if "val_dice" in line)
+    assert not (out / "checkpoint.pth").exists()
+    assert Image.open(out / "predictions.png").size[0] > 800
+
+
+def test_results_equal_dice_counted_on_the_predicted_masks(linear, phantom, tmp_path):
+    out, results = linear
+    run(*TINY, f"run.out={out}", "--predict", phantom / "images", "--out", tmp_path)
+    assert slow_dice(tmp_path, phantom) == results["cases"]
+
+
+def test_repeating_prints_the_table_and_another_config_is_refused(linear, phantom, capsys):
+    out, results = linear
+    before = (out / "results.json").stat().st_mtime_ns
+    evaluate(phantom, out, "data.workers=1")  # does not decide what is computed
+    printed = capsys.readouterr().out
+    assert "finished already" in printed and all(organ in printed for organ in data.BTCV_ORGANS[1:])
+    assert printed.splitlines()[-2].split()[:2] == ["mean", f"{100 * results['mean_dice']:.1f}"]
+    assert (out / "results.json").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match=r"optim\.steps: .* holds a run with 4, not 5"):
+        evaluate(phantom, out, "optim.steps=5")
+
+
+def test_cached_features_change_nothing(linear, phantom, tmp_path):
+    out, cached = linear
+    computed = evaluate(phantom, tmp_path, "cache=off")
+    for key in ("dice", "val_dice", "effective_rank", "dataset_dice", "hd95"):
+        assert computed[key] == cached[key]
+    assert (tmp_path / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
+
+
+def test_features_beyond_cache_gb_are_not_kept(phantom, tmp_path, capsys):
+    evaluate(phantom, tmp_path, "cache_gb=0.0001", "optim.steps=1")
+    assert "more than cache_gb" in capsys.readouterr().out
+
+
+def test_a_frozen_encoder_stays_as_it_was(linear, encoder_file, phantom, tmp_path):
+    evaluate(phantom, tmp_path, encoder=encoder_file)
+    state = torch.load(tmp_path / "model.pth", weights_only=True)["state"]
+    for name, value in torch.load(encoder_file, weights_only=True).items():
+        assert torch.equal(state[f"encoder.{name}"], value), name
+
+
+def test_linear_training_fits_what_it_is_given(phantom, tmp_path):
+    """The large organs of the training cases are learned: labels, features and upsampling lie on one another."""
+    results = evaluate(
+        phantom,
+        tmp_path,
+        "data.test=train.txt",
+        "data.val=null",
+        "optim.steps=150",
+        "model.output_stride=8",
+        "optim.lr=0.2",
+    )
+    assert results["val_dice"] is None
+    assert results["dice"]["liver"] > 0.8
+
+
+def test_finetuning_goes_on_after_a_stop_with_the_same_losses(phantom, tmp_path, monkeypatch):
+    whole = evaluate(phantom, tmp_path / "whole", "mode=finetune", "data.size=32")
+    save = eval_seg.save_checkpoint
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_seg, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(phantom, tmp_path / "stopped", "mode=finetune", "data.size=32")
+    monkeypatch.undo()
+    resumed = evaluate(phantom, tmp_path / "stopped", "mode=finetune", "data.size=32")
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "stopped")
+    ]
+    assert len(losses[0]) == 4 and losses[0] == losses[1]
+    assert resumed["dice"] == whole["dice"] and resumed["mode"] == "finetune"
+
+
+def test_two_processes_write_one_result_of_their_common_model(phantom, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29517",
+        "eval_seg.py",
+    ]
+    overrides = [f"data.root={phantom}", f"run.out={tmp_path}/run", "encoder=random", "data.test=train.txt"]
+    done = subprocess.run(
+        [*command, *TINY, *overrides], cwd=PROJECT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results.json") == 1
+    results = report.read_results(tmp_path / "run")
+    assert len(results["cases"]) == 3
+    run(*TINY, f"run.out={tmp_path}/run", "--predict", phantom / "images", "--out", tmp_path / "masks")
+    (tmp_path / "set").mkdir()
+    for name in ("masks", "classes.json"):
+        (tmp_path / "set" / name).symlink_to(phantom / name)
+    (tmp_path / "set" / "test.txt").write_text((phantom / "train.txt").read_text())
+    assert slow_dice(tmp_path / "masks", tmp_path / "set") == results["cases"]
+
+
+# ---- Order and shares ------------------------------------------------------------------------------------------
+
+
+def test_batches_depend_on_seed_and_step_only_and_every_epoch_sees_every_slice():
+    cfg = eval_seg.load_config(eval_seg.DEFAULTS, None, ["optim.batch_size=6"], eval_seg.NULLABLE)
+
+    def batch(step, world):
+        processes = [Process(rank, world, torch.device("cpu"), "fp32") for rank in range(world)]
+        return [row for process in processes for row in eval_seg.training_rows(step, 10, cfg, process)]
+
+    for step in range(5):
+        assert batch(step, 1) == batch(step, 2) == batch(step, 3)
+    stream = [row for step in range(5) for row in batch(step, 1)]
+    for epoch in range(3):
+        assert sorted(stream[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert stream[:10] != stream[10:20]
+
+
+def test_label_fractions_are_nested_whole_cases():
+    class Set:
+        cases = [f"case{i // 4}" for i in range(40)]
+
+    shares = [eval_seg.training_positions(Set, fraction, seed=1) for fraction in (0.01, 0.25, 0.5, 1.0)]
+    assert [len(share) for share in shares] == [4, 8, 20, 40]  # 0.25 of 10 cases rounds to 2
+    for small, large in zip(shares, shares[1:]):
+        assert set(small) < set(large)
+    assert shares[1] != eval_seg.training_positions(Set, 0.25, seed=2)
+
+
+def test_slices_are_stacked_in_the_order_of_their_numbers():
+    names = ["a/slice10.png", "a/slice9.png", "a/slice100.png", "a/slice1.png"]
+    assert sorted(names, key=report.natural_order) == [names[3], names[1], names[0], names[2]]
+
+
+def test_scores_use_the_masks_own_grid_and_spacing(tmp_path):
+    """A second slice of another size: Dice still counts each on its own grid; a volume is then not possible."""
+    truth = np.zeros((2, 8, 8), np.uint8)
+    truth[:, 2:6, 2:6] = 1
+    prediction = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    prediction[:, 2:6, 4:8] = 1
+
+    class Set:
+        num_classes = 2
+        sizes = (8, 8)
+
+        def own_mask(self, i):
+            return truth[i][:: 8 // self.sizes[i], :: 8 // self.sizes[i]]
+
+        def to_own_grid(self, labels, i):
+            return labels[:: 8 // self.sizes[i], :: 8 // self.sizes[i]]
+
+        def spacing(self, case):
+            return 5.0, 1.0, 0.5
+
+    one = report.score_case(Set(), "case", [0, 1], prediction, full=True)
+    assert one.counts.tolist()[1] == [16, 32, 32] and one.hd95 == [None, 1.0]
+    Set.sizes = (8, 4)
+    other = report.score_case(Set(), "case", [0, 1], prediction, full=True)
+    assert other.counts.tolist()[1] == [8 + 2, 16 + 4, 16 + 4] and other.hd95 == [None, None]
+
+
+# ---- Encoder and normalisation ---------------------------------------------------------------------------------
+
+
+def test_normalisation_travels_with_the_encoder(phantom, encoder_file, tmp_path):
+    evaluate(phantom, tmp_path, f"data.mean={0.4}", encoder=f"torchvision:{encoder_file}")
+    about = torch.load(tmp_path / "model.pth", weights_only=True)["about"]
+    assert about["normalisation"] == {"window": [-200.0, 300.0], "mean": 0.4, "std": 0.3}
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.mean=0.5", r"data.mean: 0.5 contradicts 0.4 of .*encoder\.pth"),
+        ("data.window=[-160, 240]", r"data.window: \[-160, 240\] contradicts \[-200.0, 300.0\]"),
+        ("data.window=null", r"data.window: None contradicts \[-200.0, 300.0\]"),
+        ("model.arch=resnet50", "model.arch: 'resnet50' contradicts 'resnet18'"),
+    ],
+)
+def test_a_config_that_contradicts_the_encoder_is_refused(phantom, encoder_file, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(phantom, tmp_path / "out", override, encoder=encoder_file)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_file_that_changed_is_noticed(phantom, encoder_file, tmp_path):
+    own = tmp_path / "encoder.pth"
+    own.write_bytes(encoder_file.read_bytes())
+    evaluate(phantom, tmp_path / "out", "optim.steps=1", encoder=own)
+    torch.save(Encoder("resnet18").export_state_dict(), own)
+    with pytest.raises(ConfigError, match="has changed since"):
+        evaluate(phantom, tmp_path / "out", "optim.steps=1", encoder=own)
+
+
+# ---- Prediction ------------------------------------------------------------------------------------------------
+
+
+def test_predicting_a_volume_of_any_orientation_equals_predicting_its_slices(linear, phantom, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    folder = next((phantom / "images").iterdir())
+    hu = np.stack([data.read_slice(path) for path in sorted(folder.iterdir())])  # (S, H, W), radiological
+    run(*TINY, f"run.out={linear[0]}", "--predict", folder, "--out", tmp_path / "slices")
+    expected = np.stack(
+        [np.asarray(Image.open(tmp_path / "slices" / p.name)) for p in sorted(folder.iterdir())]
+    )
+    # On disk: axis 0 runs to inferior, axis 1 to the patient's left, axis 2 to anterior.
+    affine = np.array([[0, -2, 0, 50], [0, 0, 3, -70], [-5, 0, 0, 20], [0, 0, 0, 1.0]])
+    affine[0, 1] = -2.0
+    on_disk = hu[::-1].transpose(0, 2, 1)[:, :, ::-1]
+    image = nibabel.Nifti1Image(on_disk.astype(np.int16), affine)
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    nibabel.save(image, tmp_path / "in" / "sub" / "ct.nii.gz")
+    run(*TINY, f"run.out={linear[0]}", "--predict", tmp_path / "in", "--out", tmp_path / "out")
+    result = nibabel.load(tmp_path / "out" / "sub" / "ct.nii.gz")
+    assert np.array_equal(result.affine, image.affine) and result.get_data_dtype() == np.uint8
+    back = np.asarray(result.dataobj)[:, :, ::-1].transpose(0, 2, 1)[::-1]
+    assert expected.any() and np.array_equal(back, expected)
+
+
+def test_a_single_slice_and_npy_slices_are_predicted(linear, phantom, tmp_path):
+    name = (phantom / "test.txt").read_text().split()[0]
+    run(*TINY, f"run.out={linear[0]}", "--predict", phantom / "images" / name, "--out", tmp_path / "png")
+    np.save(tmp_path / "slice.npy", data.read_slice(phantom / "images" / name).astype(np.int16))
+    run(*TINY, f"run.out={linear[0]}", "--predict", tmp_path / "slice.npy", "--out", tmp_path / "npy")
+    first, second = (
+        np.asarray(Image.open(p)) for p in (tmp_path / "png" / Path(name).name, tmp_path / "npy/slice.png")
+    )
+    assert first.dtype == np.uint8 and first.shape == (48, 48) and np.array_equal(first, second)
+
+
+def test_predicting_without_a_model_or_without_images_is_refused(linear, tmp_path):
+    with pytest.raises(ConfigError, match="no trained model"):
+        run(*TINY, f"run.out={tmp_path}", "--predict", linear[0], "--out", tmp_path / "out")
+    (tmp_path / "notes.txt").write_text("neither")
+    for source in (tmp_path / "notes.txt", tmp_path):
+        with pytest.raises(DataError, match="neither slices"):
+            run(*TINY, f"run.out={linear[0]}", "--predict", source, "--out", tmp_path / "out")
+    with pytest.raises(DataError, match="no such file"):
+        run(*TINY, f"run.out={linear[0]}", "--predict", tmp_path / "missing", "--out", tmp_path / "out")
+    (tmp_path / "model.pth").write_bytes((linear[0] / "model.pth").read_bytes()[:100_000])
+    with pytest.raises(WeightsError, match=r"model\.pth"):
+        run(*TINY, f"run.out={tmp_path}", "--predict", linear[0], "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_of_another_kind_than_trained_on_are_refused(linear, tmp_path):
+    Image.fromarray(np.zeros((48, 48), np.uint8)).save(tmp_path / "eight_bit.png")
+    with pytest.raises(DataError, match=r"eight_bit\.png: holds uint8 values"):
+        run(*TINY, f"run.out={linear[0]}", "--predict", tmp_path / "eight_bit.png", "--out", tmp_path / "out")
+
+
+# ---- Several runs ----------------------------------------------------------------------------------------------
+
+
+def test_compare_groups_by_encoder_and_averages_over_seeds(tmp_path, capsys):
+    runs = [
+        ("random", "linear", 0, 0.20),
+        ("random", "linear", 1, 0.30),
+        ("random", "finetune", 0, 0.5),
+        ("runs/x/encoder.pth", "linear", 0, 0.456),
+    ]
+    folders = []
+    for encoder, mode, seed, dice in runs:
+        folders.append(tmp_path / f"{mode}{seed}{len(folders)}")
+        folders[-1].mkdir()
+        rank = {"pooled": 10.0 + seed, "dense": 20.0}
+        content = {"encoder": encoder, "mode": mode, "seed": seed, "mean_dice": dice, "effective_rank": rank}
+        content |= {"label_fraction": 1.0, "config": {"data": {"root": "data/phantom"}}}
+        (folders[-1] / "results.json").write_text(json.dumps(content))
+    run("--compare", *folders)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["random", "25.0", "+-", "7.1", "(n=2)", "50.0", "10.3", "/", "20.0"]
+    assert lines[3].split() == ["runs/x", "45.6", "-", "10.0", "/", "20.0"]
+    assert sum("predictions.png" in line for line in lines) == 4
+    with pytest.raises(ConfigError, match="no results.json"):
+        run("--compare", tmp_path)
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides, error, message",
+    [
+        (["optim.stepss=3"], ConfigError, "nearest valid one is 'optim.steps'"),
+        (["mode=linaer"], ConfigError, "mode: 'linaer' is not one of .*did you mean 'linear'"),
+        (["optim.lr=fast"], ConfigError, "optim.lr: 'fast' is not a float"),
+        (["optim.steps=0"], ConfigError, "optim.steps: 0 is impossible"),
+        (["label_fraction=1.5"], ConfigError, "label_fraction: 1.5 is impossible"),
+        (
+            ["optim.batch_size=500"],
+            ConfigError,
+            "optim.batch_size: 500 is impossible; wanted at most the 18 training",
+        ),
+        (["model.output_stride=4"], ConfigError, "output stride must be 8, 16 or 32"),
+        (["model.arch=resnet19"], ConfigError, "resnet19"),
+        (["data.classes=1"], ConfigError, "data.classes: 1 is impossible"),
+        (["augment.scale=[2, 1]"], ConfigError, "augment.scale"),
+        (["data.window=[5]"], ConfigError, "data.window"),
+        (["encoder=null"], ConfigError, "encoder: None is impossible"),
+        (["data.classes=3"], DataError, "label [0-9]+, but there are 3 classes"),
+        (["data.train=missing.txt"], DataError, "no such list file"),
+        (["data.root=/nowhere"], DataError, "/nowhere"),
+        (["encoder=/nowhere/encoder.pth"], WeightsError, "no such file"),
+        (["run.out=/proc/run"], ConfigError, "run.out: cannot write into /proc/run"),
+    ],
+)
+def test_bad_input_is_one_clear_error(phantom, tmp_path, overrides, error, message):
+    with pytest.raises(error, match=message) as caught:
+        evaluate(phantom, tmp_path / "out", *overrides)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "results.json").exists() and not (tmp_path / "out" / "model.pth").exists()
+
+
+def test_damaged_and_malicious_encoder_files_are_refused(phantom, encoder_file, tmp_path):
+    torch.save({"state_dict": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")  # a pickled class: code
+    (tmp_path / "short.pth").write_bytes(encoder_file.read_bytes()[:50_000])
+    (tmp_path / "other.pth").write_bytes(encoder_file.read_bytes())
+    (tmp_path / "other.json").write_text('{"arch": "resnet18"}')
+    for name in ("code.pth", "short.pth"):
+        with pytest.raises(WeightsError, match=name):
+            evaluate(phantom, tmp_path / "out", encoder=tmp_path / name)
+    with pytest.raises(WeightsError, match=r"other\.json: does not describe an encoder"):
+        evaluate(phantom, tmp_path / "out", encoder=tmp_path / "other.pth")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_ends_with_one_line_and_code_2(tmp_path):
+    (tmp_path / "config.yaml").write_text("mode: linear\nencoder: random\noptim: {lr: -1}\n")
+    command = [sys.executable, "eval_seg.py", "--config", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "error: optim.lr: -1.0 is impossible; wanted a value above 0\n"
+
+
+def test_diverging_training_names_the_learning_rate(phantom, tmp_path):
+    with pytest.raises(ConfigError, match="optim.lr: the loss is nan at step"):
+        evaluate(phantom, tmp_path, "optim.lr=1e30", "mode=finetune", "data.size=32", "optim.steps=6")
+
+
+def test_label_colours_and_legend_are_drawn():
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:15, 5:15] = 6
+    painted = report.painted(np.zeros((20, 30), np.float32), mask)
+    assert painted.shape == (192, 288, 3) and not painted[0, 0].any()
+    assert np.abs(painted[96, 96] - 0.65 * data.ORGAN_COLORS[6]).max() <= 1
+    page = report.prediction_page([("case/1.png", mask / 6.0, mask, mask)], data.BTCV_ORGANS)
+    assert page.size[0] > 3 * 288
