@@ -150,7 +150,7 @@ class Patient:
             tissue: float(np.interp(self.phase, (0, 1, 2), means) + rng.normal(0, sd))
             for tissue, (*means, sd) in TISSUES.items()
         }
-        self.noise = rng.uniform(7, 20)  # HU, standard deviation: the dose
+        self.noise = rng.uniform(6, 17)  # HU, standard deviation: the dose
 
         # Anatomy.
         self.dome = 20 + float(rng.normal(0, 5)), 8 + float(rng.normal(0, 5))  # mm, bulges: right, left

@@ -60,7 +60,9 @@ class TwoViews:
         """batch (N, 1, H, W), rows offset to offset + N of a global batch of `total` (default: N) slices
         -> two views (N, 1, size, size) and their boxes (N, 5).
 
-        generator: a CPU generator that the caller seeds from (seed, step).
+        generator: a CPU generator that the caller seeds from (seed, step). A slice's views are the same
+        bits in whatever part of the batch it is computed, but for the last one of gamma where several
+        threads divide an odd number of pixels.
         """
         table1, table2 = draw_tables(2, len(batch), generator, offset, total)
         field = self.photometric.noise_field(self.size, generator)
@@ -116,7 +118,7 @@ class SegmentationAugment:
         return placed(self.size[1] / factor / width, self.size[0] / factor / height, table, self.flip)
 
 
-# ---- Random numbers
+# ---- Random numbers ------------------------------------------------------------------------------
 
 # The columns of the table. All are always drawn, so that switching one change off does not move another.
 COLUMNS = ("area", "ratio", "x", "y", "flip", "brightness", "contrast", "gamma", "blur")
@@ -124,8 +126,7 @@ COLUMNS += ("autocontrast", "equalize", "noise", "noise_row", "noise_column")
 
 
 def draw_tables(views, count, generator, offset, total):
-    """`views` tables (count, columns), uniform in [0, 1): rows offset to offset + count of `total` (or of
-    count)."""
+    """`views` tables (count, columns), uniform in [0, 1): rows offset to offset + count of `total`."""
     total = offset + count if total is None else total
     return torch.rand(total, views, len(COLUMNS), generator=generator)[offset : offset + count].unbind(1)
 
@@ -153,7 +154,7 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-# ---- Geometry
+# ---- Geometry ------------------------------------------------------------------------------------
 
 
 def placed(w, h, table, flip):
@@ -164,11 +165,10 @@ def placed(w, h, table, flip):
 
 
 def crop(batch, boxes, size, mode="bilinear", padding="border"):
-    """The boxes (N, 5, on the CPU) of a batch (N, 1, H, W), resampled to `size` and flipped where they say
-    so.
+    """The boxes (N, 5, on the CPU) of a batch (N, 1, H, W), resampled to `size`, flipped where they say so.
 
-    A crop that shrinks by 2 or more is read from the batch averaged over 2 x 2 px, one by 4 or more over 4
-    x 4, so that fine texture does not alias. Masks (mode "nearest") are always read at full resolution.
+    A crop that shrinks by 2 or more is read from the batch averaged over 2 x 2 px, one that shrinks by 4 or
+    more over 4 x 4, so that fine texture does not alias. Masks (mode "nearest") are read at full resolution.
     """
     grid = sampling_grid(to_device(boxes, batch.device), size)
     pools = pooling(boxes, batch.shape[-2:], size) if mode == "bilinear" else torch.ones(len(boxes))
@@ -204,7 +204,7 @@ def sampling_grid(boxes, size):
     return torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=3)
 
 
-# ---- Grey values
+# ---- Grey values ---------------------------------------------------------------------------------
 
 
 class Photometric:

@@ -132,7 +132,9 @@ RANK_SLICES, RANK_POSITIONS = 2048, 4096  # the effective rank looks at no more 
 def check_config(cfg: Config) -> None:
     """Everything that is impossible whatever the data is; raises ConfigError."""
     check_choice(cfg, "mode", ("linear", "finetune"))
-    cfg["cache"] = {True: "on", False: "off"}.get(cfg.cache, cfg.cache)  # YAML reads on and off as truth values
+    cfg["cache"] = {True: "on", False: "off"}.get(
+        cfg.cache, cfg.cache
+    )  # YAML reads on and off as truth values
     check_choice(cfg, "cache", ("auto", "on", "off"))
     check_choice(cfg, "run.device", ("auto", "cpu", "cuda"))
     check_choice(cfg, "run.precision", ("auto", "fp32", "bf16"))
@@ -299,14 +301,15 @@ def train(cfg: Config, process: Process, trained: nn.Module, batches: Batches, a
             dice = validate()
             trained.train()
             row |= {"step": done, "val_dice": dice}
+        if row:
+            log.write(row)
+        if "val_dice" in row:
             if dice is None or best is None or dice > best:
                 best = dice
                 keep()
             if process.is_main and not last:
                 state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
                 save_checkpoint(folder, state | {"step": done, "best": best})
-        if row:
-            log.write(row)
     return best
 
 

@@ -10,7 +10,7 @@ Every problem with a file raises `DataError`, one line that names the file.
 import json
 import os
 import re
-import warnings
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -19,11 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 IGNORE = 255  # the mask value of pixels that neither train nor count
-MAX_SIDE = 16384  # px; a header that claims more is refused before any memory is allocated
-PIXELS_PER_BYTE = (
-    8 * 1032
-)  # deflate shrinks by at most 1032 to 1: a PNG that claims more is damaged or hostile
+MAX_SIDE = 8192  # px; a header that claims more is refused before any memory is allocated
+PIXELS_PER_BYTE = 8 * 1032  # of a PNG, at most: deflate shrinks by no more than 1032 to 1
 AIR = {"hu": -1024.0, "uint8": 0.0}  # what fills a slice that is brought to the common size
+PNG_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 SUFFIXES = (".png", ".npy")
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
@@ -44,28 +43,37 @@ def read_slice(path, hu_offset=1024):
 
 def read_stored(path, hu_offset=1024):
     """A slice as `read_slice` gives it, and what it is stored as: "hu", or "uint8" (an 8-bit PNG)."""
-    path = Path(path)
-    if path.suffix.lower() == ".npy":
-        return np.array(open_npy(path, ndim=2), dtype=np.float32), "hu"
-    with open_png(path) as image:
-        values = decode(image, path).astype(np.float32)
-        return (values, "uint8") if image.mode == "L" else (values - hu_offset, "hu")
+    _, stored = slice_header(path)
+    if Path(path).suffix.lower() == ".npy":
+        return np.array(open_npy(path, ndim=2), dtype=np.float32), stored
+    values = decode_png(path).astype(np.float32)
+    return values - hu_offset if stored == "hu" else values, stored
 
 
 def read_mask(path):
     """One mask as uint8 (H, W): the pixels of an 8-bit grey PNG, or the indices of a palette PNG."""
-    path = Path(path)
-    with open_png(path, modes=("L", "P"), wanted="an 8-bit mask") as image:
-        return decode(image, path)
+    mask_size(path)
+    return decode_png(path)
 
 
 def slice_header(path):
     """(height, width) in px and "hu" or "uint8" (an 8-bit PNG), without reading the pixels."""
-    path = Path(path)
-    if path.suffix.lower() == ".npy":
+    if Path(path).suffix.lower() == ".npy":
         return open_npy(path, ndim=2).shape, "hu"
-    with open_png(path) as image:
-        return (image.height, image.width), "uint8" if image.mode == "L" else "hu"
+    size, depth, color = png_header(path)
+    if color != "grey" or depth not in (8, 16):
+        raise DataError(f"{path}: an 8- or 16-bit grey PNG is expected, this is {depth}-bit {color}")
+    return size, "hu" if depth == 16 else "uint8"
+
+
+def mask_size(path):
+    """(height, width) in px of a mask, without reading the pixels."""
+    size, depth, color = png_header(path)
+    if color != "palette" and (color, depth) != ("grey", 8):
+        raise DataError(
+            f"{path}: an 8-bit grey or palette PNG is expected as a mask, this is {depth}-bit {color}"
+        )
+    return size
 
 
 def mask_path(folder, name):
@@ -73,44 +81,36 @@ def mask_path(folder, name):
     return Path(folder) / (without_suffix(name) + ".png")
 
 
-def mask_size(path):
-    with open_png(path, modes=("L", "P"), wanted="an 8-bit mask") as image:
-        return image.height, image.width
-
-
 def default_window(stored):
     """The window meant by `auto`: soft tissue for HU, everything for 8-bit slices."""
     return (-160.0, 240.0) if stored == "hu" else (0.0, 255.0)
 
 
-def open_png(path, modes=("L", "I;16", "I;16B", "I"), wanted="an 8- or 16-bit grey PNG"):
-    """The opened image, header checked, pixels not read yet."""
+def png_header(path):
+    """(height, width), bits a value, and the kind of colour; sizes are checked before anything is
+    allocated."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=("PNG",))
+        with open(path, "rb") as file:
+            start, length = file.read(26), os.fstat(file.fileno()).st_size
     except OSError as error:
-        reason = error.strerror if error.strerror else "not a PNG image"
-        raise DataError(f"{path}: {reason}") from None
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: unusable PNG header ({one_line(error)})") from None
-    if image.mode not in modes:
-        mode = image.mode
-        image.close()
-        raise DataError(f"{path}: {wanted} is expected, this one has mode {mode}")
-    check_side(path, (image.height, image.width))
-    if image.width * image.height > os.path.getsize(path) * PIXELS_PER_BYTE:
-        size = f"{image.height} x {image.width}"
-        raise DataError(f"{path}: damaged, too short for the {size} px its header claims")
-    return image
+        raise DataError(f"{path}: {error.strerror}") from None
+    if len(start) < 26 or start[:8] != b"\x89PNG\r\n\x1a\n" or start[12:16] != b"IHDR":
+        raise DataError(f"{path}: not a PNG image")
+    width, height, depth, color = struct.unpack(">IIBB", start[16:])
+    check_side(path, (height, width))
+    if width * height > length * PIXELS_PER_BYTE:
+        raise DataError(f"{path}: damaged, too short for the {height} x {width} px its header claims")
+    return (height, width), depth, PNG_COLORS.get(color, "of an unknown colour type")
 
 
-def decode(image, path):
+def decode_png(path):
     try:
-        image.load()
-    except Exception as error:  # damaged chunks surface as OSError, SyntaxError, struct.error, zlib.error ...
+        with Image.open(path, formats=("PNG",)) as image:
+            return np.array(image)
+    except (
+        Exception
+    ) as error:  # OSError, SyntaxError, struct.error, zlib.error ...: whatever a damaged chunk causes
         raise DataError(f"{path}: damaged PNG ({one_line(error)})") from None
-    return np.array(image)
 
 
 def open_npy(path, ndim):

@@ -38,8 +38,8 @@ def phantom_case(seed: int, slices: int = 24, size: int = 128) -> tuple[np.ndarr
     Radiological view: the patient's right at image left, row 0 anterior; slices run from inferior to superior
     and cover the same 216 mm whatever their number. One seed is one patient.
     """
-    # glibc returns freed memory to the kernel unless a larger block was freed before: one allocation of 31 MiB, never
-    # touched, spares paging in every temporary volume anew and saves a third of the time.
+    # glibc hands freed memory back to the kernel unless a larger block was freed before. One block of 31 MiB,
+    # never touched, spares paging in every temporary volume anew: a third of the time.
     np.empty(31 << 20, np.uint8)
     canvas = Canvas(Patient(seed), slices, size)
     draw_table(canvas)
@@ -368,7 +368,7 @@ def reconstruct(canvas) -> np.ndarray:
     rng = np.random.default_rng([canvas.patient.seed, 1])
     fy, fx = np.fft.fftfreq(shape[0], canvas.pixel)[:, None], np.fft.rfftfreq(shape[1], canvas.pixel)
     frequency = np.hypot(fy, fx)  # cycles per mm
-    ramp = (frequency + 0.01) * np.exp(-((frequency / 0.22) ** 2))
+    ramp = (frequency + 0.01) * np.exp(-((frequency / 0.14) ** 2))
     ramp *= canvas.patient.noise * np.sqrt(np.prod(shape) / 2 / np.mean(ramp**2))
     noise = rng.standard_normal((slices, *frequency.shape, 2), dtype=np.float32).view(np.complex64)[..., 0]
     spectrum = np.fft.rfft2(canvas.hu) * np.exp(-((frequency / 0.28) ** 2)).astype(np.float32)

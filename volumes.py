@@ -129,8 +129,7 @@ def import_nibabel():
 
 
 def slice_volumes(args):
-    """The slice command: volumes (and labels) -> 16-bit PNG slices (HU + 1024), 8-bit masks, spacing and
-    lists.
+    """The slice command: volumes and labels -> 16-bit PNG slices (HU + 1024), 8-bit masks, spacing, lists.
 
     The lists are written last: without them nobody takes the set for complete.
     """
@@ -145,6 +144,7 @@ def slice_volumes(args):
         labels = read_labels(label_path, volume, label_map, args.axis, seen) if label_path else None
         cases[case] = write_case(out, case, volume, labels, f"{case} ({number} of {len(pairs)})")
         spacing[case] = volume.spacing
+        del volume, labels  # before the next ones are read
     write_text(out / "spacing.json", json.dumps(spacing, indent=1))
     print(f"{out}: {sum(len(names) for names, _ in cases.values())} slices; cases: {len(cases)}")
     if args.labels:

@@ -48,7 +48,7 @@ def expected_coordinates(boxes, size):
 
 @pytest.mark.parametrize("shape", [(64, 64), (37, 90), (151, 133)])
 def test_boxes_say_what_was_cropped(shape):
-    """The last shape is read from averaged levels, too, with odd sides. The border is extrapolated: left out."""
+    """The last shape is read from averaged levels of odd sides, too. The extrapolated border is left out."""
     size = 16
     images_x, images_y = coordinate_images(24, *shape)
     views = TwoViews(size, flip=0.5, scale=(0.005, 1.0), **GEOMETRY_ONLY)
