@@ -102,7 +102,7 @@ model:
 optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9
   steps: 2000
   batch_size: 16            # slices a step, over all processes
-  lr: 0.05
+  lr: null                  # null: 0.5 for linear, 0.05 for finetune
   encoder_lr_factor: 1.0    # finetune: the encoder's lr over the decoder's
   weight_decay: 0.0001
 eval:
@@ -122,6 +122,7 @@ NULLABLE = {
     "data.mean": float,
     "data.std": float,
     "model.arch": str,
+    "optim.lr": float,
 }
 # What may differ when a run is repeated in its folder: none of it decides what is computed.
 FREE_KEYS = ("run.out", "run.device", "run.compile", "data.workers", "cache", "log.")
@@ -132,6 +133,8 @@ RANK_SLICES, RANK_POSITIONS = 2048, 4096  # the effective rank looks at no more 
 def check_config(cfg: Config) -> None:
     """Everything that is impossible whatever the data is; raises ConfigError."""
     check_choice(cfg, "mode", ("linear", "finetune"))
+    if cfg.optim.lr is None:
+        cfg.optim["lr"] = 0.5 if cfg.mode == "linear" else 0.05
     cfg["cache"] = {True: "on", False: "off"}.get(
         cfg.cache, cfg.cache
     )  # YAML reads on and off as truth values
@@ -268,7 +271,7 @@ def train(cfg: Config, process: Process, trained: nn.Module, batches: Batches, a
         optimizer.load_state_dict(state["optimizer"])
         start, best = state["step"], state["best"]
         process.say(f"going on from step {start}")
-    log = MetricsLog(folder, process, first_step=start + 1)
+    log = MetricsLog(folder, process, done=start)
     network = torch.compile(trained) if cfg.run.compile else trained
     if process.world > 1:
         network = DistributedDataParallel(network)

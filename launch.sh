@@ -80,7 +80,8 @@ demo() { # data, pretraining, four evaluations, one table
             encoder=random
             [ $name = pretrained ] && encoder=$out/pretrain/encoder.pth
             echo "== $mode evaluation of the $name encoder"
-            "$PY" eval_seg.py --config configs/phantom_$mode.yaml encoder=$encoder run.out=$out/$name-$mode seed="$seed"
+            "$PY" eval_seg.py --config configs/$mode.yaml encoder=$encoder model.arch=resnet18 \
+                run.out=$out/$name-$mode seed="$seed"
         done
     done
     "$PY" eval_seg.py --compare $out/random-linear $out/random-finetune $out/pretrained-linear $out/pretrained-finetune

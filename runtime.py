@@ -394,15 +394,15 @@ def load_checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict | None:
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object a line. Lines from `first_step` on are of a run cut off: they go."""
+    """metrics.jsonl, one JSON object a line. A run that goes on after `done` steps drops later lines."""
 
-    def __init__(self, folder: Path, process: Process, first_step: int = 0):
+    def __init__(self, folder: Path, process: Process, done: int = 0):
         self.file = None
         if not process.is_main:
             return
         path = folder / "metrics.jsonl"
-        if path.exists():
-            write_whole(path, "".join(f"{line}\n" for line in whole_lines(path, first_step)))
+        kept = whole_lines(path, done) if path.exists() and done else []
+        write_whole(path, "".join(f"{line}\n" for line in kept))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def write(self, row: dict) -> None:
@@ -411,14 +411,14 @@ class MetricsLog:
             self.file.flush()
 
 
-def whole_lines(path: Path, first_step: int) -> list[str]:
-    """The lines of a metrics file that are complete and of a step before `first_step`."""
+def whole_lines(path: Path, done: int) -> list[str]:
+    """The lines of a metrics file that are complete and of the first `done` steps."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and row.get("step", -1) < first_step:
+        if isinstance(row, dict) and row.get("step", done + 1) <= done:
             kept.append(line)
     return kept

@@ -120,14 +120,14 @@ def main(argv: list[str] | None = None) -> int:
     window = default_window(dataset.stored) if cfg.data.window == "auto" else cfg.data.window
     intensity = Intensity(window, cfg.data.mean, cfg.data.std)
     steps_per_epoch, total_steps = count_steps(cfg, len(dataset), process)
-    model = build_model(cfg).to(process.device, memory_format=torch.channels_last)
+    model = build_model(cfg, process).to(process.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
         lr=cfg.optim.lr,
         momentum=cfg.optim.momentum,
         weight_decay=cfg.optim.weight_decay,
     )
-    views = TwoViews(cfg.data.size, **cfg.augment)
+    views = TwoViews(cfg.data.size, **cfg.augment, value_range=value_range(cfg, intensity, dataset.stored))
 
     folder = runtime.make_run_folder(cfg.run.out, process)
     step = resume(folder, cfg, model, optimizer)
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     process.barrier()  # nobody writes before all have read
     if process.is_main:
         cfg.save(folder / "config.yaml")
-    log = runtime.MetricsLog(folder, process, first_step=step)
+    log = runtime.MetricsLog(folder, process, done=step)
     monitor = CollapseMonitor(cfg, dataset, intensity, process)
     process.say(
         f"{len(dataset)} slices of {dataset.size[0]} x {dataset.size[1]} px; {total_steps} steps, "
@@ -313,7 +313,7 @@ def count_steps(cfg: Config, size: int, process: Process) -> tuple[int, int]:
     return steps_per_epoch, cfg.optim.max_steps or cfg.optim.epochs * steps_per_epoch
 
 
-def build_model(cfg: Config) -> MoCo:
+def build_model(cfg: Config, process: Process) -> MoCo:
     plan = cfg.decorrelation
     options = {"group_size": plan.group_size, "sync": plan.sync}
     if plan.eps is not None:
@@ -327,8 +327,9 @@ def build_model(cfg: Config) -> MoCo:
         encoder = Encoder(
             cfg.model.arch, cfg.model.in_channels, output_stride=cfg.model.output_stride, **in_trunk or {}
         )
-        if cfg.model.init != "random":
-            print(load_encoder_weights(encoder, cfg.model.init))
+    if cfg.model.init != "random":
+        process.say(str(load_encoder_weights(encoder, cfg.model.init)))
+    with runtime.config_errors():
         return MoCo(
             encoder,
             cfg.model.dim,
@@ -340,6 +341,13 @@ def build_model(cfg: Config) -> MoCo:
             bn_split=cfg.model.bn_split,
             seed=cfg.seed,
         )
+
+
+def value_range(cfg: Config, intensity: Intensity, stored: str) -> tuple[float, float]:
+    """The values that augmentation takes as black and white: the window's, else the whole range of CT."""
+    if intensity.window is not None:
+        return 0.0, 1.0
+    return (0.0, 255.0) if stored == "uint8" else (-cfg.data.hu_offset, 4095.0 - cfg.data.hu_offset)
 
 
 class StepBatches:
