@@ -135,9 +135,8 @@ def check_config(cfg: Config) -> None:
     check_choice(cfg, "mode", ("linear", "finetune"))
     if cfg.optim.lr is None:
         cfg.optim["lr"] = 0.5 if cfg.mode == "linear" else 0.05
-    cfg["cache"] = {True: "on", False: "off"}.get(
-        cfg.cache, cfg.cache
-    )  # YAML reads on and off as truth values
+    if isinstance(cfg.cache, bool):  # YAML reads on and off as true and false
+        cfg["cache"] = "on" if cfg.cache else "off"
     check_choice(cfg, "cache", ("auto", "on", "off"))
     check_choice(cfg, "run.device", ("auto", "cpu", "cuda"))
     check_choice(cfg, "run.precision", ("auto", "fp32", "bf16"))
@@ -270,6 +269,7 @@ def train(cfg: Config, process: Process, trained: nn.Module, batches: Batches, a
         trained.load_state_dict(state["trained"])
         optimizer.load_state_dict(state["optimizer"])
         start, best = state["step"], state["best"]
+        check_same_encoder(cfg, state["encoder_sha256"])
         process.say(f"going on from step {start}")
     log = MetricsLog(folder, process, done=start)
     network = torch.compile(trained) if cfg.run.compile else trained
@@ -312,7 +312,8 @@ def train(cfg: Config, process: Process, trained: nn.Module, batches: Batches, a
                 keep()
             if process.is_main and not last:
                 state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
-                save_checkpoint(folder, state | {"step": done, "best": best})
+                state |= {"step": done, "best": best, "encoder_sha256": sha256(encoder_path(cfg))}
+                save_checkpoint(folder, state)
     return best
 
 
@@ -343,6 +344,12 @@ def evaluate(cfg: Config, process: Process) -> None:
         check(cfg, name, cfg.flat()[name], "a path (for the encoder also: random)")
     wanted = f"a multiple of the {process.world} processes"
     check(cfg, "optim.batch_size", cfg.optim.batch_size % process.world == 0, wanted)
+    if (
+        cfg.mode == "finetune"
+    ):  # image pooling leaves one value a slice, which BatchNorm cannot normalise alone
+        check(
+            cfg, "optim.batch_size", cfg.optim.batch_size >= 2 * process.world, "2 slices a process or more"
+        )
     folder = Path(cfg.run.out)
     if results := finished(cfg, folder):
         process.say(f"{folder}: finished already\n{report.organ_table(results)}")
@@ -421,14 +428,12 @@ def evaluate(cfg: Config, process: Process) -> None:
         }
         report.draw_predictions(folder / "predictions.png", sets["test"], scores, intensity, classes)
         write_whole(folder / "cases.csv", report.cases_csv(results))
-        write_whole(
-            folder / "results.json", json.dumps(results, indent=1)
-        )  # last: it marks the run as finished
+        # results.json comes last: it marks the run as finished.
+        write_whole(folder / "results.json", json.dumps(results, indent=1))
         for name in ("checkpoint.pth", "checkpoint.pth.previous"):
             (folder / name).unlink(missing_ok=True)
-        process.say(
-            f"{report.organ_table(results)}\n{folder}: results.json, cases.csv, predictions.png, model.pth"
-        )
+        process.say(report.organ_table(results))
+        process.say(f"{folder}: results.json, cases.csv, predictions.png, model.pth")
     process.barrier()
 
 
@@ -447,17 +452,19 @@ def finished(cfg: Config, folder: Path) -> dict | None:
         raise ConfigError(f"run.out: {folder} holds another kind of run ({error})") from None
     if name := cfg.first_difference(before, FREE_KEYS):
         there, here = before.flat()[name], cfg.flat()[name]
-        raise ConfigError(
-            f"{name}: {folder} holds a run with {there!r}, not {here!r}; choose another run.out"
-        )
+        raise ConfigError(f"{name}: {folder} holds a run with {there!r}, not {here!r}; change run.out")
     if not results.is_file():
         return None
     content = report.read_results(folder)
-    if content["encoder_sha256"] != sha256(encoder_path(cfg)):
-        raise ConfigError(
-            f"encoder: {cfg.encoder} has changed since the run in {folder}; choose another run.out"
-        )
+    check_same_encoder(cfg, content["encoder_sha256"])
     return content
+
+
+def check_same_encoder(cfg: Config, before: str | None) -> None:
+    if before != sha256(encoder_path(cfg)):
+        raise ConfigError(
+            f"encoder: {cfg.encoder} has changed since the run in {cfg.run.out}; remove that run"
+        )
 
 
 def sha256(path: Path | None) -> str | None:
@@ -476,7 +483,7 @@ def open_sets(cfg: Config, num_classes: int) -> dict[str, SegmentationDataset]:
     for split, dataset in sets.items():
         if dataset.stored != sets["train"].stored:
             raise DataError(
-                f"{lists[split]}: {dataset.stored} slices, those of {data.train} are {sets['train'].stored}"
+                f"{lists[split]}: {dataset.stored} slices, but {sets['train'].stored} in {data.train}"
             )
     return sets
 
@@ -548,9 +555,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--predict", metavar="INPUT", help="a slice, a NIfTI volume, or a folder of such")
     parser.add_argument("--out", metavar="DIR", help="where --predict writes masks")
-    parser.add_argument(
-        "--compare", metavar="DIR", nargs="+", help="print the results of several runs in one table"
-    )
+    parser.add_argument("--compare", metavar="DIR", nargs="+", help="print several runs in one table")
     args = parser.parse_intermixed_args(argv)
     if args.compare:
         print(report.compare(args.compare))

@@ -73,7 +73,7 @@ launch() { # SCRIPT CONFIG [arguments]: one process, or torchrun
 
 demo() { # data, pretraining, four evaluations, one table
     local out=runs/demo encoder name mode seed=${SEED:-0}
-    "$PY" data.py phantom --out data/phantom --cases 40 --slices 24 --size 128 --seed 0
+    "$PY" data.py phantom --out data/phantom --cases 40 --slices 24 --size 96 --seed 0
     "$PY" train_moco.py --config configs/phantom.yaml run.out=$out/pretrain seed="$seed"
     for mode in linear finetune; do
         for name in random pretrained; do

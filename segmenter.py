@@ -176,9 +176,9 @@ def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
     for path in progress(process, "predicting", own):
         target = out / path.relative_to(base)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path in volumes:
+        if path.suffix.lower() in (".nii", ".gz"):
             volume = read_volume(path)
-            stored = torch.from_numpy(volume.array.astype(np.float32))
+            stored = torch.from_numpy(np.nan_to_num(volume.array.astype(np.float32), nan=-1024))
             write_labels(target, segment(model, about, stored, "hu", path, cfg, process), volume)
         else:
             array, kind = read_stored(path, cfg.data.hu_offset)
@@ -188,8 +188,7 @@ def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
 
 
 def slices_and_volumes(source: Path) -> tuple[list[Path], list[Path]]:
-    """The .png and .npy files, and the .nii and .nii.gz files, of a folder (with folders in it) or of one
-    file."""
+    """The .png and .npy files, and the .nii and .nii.gz files, anywhere below a folder; or the one file."""
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
     files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]

@@ -387,6 +387,7 @@ def test_compare_groups_by_encoder_and_averages_over_seeds(tmp_path, capsys):
         (["optim.lr=fast"], ConfigError, "optim.lr: 'fast' is not a float"),
         (["optim.steps=0"], ConfigError, "optim.steps: 0 is impossible"),
         (["label_fraction=1.5"], ConfigError, "label_fraction: 1.5 is impossible"),
+        (["optim.batch_size=1", "mode=finetune"], ConfigError, "batch_size: 1 .* 2 slices a process"),
         (
             ["optim.batch_size=500"],
             ConfigError,
