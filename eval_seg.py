@@ -33,6 +33,7 @@ from runtime import (
     Config,
     ConfigError,
     MetricsLog,
+    OneLineParser,
     Process,
     check,
     check_choice,
@@ -546,7 +547,7 @@ def effective_ranks(batches: Batches) -> dict[str, float | int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__,
         epilog=f"settings:\n{DEFAULTS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -394,21 +394,46 @@ def load_checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict | None:
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object a line. A run that goes on after `done` steps drops later lines."""
+    """metrics.jsonl, one JSON object a line. A run that goes on after `done` steps drops later lines.
 
-    def __init__(self, folder: Path, process: Process, done: int = 0):
-        self.file = None
+    With `tensorboard`, the numbers also go to event files in the folder, if tensorboard is installed.
+    """
+
+    def __init__(self, folder: Path, process: Process, done: int = 0, tensorboard: bool = False):
+        self.file = self.board = None
         if not process.is_main:
             return
         path = folder / "metrics.jsonl"
         kept = whole_lines(path, done) if path.exists() and done else []
         write_whole(path, "".join(f"{line}\n" for line in kept))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.board = tensorboard_writer(folder, done) if tensorboard else None
 
     def write(self, row: dict) -> None:
+        if self.file is None:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name not in ("step", "epoch"):
+                    self.board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def tensorboard_writer(folder: Path, done: int):
+    """A SummaryWriter, or None with a note if tensorboard is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("note: no TensorBoard files: pip install tensorboard")
+        return None
+    return SummaryWriter(folder, purge_step=done + 1)
 
 
 def whole_lines(path: Path, done: int) -> list[str]:

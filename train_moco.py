@@ -7,8 +7,8 @@
 
 Any setting below can stand in the config file or behind the command as section.key=value. A run that was
 stopped goes on when the same command is given again. Results, in run.out: encoder.pth (a torchvision ResNet
-without fc), encoder.json, metrics.jsonl, config.yaml, checkpoint.pth, and curves.png and spectrum.png if
-matplotlib is installed.
+without fc), encoder.json, metrics.jsonl, config.yaml, checkpoint.pth; curves.png and spectrum.png if
+matplotlib is installed, TensorBoard files if tensorboard is.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -98,6 +99,7 @@ optim:
   max_steps: 0              # stop the schedule after so many steps; 0: after `epochs`
 log:
   every: 10                 # steps between lines of metrics.jsonl
+  tensorboard: true         # event files in run.out, if tensorboard is installed
   rank_every: 10            # epochs between measurements of collapse; 0: only at the start and the end
 """
 
@@ -137,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     process.barrier()  # nobody writes before all have read
     if process.is_main:
         cfg.save(folder / "config.yaml")
-    log = runtime.MetricsLog(folder, process, done=step)
+    log = runtime.MetricsLog(folder, process, done=step, tensorboard=cfg.log.tensorboard)
     monitor = CollapseMonitor(cfg, dataset, intensity, process)
     process.say(
         f"{len(dataset)} slices of {dataset.size[0]} x {dataset.size[1]} px; {total_steps} steps, "
@@ -151,7 +153,10 @@ def main(argv: list[str] | None = None) -> int:
         model.key.encoder.compile()
     trained = model
     if process.world > 1:
-        trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings(
+            action="ignore", category=FutureWarning
+        ):  # of a newer name since torch 2.12
+            trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     local_batch = cfg.optim.batch_size // process.world
     offset = process.rank * local_batch  # global index of this process's first sample
     loader = DataLoader(
@@ -221,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         if step == total_steps or step % (cfg.run.save_steps or steps_per_epoch) == 0:
             save(folder, cfg, model, optimizer, step, process)
     bar.close()
+    log.close()
 
     if process.is_main:
         export(folder, cfg, model, intensity, dataset, step)

@@ -28,7 +28,7 @@ data: {size: 32, workers: 0}
 local: {grid: 2}
 decorrelation: {group_size: 32}
 optim: {epochs: 2, batch_size: 6, warmup_epochs: 1}
-log: {every: 1, rank_every: 0}
+log: {every: 1, rank_every: 0, tensorboard: false}
 """
 
 
