@@ -72,16 +72,15 @@ launch() { # SCRIPT CONFIG [arguments]: one process, or torchrun
 }
 
 demo() { # data, pretraining, four evaluations, one table
-    local out=runs/demo encoder name mode seed=${SEED:-0}
+    local out=runs/demo encoder name mode
     "$PY" data.py phantom --out data/phantom --cases 40 --slices 24 --size 96 --seed 0
-    "$PY" train_moco.py --config configs/phantom.yaml run.out=$out/pretrain seed="$seed"
+    "$PY" train_moco.py --config configs/phantom.yaml run.out=$out/pretrain
     for mode in linear finetune; do
         for name in random pretrained; do
             encoder=random
             [ $name = pretrained ] && encoder=$out/pretrain/encoder.pth
             echo "== $mode evaluation of the $name encoder"
-            "$PY" eval_seg.py --config configs/$mode.yaml encoder=$encoder model.arch=resnet18 \
-                run.out=$out/$name-$mode seed="$seed"
+            "$PY" eval_seg.py --config configs/$mode.yaml encoder=$encoder model.arch=resnet18 run.out=$out/$name-$mode
         done
     done
     "$PY" eval_seg.py --compare $out/random-linear $out/random-finetune $out/pretrained-linear $out/pretrained-finetune
