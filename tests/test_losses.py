@@ -57,7 +57,7 @@ def test_local_info_nce_equals_a_loop_over_images_and_regions(keep):
     query.requires_grad_()
     loss = local_info_nce(query, key, 0.2, None if keep is None else torch.tensor(keep))
     loss.backward()
-    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
     touched = query.grad.abs().amax(dim=(1, 2)) > 0
     assert touched.tolist() == [n in kept for n in range(4)]
 
