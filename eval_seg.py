@@ -345,12 +345,10 @@ def evaluate(cfg: Config, process: Process) -> None:
         check(cfg, name, cfg.flat()[name], "a path (for the encoder also: random)")
     wanted = f"a multiple of the {process.world} processes"
     check(cfg, "optim.batch_size", cfg.optim.batch_size % process.world == 0, wanted)
-    if (
-        cfg.mode == "finetune"
-    ):  # image pooling leaves one value a slice, which BatchNorm cannot normalise alone
-        check(
-            cfg, "optim.batch_size", cfg.optim.batch_size >= 2 * process.world, "2 slices a process or more"
-        )
+    if cfg.mode == "finetune":
+        # Image pooling leaves one value a slice, which BatchNorm cannot normalise alone.
+        enough = cfg.optim.batch_size >= 2 * process.world
+        check(cfg, "optim.batch_size", enough, "2 slices a process or more")
     folder = Path(cfg.run.out)
     if results := finished(cfg, folder):
         process.say(f"{folder}: finished already\n{report.organ_table(results)}")

@@ -249,8 +249,7 @@ def compare(folders: list[str]) -> str:
 
 
 def encoder_label(run: dict) -> str:
-    """ "random", or the folder of the encoder's run, or its file; with the share of labels if it is not
-    all."""
+    """The folder of the encoder's run, or its file, or "random"; with the share of labels if not all."""
     path = Path(run["encoder"])
     label = path.parent.as_posix() if path.name == "encoder.pth" else run["encoder"]
     share = run["label_fraction"]
