@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     step = resume(folder, cfg, model, optimizer)
     if step >= total_steps and (folder / "encoder.pth").exists():
         process.say(f"{folder} holds this run, finished after {step} steps; nothing to do")
+        process.close()
         return 0
     process.barrier()  # nobody writes before all have read
     if process.is_main:
@@ -153,9 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         model.key.encoder.compile()
     trained = model
     if process.world > 1:
-        with warnings.catch_warnings(
-            action="ignore", category=FutureWarning
-        ):  # of a newer name since torch 2.12
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers
             trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     local_batch = cfg.optim.batch_size // process.world
     offset = process.rank * local_batch  # global index of this process's first sample
@@ -164,7 +164,6 @@ def main(argv: list[str] | None = None) -> int:
         batch_sampler=StepBatches(len(dataset), cfg.optim.batch_size, cfg.seed, process, step, total_steps),
         num_workers=cfg.data.workers,
         pin_memory=process.device.type == "cuda",
-        persistent_workers=False,
     )
 
     collapse = monitor.measure(model) if step == 0 else {}
