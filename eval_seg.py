@@ -26,23 +26,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import report
-from data import DataError, Intensity, SegmentationAugment, SegmentationDataset, class_names, default_window
-from losses import effective_rank, segmentation_loss
-from models import Encoder, WeightsError, load_encoder_weights, read_weights
-from runtime import (
+from config import (
     Config,
     ConfigError,
-    MetricsLog,
     OneLineParser,
-    Process,
     check,
     check_choice,
     check_fraction,
     check_positive,
     check_range,
     config_errors,
-    load_checkpoint,
     load_config,
+)
+from data import DataError, Intensity, SegmentationAugment, SegmentationDataset, class_names, default_window
+from losses import effective_rank, segmentation_loss
+from models import Encoder, WeightsError, load_encoder_weights, read_weights
+from runtime import (
+    MetricsLog,
+    Process,
+    load_checkpoint,
     make_run_folder,
     progress,
     run_script,
@@ -376,7 +378,7 @@ def evaluate(cfg: Config, process: Process) -> None:
     check(cfg, "optim.batch_size", cfg.optim.batch_size <= len(positions["train"]), wanted)
     make_run_folder(folder, process)
     if process.is_main:
-        cfg.save(folder / "config.yaml")
+        write_whole(folder / "config.yaml", cfg.as_yaml())
 
     def to_images(stored: Tensor) -> Tensor:
         return network_input(intensity.to_unit(stored), intensity, encoder.in_channels)

@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 import metrics
+from config import ConfigError
 from data import Intensity
 from pictures import ORGAN_COLORS, contact_sheet, gray_tile, tile_size
-from runtime import ConfigError, Process, progress, written_whole
+from runtime import Process, progress, written_whole
 from segmenter import Batches, at_size, chunks
 
 PICTURE_CASES = 4

@@ -1,15 +1,12 @@
-"""What surrounds a run, for both scripts: configuration, processes and devices, logs, checkpoints, exits.
+"""What surrounds a run, for both scripts: processes and devices, logs, checkpoints, exits.
 
 Nothing here knows the method. A script does
 
-    cfg = load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
     process = start_process(cfg.run)
 
 and is started by `run_script(main)`, which turns errors of the user's making into one line and exit code 2.
 """
 
-import argparse
-import difflib
 import json
 import os
 import pickle
@@ -21,197 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------
-# Configuration: YAML over commented defaults, then section.key=value
-# ---------------------------------------------------------------------------------------------------------
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message is one line that names the key."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
-
-
-class Config(dict):
-    """A nested dict whose keys are attributes: cfg.optim.lr."""
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def flat(self) -> dict:
-        """{"optim.lr": 0.03, ...}"""
-        rows = {}
-        for name, value in self.items():
-            if isinstance(value, Config):
-                rows |= {f"{name}.{inner}": v for inner, v in value.flat().items()}
-            else:
-                rows[name] = value
-        return rows
-
-    def plain(self) -> dict:
-        """The same in ordinary dicts."""
-        return {name: v.plain() if isinstance(v, Config) else v for name, v in self.items()}
-
-    def save(self, path: Path) -> None:
-        write_whole(path, yaml.safe_dump(self.plain(), sort_keys=False))
-
-    def first_difference(self, other: "Config", ignore: tuple[str, ...] = ()) -> str | None:
-        """The first key whose value differs, of those that do not start with one of `ignore`."""
-        mine, theirs = self.flat(), other.flat()
-        for name in mine | theirs:
-            if not name.startswith(ignore) and mine.get(name) != theirs.get(name):
-                return name
-        return None
-
-
-def load_config(
-    defaults: str, path: str | Path | None, overrides: list[str], nullable: dict[str, type | tuple]
-) -> Config:
-    """Defaults (YAML text), then the file, then the overrides; every value has its default's type.
-
-    Args:
-        overrides: "section.key=value" each.
-        nullable: keys that may be null, and the type (or types) that they otherwise have.
-
-    Raises:
-        ConfigError: an unknown key (the nearest valid one is named), a wrong type, an unreadable file.
-    """
-    cfg = to_config(yaml.safe_load(defaults))
-    given = {}
-    if path is not None:
-        given |= flatten(read_yaml(path), cfg)
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"{text!r}: expected section.key=value")
-        try:
-            given |= flatten_one(name, yaml.safe_load(value), cfg)
-        except yaml.YAMLError:
-            raise ConfigError(f"{name}: {value!r} is not a YAML value") from None
-    for name, value in given.items():
-        *sections, last = name.split(".")
-        place = cfg
-        for section in sections:
-            place = place[section]
-        place[last] = fit_type(name, value, place[last], nullable)
-    return cfg
-
-
-def to_config(content: dict) -> Config:
-    return Config({name: to_config(v) if isinstance(v, dict) else v for name, v in content.items()})
-
-
-def read_yaml(path: str | Path) -> dict:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())[:160]})") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected sections with keys, found a {type(content).__name__}")
-    return content
-
-
-def flatten(content: dict, schema: Config) -> dict:
-    """Nested sections -> {"section.key": value}, each checked against the schema's names."""
-    rows = {}
-    for name, value in content.items():
-        rows |= flatten_one(str(name), value, schema)
-    return rows
-
-
-def flatten_one(name: str, value, schema: Config) -> dict:
-    valid = schema.flat()
-    sections = {key.rsplit(".", 1)[0] for key in valid if "." in key}
-    if name in sections:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{name}: is a section and needs keys, not {value!r}")
-        return flatten({f"{name}.{inner}": v for inner, v in value.items()}, schema)
-    if name not in valid:
-        near = difflib.get_close_matches(name, [*valid, *sections], n=1, cutoff=0.0)
-        raise ConfigError(f"unknown key {name!r}; the nearest valid one is {near[0]!r}")
-    return {name: value}
-
-
-def fit_type(name: str, value, default, nullable: dict):
-    """The value as the type that the default has; "1e-4", which YAML reads as text, counts as a float."""
-    if name in nullable:
-        if value is None:
-            return None
-        wanted = nullable[name] if isinstance(nullable[name], tuple) else (nullable[name],)
-    else:
-        wanted = (type(default),)
-    if float in wanted and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    right_kind = isinstance(value, wanted) and (bool in wanted or not isinstance(value, bool))
-    if not right_kind:
-        kinds = " or ".join(kind.__name__ for kind in wanted)
-        raise ConfigError(f"{name}: {value!r} is not a {kinds}")
-    return value
-
-
-def check(cfg: Config, name: str, holds: bool, wanted: str) -> None:
-    """Raise a ConfigError that names the key and says what is wanted, unless the condition holds."""
-    if not holds:
-        raise ConfigError(f"{name}: {cfg.flat()[name]!r} is impossible; wanted {wanted}")
-
-
-def check_choice(cfg: Config, name: str, choices: tuple[str, ...]) -> None:
-    value = cfg.flat()[name]
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(choices)}{hint}")
-
-
-def check_positive(cfg: Config, *names: str) -> None:
-    for name in names:
-        check(cfg, name, 0 < cfg.flat()[name] < float("inf"), "a value above 0")
-
-
-def check_not_negative(cfg: Config, *names: str) -> None:
-    for name in names:
-        check(cfg, name, 0 <= cfg.flat()[name] < float("inf"), "0 or a value above it")
-
-
-def check_fraction(cfg: Config, *names: str) -> None:
-    for name in names:
-        check(cfg, name, 0 <= cfg.flat()[name] <= 1, "a value from 0 to 1")
-
-
-def check_range(cfg: Config, *names: str) -> None:
-    """Two finite numbers, the first below the second."""
-    for name in names:
-        value = cfg.flat()[name]
-        numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
-        check(cfg, name, numbers and len(value) == 2 and value[0] < value[1], "[low, high], low < high")
-
-
-@contextmanager
-def config_errors():
-    """What a library call finds wrong with its arguments is the configuration's fault."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
+from config import Config, ConfigError
 
 # ---------------------------------------------------------------------------------------------------------
 # Processes, device and precision

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from config import Config, ConfigError
 from data import DataError, Intensity, read_volume, write_labels
 from layout import read_stored, write_png
 from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, read_weights, upsample
-from runtime import Config, ConfigError, Process, make_run_folder, progress, written_whole
+from runtime import Process, make_run_folder, progress, written_whole
 
 
 class LinearProbe(nn.Module):

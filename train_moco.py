@@ -29,11 +29,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
+import config
 import runtime
+from config import (
+    Config,
+    ConfigError,
+    check,
+    check_choice,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    check_range,
+)
 from data import DataError, Intensity, SliceDataset, TwoViews, default_window
 from losses import effective_rank_of, singular_values
 from models import ARCHITECTURES, LAYERS, Encoder, MoCo, WeightsError, load_encoder_weights, slices
-from runtime import Config, ConfigError, Process, check, check_choice, check_fraction, check_positive
+from runtime import Process
 
 DEFAULTS = """
 seed: 0
@@ -113,7 +124,7 @@ MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    cfg = runtime.load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
+    cfg = config.load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
     check_config(cfg)
     process = runtime.start_process(cfg.run)
     torch.manual_seed(cfg.seed)
@@ -139,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     process.barrier()  # nobody writes before all have read
     if process.is_main:
-        cfg.save(folder / "config.yaml")
+        runtime.write_whole(folder / "config.yaml", cfg.as_yaml())
     log = runtime.MetricsLog(folder, process, done=step, tensorboard=cfg.log.tensorboard)
     monitor = CollapseMonitor(cfg, dataset, intensity, process)
     process.say(
@@ -242,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = runtime.OneLineParser(
+    parser = config.OneLineParser(
         description=__doc__.split("\n\n")[0],
         epilog="settings and their defaults:\n" + DEFAULTS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -274,20 +285,16 @@ def check_config(cfg: Config) -> None:
     check_positive(cfg, "optim.epochs", "optim.batch_size", "optim.accumulate", "optim.lr", "log.every")
     check_fraction(cfg, "augment.flip", "augment.autocontrast", "augment.equalize", "augment.contrast")
     check_fraction(cfg, "model.momentum", "optim.momentum", "local.min_overlap")
-    runtime.check_range(cfg, "augment.scale")
+    check_range(cfg, "augment.scale")
     low, high = cfg.augment.scale
     check(cfg, "augment.scale", low > 0 and high <= 1, "two fractions of the slice's area")
-    runtime.check_not_negative(
+    check_not_negative(
         cfg, "seed", "run.save_steps", "data.workers", "augment.brightness", "augment.gamma", "augment.blur"
     )
-    runtime.check_not_negative(
-        cfg, "augment.noise", "local.weight", "decorrelation.group_size", "model.bn_split"
-    )
-    runtime.check_not_negative(
-        cfg, "optim.weight_decay", "optim.warmup_epochs", "optim.max_steps", "log.rank_every"
-    )
+    check_not_negative(cfg, "augment.noise", "local.weight", "decorrelation.group_size", "model.bn_split")
+    check_not_negative(cfg, "optim.weight_decay", "optim.warmup_epochs", "optim.max_steps", "log.rank_every")
     if cfg.data.window is not None and cfg.data.window != "auto":
-        runtime.check_range(cfg, "data.window")
+        check_range(cfg, "data.window")
     if cfg.model.queue_size < cfg.optim.batch_size:
         raise ConfigError(
             f"model.queue_size: {cfg.model.queue_size} is below optim.batch_size {cfg.optim.batch_size}"
@@ -328,13 +335,13 @@ def build_model(cfg: Config, process: Process) -> MoCo:
         in_trunk = {"whitening": plan.method, **options}
     elif plan.method != "none":
         in_moco = {"method": plan.method, **options}
-    with runtime.config_errors():
+    with config.config_errors():
         encoder = Encoder(
             cfg.model.arch, cfg.model.in_channels, output_stride=cfg.model.output_stride, **in_trunk or {}
         )
     if cfg.model.init != "random":
         process.say(str(load_encoder_weights(encoder, cfg.model.init)))
-    with runtime.config_errors():
+    with config.config_errors():
         return MoCo(
             encoder,
             cfg.model.dim,
@@ -476,7 +483,7 @@ def resume(folder: Path, cfg: Config, model: MoCo, optimizer: torch.optim.Optimi
     state = runtime.load_checkpoint(folder)
     if state is None:
         return 0
-    before = runtime.to_config(state["config"])
+    before = config.to_config(state["config"])
     if changed := cfg.first_difference(before, ignore=FREE):
         old, new = before.flat().get(changed), cfg.flat().get(changed)
         raise ConfigError(

@@ -15,9 +15,9 @@ from PIL import Image
 import data
 import eval_seg
 import report
+from config import ConfigError, Process
 from data import DataError
 from models import Encoder, WeightsError
-from runtime import ConfigError, Process
 
 PROJECT = Path(eval_seg.__file__).parent
 TINY = ["model.arch=resnet18", "model.output_stride=16", "data.workers=0", "run.device=cpu"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import config
 import eval_seg
-import runtime
 import train_moco
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ def test_losses_and_models_can_be_copied_alone(tmp_path):
 def test_every_config_is_valid_and_opens_with_its_purpose(path):
     text = path.read_text()
     script = eval_seg if "mode" in yaml.safe_load(text) else train_moco
-    script.check_config(runtime.load_config(script.DEFAULTS, path, [], script.NULLABLE))
+    script.check_config(config.load_config(script.DEFAULTS, path, [], script.NULLABLE))
     assert text.startswith("# ") and len(text.splitlines()) <= 30
 
 

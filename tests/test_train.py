@@ -6,12 +6,13 @@ import pytest
 import torch
 import torchvision
 
+import config
 import data
 import runtime
 import train_moco
+from config import ConfigError
 from data import DataError
 from models import Encoder, WeightsError
-from runtime import ConfigError
 from train_moco import DEFAULTS, NULLABLE, StepBatches, learning_rate, seeded
 
 
@@ -118,7 +119,7 @@ def test_order_of_reading_is_every_slice_once_an_epoch_whatever_the_ranks():
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
-    optim = runtime.to_config({"lr": 2.0, "warmup_epochs": 1.0})
+    optim = config.to_config({"lr": 2.0, "warmup_epochs": 1.0})
     rates = [learning_rate(step, 4, 20, optim) for step in range(20)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[4] == 2.0 and rates[12] == pytest.approx(1.0)
@@ -187,13 +188,13 @@ def test_unreadable_configs(tmp_path, content, message):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
-        runtime.load_config(DEFAULTS, path, [], NULLABLE)
+        config.load_config(DEFAULTS, path, [], NULLABLE)
     with pytest.raises(ConfigError, match="no such config file"):
-        runtime.load_config(DEFAULTS, tmp_path / "none.yaml", [], NULLABLE)
+        config.load_config(DEFAULTS, tmp_path / "none.yaml", [], NULLABLE)
 
 
 def test_yaml_numbers_are_floats_where_floats_are_meant():
-    cfg = runtime.load_config(
+    cfg = config.load_config(
         DEFAULTS, None, ["optim.lr=1e-4", "optim.weight_decay=1", "data.window=null"], NULLABLE
     )
     assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.data.window) == (1e-4, 1.0, None)
