@@ -7,10 +7,16 @@ cfg.optim.lr
 
 import argparse
 import difflib
-from contextlib import contextmanager
+import os
+import re
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
+
+LARGEST_FILE = 2**20  # bytes; YAML is read slowly, and nobody writes a megabyte of settings
+LARGEST = 2**63  # of all numbers; what computes with them holds no larger ones
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # what neither a path nor a table can hold
 
 
 class ConfigError(ValueError):
@@ -78,11 +84,12 @@ def load_config(
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"{text!r}: expected section.key=value")
+            raise ConfigError(f"{shown(text)}: expected section.key=value")
         try:
-            given |= flatten_one(name, yaml.safe_load(value), cfg)
+            content = from_yaml(value)
         except yaml.YAMLError:
-            raise ConfigError(f"{name}: {value!r} is not a YAML value") from None
+            raise ConfigError(f"{shown(name)}: {shown(value)} is not a YAML value") from None
+        given |= flatten_one(name, content, cfg)
     for name, value in given.items():
         *sections, last = name.split(".")
         place = cfg
@@ -98,7 +105,9 @@ def to_config(content: dict) -> Config:
 
 def read_yaml(path: str | Path) -> dict:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if os.path.getsize(path) > LARGEST_FILE:
+            raise ConfigError(f"{path}: too large for a config file")
+        content = from_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
@@ -108,6 +117,30 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected sections with keys, found a {type(content).__name__}")
     return content
+
+
+def from_yaml(text: str):
+    """The content of a YAML text. Raises YAMLError for whatever cannot be read, and for an alias (*name): ten
+    lines of them can stand for gigabytes."""
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise yaml.YAMLError("aliases (*name) are not taken")
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise
+    except (
+        Exception
+    ) as error:  # of 2001-99-99, !!bool x, 5000 digits, deep nesting: PyYAML lets many kinds out
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+
+
+def shown(value) -> str:
+    """A value as a message has it: on one line and not endless."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 160 else text[:160] + " ..."
 
 
 def flatten(content: dict, schema: Config) -> dict:
@@ -123,11 +156,11 @@ def flatten_one(name: str, value, schema: Config) -> dict:
     sections = {key.rsplit(".", 1)[0] for key in valid if "." in key}
     if name in sections:
         if not isinstance(value, dict):
-            raise ConfigError(f"{name}: is a section and needs keys, not {value!r}")
+            raise ConfigError(f"{name}: is a section and needs keys, not {shown(value)}")
         return flatten({f"{name}.{inner}": v for inner, v in value.items()}, schema)
     if name not in valid:
-        near = difflib.get_close_matches(name, [*valid, *sections], n=1, cutoff=0.0)
-        raise ConfigError(f"unknown key {name!r}; the nearest valid one is {near[0]!r}")
+        near = difflib.get_close_matches(name[:100], [*valid, *sections], n=1, cutoff=0.0)
+        raise ConfigError(f"unknown key {shown(name)}; the nearest valid one is {near[0]!r}")
     return {name: value}
 
 
@@ -140,29 +173,37 @@ def fit_type(name: str, value, default, nullable: dict):
     else:
         wanted = (type(default),)
     if float in wanted and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+        with suppress(TypeError, ValueError, OverflowError):
+            value = float(value)
     right_kind = isinstance(value, wanted) and (bool in wanted or not isinstance(value, bool))
     if not right_kind:
         kinds = " or ".join(kind.__name__ for kind in wanted)
-        raise ConfigError(f"{name}: {value!r} is not a {kinds}")
+        raise ConfigError(f"{name}: {shown(value)} is not a {kinds}")
+    check_content(name, value)
     return value
+
+
+def check_content(name: str, value) -> None:
+    """Numbers that nothing can compute with and texts that no file can hold raise a ConfigError."""
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, int | float) and not -LARGEST <= one < LARGEST:  # a NaN is not either
+            raise ConfigError(f"{name}: {shown(one)} is impossible; wanted a finite number")
+        if isinstance(one, str) and CONTROL.search(one):
+            raise ConfigError(f"{name}: {shown(one)} holds control characters")
 
 
 def check(cfg: Config, name: str, holds: bool, wanted: str) -> None:
     """Raise a ConfigError that names the key and says what is wanted, unless the condition holds."""
     if not holds:
-        raise ConfigError(f"{name}: {cfg.flat()[name]!r} is impossible; wanted {wanted}")
+        raise ConfigError(f"{name}: {shown(cfg.flat()[name])} is impossible; wanted {wanted}")
 
 
 def check_choice(cfg: Config, name: str, choices: tuple[str, ...]) -> None:
     value = cfg.flat()[name]
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
+        near = difflib.get_close_matches(value[:100], choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(choices)}{hint}")
+        raise ConfigError(f"{name}: {shown(value)} is not one of {', '.join(choices)}{hint}")
 
 
 def check_positive(cfg: Config, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""Slices for pretraining and evaluation: datasets and intensities, and the command line around them.
+"""The command line of data sets: make, convert, pack, check and show them.
 
     python data.py phantom --out data/phantom --cases 40 --slices 24 --size 128 --seed 0
     python data.py slice --images ct.nii.gz|DIR --labels seg.nii.gz|DIR --out data/ct --label-map MAP.json
@@ -6,60 +6,52 @@
     python data.py check --root data/ct
     python data.py show --root data/ct --list train.txt --out page.png --views
 
-The layout of a set on disk and the readers of single files are in layout.py, NIfTI volumes in volumes.py,
-the phantom in phantom.py, pictures in pictures.py; their public names can be imported from here too.
+The datasets and intensities of training are in reading.py, the layout of a set on disk and the readers of
+single files in layout.py, NIfTI volumes in volumes.py, the phantom in phantom.py, pictures in pictures.py;
+their public names can be imported from here too.
 """
 
 import argparse
 import json
-import logging
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.data import Dataset
 
 from augment import SegmentationAugment, TwoViews
 from check import check_set
 from layout import (
-    AIR,
     IGNORE,
     DataError,
     all_slices,
     case_of,
     class_names,
     default_window,
-    find_slices,
     in_threads,
     mask_path,
-    mask_size,
-    packed_at,
     read_json,
     read_list,
     read_mask,
     read_slice,
     read_spacing,
-    read_stored,
     remove_lists,
-    slice_header,
     split_cases,
     split_folder,
-    without_suffix,
     write_lists,
     write_png,
     write_text,
 )
 from phantom import BTCV_ORGANS, phantom_case, phantom_spacing
 from pictures import ORGAN_COLORS, contact_sheet, outlined, views_page
+from reading import BatchReader, Intensity, SegmentationDataset, SliceDataset, fit
 from volumes import read_volume, slice_volumes, write_labels
 
 __all__ = [
     "BTCV_ORGANS",
     "ORGAN_COLORS",
+    "BatchReader",
     "DataError",
     "Intensity",
     "SegmentationAugment",
@@ -79,215 +71,6 @@ __all__ = [
     "read_volume",
     "write_labels",
 ]
-
-# ---- Intensities ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Intensity:
-    """Stored values -> what a network sees: the window to [0, 1], then minus `mean` and over `std`.
-
-    window None: stored values stay unscaled. Takes tensors and arrays of any shape. Two compare by value.
-    """
-
-    window: tuple | None = (-160.0, 240.0)
-    mean: float = 0.5
-    std: float = 0.25
-
-    def __post_init__(self):
-        if self.window is not None:
-            if len(self.window) != 2 or not self.window[0] < self.window[1]:
-                raise DataError(f"window: two increasing values are expected, not {self.window}")
-            object.__setattr__(self, "window", (float(self.window[0]), float(self.window[1])))
-        if not self.std > 0:
-            raise DataError(f"std: a positive value is expected, not {self.std}")
-
-    def to_unit(self, stored):
-        if self.window is None:
-            return stored
-        low, high = self.window
-        return ((stored - low) / (high - low)).clip(0, 1)
-
-    def normalise(self, unit):
-        return (unit - self.mean) / self.std
-
-    def __call__(self, stored):
-        return self.normalise(self.to_unit(stored))
-
-    def as_dict(self):
-        """For JSON; Intensity(**as_dict()) is the same again."""
-        window = None if self.window is None else list(self.window)
-        return {"window": window, "mean": self.mean, "std": self.std}
-
-
-# ---- One size for all slices ---------------------------------------------------------------------
-
-
-def fit(image, size, fill, nearest=False):
-    """An image (H, W) brought to `size` (h, w): scaled to fit inside with its aspect ratio kept, centred, the
-    rest filled. Bilinear (antialiased where it shrinks), or nearest for masks. A tensor of any dtype,
-    kept."""
-    if tuple(image.shape) == tuple(size):
-        return image
-    height, width, top, left = placement(image.shape, size)
-    pixels = image[None, None].float()
-    if nearest:
-        scaled = F.interpolate(pixels, (height, width), mode="nearest-exact")
-    else:
-        scaled = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
-    out = image.new_full(size, fill)
-    out[top : top + height, left : left + width] = scaled[0, 0]
-    return out
-
-
-def placement(own, size):
-    """Where an image of size `own` lies on the common size: (height, width, top, left) in px."""
-    scale = min(size[0] / own[0], size[1] / own[1])
-    height, width = max(1, round(own[0] * scale)), max(1, round(own[1] * scale))
-    return height, width, (size[0] - height) // 2, (size[1] - width) // 2
-
-
-# ---- Datasets ------------------------------------------------------------------------------------
-
-
-class SliceDataset(Dataset):
-    """The slices of a list, as FloatTensor (1, H, W) in HU (8-bit sets: the stored value).
-
-    root     the data set's folder, or a packed set (NAME, NAME.npy or NAME.json; it is its own list then)
-    list     list file below root; None: every slice in the images folder
-    images   folder below root; "{split}" in it stands for the list's name without .txt
-    size     (H, W) of all slices; None: that of the first one. Slices of another size are scaled to fit
-             (see `fit`).
-    names, cases    one each a slice;  stored: "hu" or "uint8" (8-bit PNGs)
-    """
-
-    def __init__(self, root, list="train.txt", images="images", hu_offset=1024, size=None):
-        self.hu_offset = hu_offset
-        self.packed = packed_at(root)
-        if self.packed:
-            self.names, self.cases, self.stored = self.packed.names, self.packed.cases, self.packed.stored
-            first = self.packed.shape[1:]
-        else:
-            self.folder, self.names = listed_slices(root, list, images)
-            self.cases = [case_of(name) for name in self.names]
-            first, self.stored = slice_header(self.folder / self.names[0])
-        self.size = tuple(size) if size else tuple(first)
-        self.said = torch.zeros(1, dtype=torch.bool).share_memory_()  # workers say once that sizes differ
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, index):
-        slice = self.packed.read(index) if self.packed else self.read(index)
-        return self.to_size(torch.from_numpy(slice), AIR[self.stored])[None]
-
-    def read(self, index):
-        """One slice as it is on disk, float32 (H, W)."""
-        path = self.folder / self.names[index]
-        slice, stored = read_stored(path, self.hu_offset)
-        if stored != self.stored:
-            kinds = {"hu": "16-bit or HU", "uint8": "8-bit"}
-            raise DataError(
-                f"{path}: {kinds[stored]} values, but the set begins with {kinds[self.stored]} ones"
-            )
-        return slice
-
-    def to_size(self, image, fill, nearest=False):
-        if tuple(image.shape) != self.size and not self.said:
-            self.said[0] = True
-            rule = "slices of different sizes: scaled to fit %d x %d px, centred, the rest filled with air"
-            logging.getLogger("med-moco").warning(rule, *self.size)
-        return fit(image, self.size, fill, nearest)
-
-
-class SegmentationDataset(SliceDataset):
-    """Slices with their masks: FloatTensor (1, H, W) as in SliceDataset, and LongTensor (H, W), 255 = ignore.
-
-    masks        folder below root, with the slice's name and the suffix .png
-    num_classes  a mask with a label outside 0 ... num_classes - 1 and 255 is an error; None: not checked
-    """
-
-    def __init__(
-        self,
-        root,
-        list="train.txt",
-        images="images",
-        masks="masks",
-        hu_offset=1024,
-        num_classes=None,
-        size=None,
-    ):
-        if packed_at(root):
-            raise DataError(f"{root}: a packed set holds no masks; give the data set's folder")
-        super().__init__(root, list, images, hu_offset, size)
-        self.num_classes = num_classes
-        self.mask_folder = split_folder(root, list, masks)
-        wanted = [without_suffix(name) + ".png" for name in self.names]
-        require_all(wanted, find_slices(self.mask_folder, wanted), self.mask_folder, f"masks of {list}")
-        self.spacings = read_spacing(root)
-
-    def __getitem__(self, index):
-        slice, mask = self.read(index), self.own_mask(index)
-        if slice.shape != mask.shape:
-            raise DataError(
-                f"{self.mask_path(index)}: {mask.shape} px (rows, columns), its image {slice.shape}"
-            )
-        image = self.to_size(torch.from_numpy(slice), AIR[self.stored])
-        mask = self.to_size(torch.from_numpy(mask), IGNORE, nearest=True)
-        return image[None], mask.long()
-
-    def mask_path(self, index):
-        return mask_path(self.mask_folder, self.names[index])
-
-    def own_mask(self, index):
-        """The mask on its own grid, uint8 (h, w)."""
-        mask = read_mask(self.mask_path(index))
-        check_labels(mask, self.num_classes, self.mask_path(index))
-        return mask
-
-    def to_own_grid(self, prediction, index):
-        """A prediction uint8 (H, W) on the common size -> uint8 (h, w) on the mask's own grid (nearest)."""
-        own = mask_size(self.mask_path(index))
-        height, width, top, left = placement(own, self.size)
-        inside = torch.as_tensor(prediction)[top : top + height, left : left + width]
-        on_own = F.interpolate(inside[None, None].float(), own, mode="nearest-exact")[0, 0]
-        return on_own.to(torch.uint8).numpy()
-
-    def spacing(self, case):
-        """(slice, row, column) distances in mm, or None if the set does not say."""
-        return self.spacings.get(case)
-
-
-def check_labels(mask, num_classes, path):
-    """DataError if a mask (uint8) has a label that is neither below num_classes nor 255."""
-    if num_classes is None:
-        return
-    wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
-    if wrong.size:
-        raise DataError(
-            f"{path}: label {wrong.max()}, but there are {num_classes} classes, 0 to {num_classes - 1}"
-        )
-
-
-def listed_slices(root, list, images):
-    """The folder and the names, with suffix, of a list's slices; DataError if any is missing."""
-    if not Path(root).is_dir():
-        raise DataError(f"{root}: no such data set (neither a folder nor a packed set)")
-    folder = split_folder(root, list, images)
-    if list is None:
-        return folder, all_slices(folder)
-    names = read_list(Path(root) / list)
-    found = find_slices(folder, names)
-    require_all(names, found, folder, list)
-    return folder, found
-
-
-def require_all(names, found, folder, what):
-    missing = [name for name, there in zip(names, found) if there is None]
-    if missing:
-        first = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise DataError(f"{what}: {len(missing)} of {len(names)} files are missing in {folder}: {first}")
-
 
 # ---- Packing -------------------------------------------------------------------------------------
 
@@ -312,7 +95,7 @@ def pack(args):
         "stored": dataset.stored,
         "spacing": read_spacing(args.root),
     }
-    write_text(about, json.dumps(content | {"names": dataset.names, "cases": dataset.cases}))
+    write_text(about, json.dumps(content | {"names": [*dataset.names], "cases": [*dataset.cases]}))
     size = f"{dataset.size[0]} x {dataset.size[1]}"
     print(f"{array}: {len(dataset)} slices of {size} px; cases: {len(set(dataset.cases))}")
     return 0

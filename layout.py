@@ -11,8 +11,11 @@ import json
 import os
 import re
 import struct
+from array import array
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -20,6 +23,8 @@ from tqdm import tqdm
 
 IGNORE = 255  # the mask value of pixels that neither train nor count
 MAX_SIDE = 8192  # px; a header that claims more is refused before any memory is allocated
+MAX_SPACING = 1000  # mm between voxels
+MAX_JSON = 2**29  # bytes
 PIXELS_PER_BYTE = 8 * 1032  # of a PNG, at most: deflate shrinks by no more than 1032 to 1
 AIR = {"hu": -1024.0, "uint8": 0.0}  # what fills a slice that is brought to the common size
 PNG_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
@@ -43,17 +48,20 @@ def read_slice(path, hu_offset=1024):
 
 def read_stored(path, hu_offset=1024):
     """A slice as `read_slice` gives it, and what it is stored as: "hu", or "uint8" (an 8-bit PNG)."""
-    _, stored = slice_header(path)
+    size, stored = slice_header(path)
     if Path(path).suffix.lower() == ".npy":
-        return np.array(open_npy(path, ndim=2), dtype=np.float32), stored
-    values = decode_png(path).astype(np.float32)
+        with np.errstate(over="ignore"):
+            values = np.array(open_npy(path, ndim=2), dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise DataError(f"{path}: values that are not finite")
+        return values, stored
+    values = decode_png(path, size).astype(np.float32)
     return values - hu_offset if stored == "hu" else values, stored
 
 
 def read_mask(path):
     """One mask as uint8 (H, W): the pixels of an 8-bit grey PNG, or the indices of a palette PNG."""
-    mask_size(path)
-    return decode_png(path)
+    return decode_png(path, mask_size(path))
 
 
 def slice_header(path):
@@ -103,9 +111,11 @@ def png_header(path):
     return (height, width), depth, PNG_COLORS.get(color, "of an unknown colour type")
 
 
-def decode_png(path):
+def decode_png(path, size):
     try:
         with Image.open(path, formats=("PNG",)) as image:
+            if image.size != size[::-1]:
+                raise DataError("two headers")  # before it allocates what the second one says
             return np.array(image)
     except (
         Exception
@@ -154,6 +164,8 @@ def write_text(path, text):
 
 def read_json(path, kind):
     """The content of a JSON file, which must be of type `kind` (dict or list)."""
+    if os.path.exists(path) and os.path.getsize(path) > MAX_JSON:
+        raise DataError(f"{path}: too large, {os.path.getsize(path) >> 20} MB")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -168,35 +180,79 @@ def read_json(path, kind):
 # ---- Lists and cases -----------------------------------------------------------------------------
 
 
+class Strings(Sequence):
+    """Many strings, immutable, in one block of memory that forked processes share.
+
+    Of a list of a million str each makes a copy, page by page: reading a str writes its reference count.
+    """
+
+    def __init__(self, strings):
+        text, ends = bytearray(), array("q", [0])
+        for string in strings:
+            text += string.encode("utf-8", "surrogatepass")
+            ends.append(len(text))
+        self.text, self.ends = bytes(text), ends
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        chosen = range(len(self))[index]
+        if isinstance(chosen, range):
+            return [self[i] for i in chosen]
+        return self.text[self.ends[chosen] : self.ends[chosen + 1]].decode("utf-8", "surrogatepass")
+
+    def __iter__(self):
+        for start, end in pairwise(self.ends):
+            yield self.text[start:end].decode("utf-8", "surrogatepass")
+
+    def __eq__(self, other):
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other))
+
+
 def read_list(path):
     """The slice names of a list file, as written there but for a second column, which is dropped.
 
     The name ends at .png or .npy; in a line without either, the last column goes unless it contains a "/".
+    A path that leaves the images folder is a DataError; whether the files exist is not looked at.
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with open(path, encoding="utf-8-sig") as file:
+            names = [name_in(line.strip()) for line in file if not line.isspace()]
     except FileNotFoundError:
         there = sorted(file.name for file in path.parent.glob("*.txt")) if path.parent.is_dir() else []
         raise DataError(f"{path}: no such list file (there: {', '.join(there[:8]) or 'none'})") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file") from None
-    names = [name_in(line.strip()) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise DataError(f"{path}: {getattr(error, 'strerror', error)}") from None
     if not names:
         raise DataError(f"{path}: the list is empty")
     for name in names:
-        if name.startswith("/") or (".." in name and ".." in PurePosixPath(name).parts):
-            raise DataError(f"{path}: {name!r} leaves the data root; paths are relative to the images folder")
+        if name.startswith("/") or (".." in name and ".." in name.split("/")):
+            raise DataError(
+                f"{path}: {shown(name)} leaves the data root; paths are relative to the images folder"
+            )
+        if "\\" in name or "\0" in name:
+            raise DataError(f"{path}: {shown(name)} has a backslash or a NUL; folders are separated by /")
     return names
 
 
 def name_in(line):
     line = line.removeprefix("./")
+    if len(line.split(maxsplit=1)) == 1:  # one column, as in most lists of a million lines
+        return line
     with_suffix = re.match(r".+?\.(png|npy)(?=\s|$)", line, re.IGNORECASE)
     if with_suffix:
         return with_suffix.group()
     columns = line.rsplit(maxsplit=1)
     return columns[0] if len(columns) == 2 and "/" not in columns[1] else line
+
+
+def shown(text):
+    """A text from a file as a message has it: on one line and not endless."""
+    return (text if text.isprintable() else ascii(text))[:200]
 
 
 def without_suffix(name):
@@ -206,9 +262,10 @@ def without_suffix(name):
 def case_of(name):
     """The case of a slice: its parent folder, unless that is a split folder (train, val, test ...) or
     there is none: then the file name up to its last number ("train/img0001_slice012" -> "img0001_slice")."""
-    folder, _, stem = without_suffix(name).rpartition("/")
+    folder, _, file = name.rpartition("/")
     if folder and folder.rpartition("/")[2].lower() not in SPLIT_FOLDERS:
         return folder
+    stem = without_suffix(file)
     before_number = re.match(r"(.*?)\d+\D*$", stem)
     if before_number is None:  # no number: a case of its own
         return stem
@@ -224,15 +281,22 @@ def find_slices(folder, names):
     found = []
     for name in names:
         parent, _, file = name.rpartition("/")
-        if parent not in present:
-            try:
-                present[parent] = set(os.listdir(os.path.join(folder, parent)))
-            except (OSError, ValueError):
-                present[parent] = set()
-        possible = ("",) if file.lower().endswith(SUFFIXES) else (*SUFFIXES, "")
-        endings = [ending for ending in possible if file + ending in present[parent]]
-        found.append(name + endings[0] if endings else None)
+        there = present.get(parent)
+        if there is None:
+            there = present[parent] = files_in(os.path.join(folder, parent))
+        if file[-4:].lower() in SUFFIXES:
+            found.append(name if file in there else None)
+        else:
+            endings = (ending for ending in (*SUFFIXES, "") if file + ending in there)
+            found.append(next((name + ending for ending in endings), None))
     return found
+
+
+def files_in(folder):
+    try:
+        return set(os.listdir(folder))
+    except (OSError, ValueError):  # no such folder; ValueError: a name that cannot be one
+        return set()
 
 
 def all_slices(folder):
@@ -261,8 +325,10 @@ def read_spacing(root):
     spacings = read_json(path, dict)
     for case, spacing in spacings.items():
         three = isinstance(spacing, list) and len(spacing) == 3
-        if not three or not all(isinstance(mm, int | float) and mm > 0 for mm in spacing):
-            raise DataError(f"{path}: {case}: [slice, row, column] in mm is expected, not {spacing}")
+        if not three or not all(type(mm) in (int, float) and 0 < mm < MAX_SPACING for mm in spacing):
+            raise DataError(
+                f"{path}: {shown(case)}: [slice, row, column] in mm is expected, not {shown(str(spacing))}"
+            )
     return {case: tuple(map(float, spacing)) for case, spacing in spacings.items()}
 
 
@@ -276,8 +342,12 @@ def class_names(root, classes=None):
         if not path.exists():
             raise DataError(f"{path}: no such file; give the classes (a number, or names from background on)")
         classes = read_json(path, list)
-    if not 2 <= len(classes) <= IGNORE or not all(isinstance(name, str) for name in classes):
-        raise DataError(f"{path}: 2 to {IGNORE} class names are expected, background first, not {classes}")
+    texts = all(isinstance(name, str) and name.isprintable() for name in classes)
+    if not texts or not 2 <= len(set(classes)) == len(classes) <= IGNORE:
+        raise DataError(
+            f"{path}: 2 to {IGNORE} different class names are expected, background first, "
+            f"not {shown(str(classes))}"
+        )
     return list(classes)
 
 
@@ -295,18 +365,31 @@ class PackedSlices:
         self.shape, self.start = array.shape, array.offset
         about = path.with_name(path.name + ".json")
         content = read_json(about, dict)
-        self.names, self.cases, self.stored = (content.get(key) for key in ("names", "cases", "stored"))
         for key in ("names", "cases"):
-            if not isinstance(content.get(key), list) or len(content[key]) != len(array):
+            strings = content.get(key)
+            if not isinstance(strings, list) or len(strings) != len(array) or {*map(type, strings)} - {str}:
                 raise DataError(f"{about}: {key}: a list of {len(array)}, one for each slice, is expected")
-        if self.stored not in AIR:
+        self.names, self.cases = Strings(content["names"]), Strings(content["cases"])
+        self.stored = content.get("stored")
+        if self.stored not in ("hu", "uint8"):
             raise DataError(f"{about}: stored: hu or uint8 is expected, not {self.stored}")
 
-    def read(self, index):
-        """float32 (H, W). Only this slice is mapped, so a process never grows with the set."""
-        height, width = self.shape[1:]
-        start = self.start + range(len(self.names))[index] * height * width * 2
-        return np.memmap(self.path, np.int16, "r", start, (height, width)).astype(np.float32)
+    def read(self, indices):
+        """Yields the slices, float32 (H, W).
+
+        They are read, not mapped: a process does not grow with the set, and a file that has become too
+        short is an error with its name, not the end of the process.
+        """
+        slice = np.empty(self.shape[1:], np.int16)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                for index in indices:
+                    file.seek(self.start + range(len(self.names))[index] * slice.nbytes)
+                    if file.readinto(slice) < slice.nbytes:
+                        raise DataError(f"{self.path}: too short, slice {index} is not there")
+                    yield slice.astype(np.float32)
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror}") from None
 
 
 def packed_at(root):

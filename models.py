@@ -10,6 +10,7 @@ Copy this file together with losses.py; it needs torch and torchvision only.
 
 import copy
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -244,9 +245,10 @@ class MoCo(nn.Module):
     """MoCo v2 (arXiv 1911.05722, 2003.04297) with local features and feature decorrelation (2402.14611).
 
     One step of training is `forward(query_view, key_view, ...)["loss"].backward()` and an optimiser step.
-    With gradient accumulation call what forward consists of: `encode_keys` once per global batch, `forward`
-    with each part of the keys, `enqueue` once. In evaluation mode neither the momentum encoder
-    nor the queue moves.
+    For gradient accumulation, or to skip bad steps, call what forward consists of: `encode_keys` once per
+    global batch, `forward` with each part of the keys, `enqueue` once, and `update_momentum_encoder` after
+    the optimiser (which is the same as before the next keys). In evaluation mode neither the momentum
+    encoder nor the queue moves.
 
     If the samples of a query batch were normalised together in the key batch too, the positive could be
     recognised by the shared batch statistics instead of by its content. So BatchNorm uses sub-batches of
@@ -299,7 +301,7 @@ class MoCo(nn.Module):
         self.key = copy.deepcopy(self.query).requires_grad_(False)
 
         self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))
-        self.queue_pointer = 0  # the column that the next key goes to
+        self.register_buffer("queue_pointer", torch.tensor(0))  # the column that the next key goes to
         self.step = 0  # global batches seen
 
     def forward(
@@ -323,6 +325,7 @@ class MoCo(nn.Module):
         """
         if keys is not None:
             return self.compare(query_view, keys)
+        self.update_momentum_encoder()
         keys = self.encode_keys(key_view, query_box, key_box)
         terms = self.compare(query_view, keys)
         self.enqueue(keys)
@@ -336,12 +339,10 @@ class MoCo(nn.Module):
         key_box: Tensor | None = None,
         parts: int = 1,
     ) -> Keys:
-        """Move the momentum encoder, permute the keys over the global batch, encode them in `parts` parts."""
+        """Permute the keys over the global batch and encode them, in `parts` parts."""
         key_points = query_points = share = None
         if self.local is not None:
             query_points, key_points, share = self._match_regions(key_view, query_box, key_box)
-        if self.training:
-            self.update_momentum_encoder()
 
         order = self._key_order(len(key_view) * world_size())
         mine = process_rows(order, len(key_view))  # the samples whose keys this process computes
@@ -377,21 +378,35 @@ class MoCo(nn.Module):
         return terms
 
     @torch.no_grad()
-    def update_momentum_encoder(self) -> None:
-        """key <- m * key + (1 - m) * query, all parameters."""
-        torch._foreach_lerp_(list(self.key.parameters()), list(self.query.parameters()), 1 - self.momentum)
+    def update_momentum_encoder(self, ok: Tensor | None = None) -> None:
+        """key <- m * key + (1 - m) * query, all parameters (training only).
+
+        ok: a bool scalar on their device; where it is false nothing changes. The host need not know it.
+        """
+        if not self.training:
+            return
+        weight = 1 - self.momentum if ok is None else (1 - self.momentum) * ok.to(self.queue.dtype)
+        for key, query in zip(self.key.parameters(), self.query.parameters(), strict=True):
+            key.lerp_(query, weight)
 
     @torch.no_grad()
-    def enqueue(self, keys: Keys) -> None:
-        """Overwrite the oldest columns of the queue with the keys of the global batch (training only)."""
+    def enqueue(self, keys: Keys, ok: Tensor | None = None) -> None:
+        """Overwrite the oldest columns of the queue with the keys of the global batch (training only).
+
+        ok: as in `update_momentum_encoder`.
+        """
         if not self.training:
             return
         size, batch = self.queue.shape[1], len(keys.everyone)
         if batch > size:
             raise ValueError(f"a batch of {batch} does not fit into a queue of {size}")
         columns = (self.queue_pointer + torch.arange(batch, device=self.queue.device)) % size
-        self.queue[:, columns] = keys.everyone.T.to(self.queue.dtype)
-        self.queue_pointer = (self.queue_pointer + batch) % size
+        entering, moved = keys.everyone.T.to(self.queue.dtype), self.queue_pointer + batch
+        if ok is not None:
+            entering = torch.where(ok, entering, self.queue[:, columns])
+            moved = torch.where(ok, moved, self.queue_pointer)
+        self.queue[:, columns] = entering
+        self.queue_pointer.copy_(moved % size)
         self.step += 1
 
     def _match_regions(self, view: Tensor, query_box: Tensor | None, key_box: Tensor | None):
@@ -413,27 +428,35 @@ class MoCo(nn.Module):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         return torch.randperm(batch, generator=generator)
 
+    def running_statistics(self) -> list[Tensor]:
+        """The running averages of all norms, of both branches; a forward pass in training moves them."""
+        return [b for b in (*self.query.buffers(), *self.key.buffers()) if b.is_floating_point()]
+
     @torch.no_grad()
-    def average_running_statistics(self) -> None:
+    def average_running_statistics(self) -> Tensor:
         """Give all processes the mean of their running statistics: what one process would have.
 
         Moving averages are linear in the batch statistics, so doing this before they are read (evaluation,
-        checkpoint) equals doing it at every step. Call it on all processes.
+        checkpoint) equals doing it at every step. Call it on all processes. Returns what each process had,
+        (world, n), for `set_running_statistics`.
         """
-        if world_size() == 1:
-            return
-        buffers = [b for name, b in self.named_buffers() if b.is_floating_point() and name != "queue"]
-        flat = torch.cat([b.flatten() for b in buffers])
-        dist.all_reduce(flat)
-        flat /= world_size()
-        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(mean.view_as(buffer))
+        own = torch.cat([average.flatten() for average in self.running_statistics()])
+        everyone = gather(own[None])
+        self.set_running_statistics(everyone.mean(dim=0))
+        return everyone
+
+    @torch.no_grad()
+    def set_running_statistics(self, values: Tensor) -> None:
+        """From one vector (n,) that holds them all, in order."""
+        averages = self.running_statistics()
+        for average, value in zip(averages, values.split([a.numel() for a in averages]), strict=True):
+            average.copy_(value.view_as(average))
 
     def get_extra_state(self) -> dict[str, int]:
-        return {"queue_pointer": self.queue_pointer, "step": self.step}
+        return {"step": self.step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.queue_pointer, self.step = state["queue_pointer"], state["step"]
+        self.step = state["step"]
 
 
 def gather(x: Tensor) -> Tensor:
@@ -539,6 +562,7 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------
 
 MARK = "layer1.0.conv1.weight"  # every ResNet checkpoint has it, whatever stands before it
+NUMBERS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 FOLLOWERS = (
     "encoder_k.",
     "momentum",
@@ -585,6 +609,8 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
     state = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
     if any(name.startswith(("stem.", "conv1.0.")) for name in state):
         raise WeightsError(f"{path}: has a deep stem (ResNetV1c or -D); only the 7x7 stem can be loaded")
+    if unsound := [name for name, value in state.items() if not is_sound(value)]:
+        raise WeightsError(f"{path}: {unsound[0]} is not a tensor of finite numbers")
 
     note = fit_stem(state, encoder.in_channels)
     own = encoder.state_dict()
@@ -614,30 +640,46 @@ def read_weights(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise WeightsError(f"{path}: no such file")
     try:
+        check_intact(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(f"{path}: not a weights file, or it holds more than tensors: refused") from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-    ) as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0]
+    except Exception as e:  # zipfile, pickle and torch.load raise many kinds on damaged files
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise WeightsError(f"{path}: cannot be read as weights ({reason})") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
 
 
+def check_intact(path: str | Path) -> None:
+    """Raise BadZipFile if bytes of the file have changed, which torch.load does not look at, or if it claims
+    to hold more of them than it has."""
+    if not zipfile.is_zipfile(path):  # written before PyTorch 1.6: without checksums
+        return
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
+            raise zipfile.BadZipFile("damaged: it holds less than it says")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"damaged: wrong checksum of {damaged}")
+
+
+def is_sound(value) -> bool:
+    """Whether a value of a checkpoint is a tensor of finite real numbers, all of which the file holds."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in NUMBERS
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # not expanded
+        and bool(value.isfinite().all())
+    )
+
+
 def find_tensors(content: dict) -> dict[str, Tensor]:
     """The innermost dict of tensors that looks like a ResNet's, else an empty one."""
     if any(isinstance(name, str) and name.endswith(MARK) for name in content):
-        return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        return {name: v for name, v in content.items() if isinstance(name, str) and isinstance(v, Tensor)}
     for value in content.values():
         if isinstance(value, dict) and (found := find_tensors(value)):
             return found
@@ -657,11 +699,11 @@ def fit_stem(state: dict[str, Tensor], in_channels: int) -> str:
 def fit_whitening(state: dict[str, Tensor], encoder: Encoder) -> str:
     """Turn the last BatchNorm in `state` into the encoder's whitening layer, if it has one."""
     norm, name = encoder.get_submodule(encoder.last_norm), encoder.last_norm
-    if not isinstance(norm, Whitening) or f"{name}.running_var" not in state:
+    if not isinstance(norm, Whitening) or {f"{name}.running_var", f"{name}.running_mean"} - set(state):
         return ""
     shape = (norm.num_groups, norm.group_size)
     variance = state.pop(f"{name}.running_var")
-    if variance.numel() == norm.num_features:
+    if variance.numel() == state[f"{name}.running_mean"].numel() == norm.num_features:
         state[f"{name}.running_mean"] = state[f"{name}.running_mean"].reshape(shape)
         covariance = torch.diag_embed(variance.reshape(shape))
         if isinstance(norm, ZCAWhitening):

@@ -18,19 +18,18 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
 
 import config
 import runtime
+from collapse import CollapseMonitor, describe_collapse, draw
 from config import (
     Config,
     ConfigError,
@@ -41,8 +40,7 @@ from config import (
     check_positive,
     check_range,
 )
-from data import DataError, Intensity, SliceDataset, TwoViews, default_window
-from losses import effective_rank_of, singular_values
+from data import BatchReader, DataError, Intensity, SliceDataset, TwoViews, default_window
 from models import ARCHITECTURES, LAYERS, Encoder, MoCo, WeightsError, load_encoder_weights, slices
 from runtime import Process
 
@@ -54,6 +52,10 @@ run:
   precision: auto           # auto | fp32 | bf16; auto: bf16 where a GPU has it
   compile: false            # torch.compile the encoders: minutes at the start, some percent faster then
   save_steps: 0             # checkpoint every so many steps; 0: at the end of every epoch
+  save_minutes: 30.0        # and whenever the last one is so old; 0: never for that reason
+  max_bad_steps: 10         # so many steps in a row whose loss or gradient is not finite end the run
+  skip_bad: false           # unreadable slices: false: end the run | true: the next one stands in, counted
+  timeout_minutes: 10.0     # how long to wait for another process, or for a reading one, before giving up
   deterministic: false      # the same bits on the same GPU, slower; a CPU run always gives the same bits
 data:
   root: null                # a data set's folder, or a packed set
@@ -117,41 +119,48 @@ log:
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "decorrelation.eps": float}
 
 # Keys that may change between the parts of an interrupted run: they do not touch what is computed.
-FREE = ("run.", "data.workers", "log.")
-
-MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
+RUN_FREE = ("out", "device", "compile", "save", "max_bad", "skip", "timeout", "deterministic")
+FREE = (*(f"run.{name}" for name in RUN_FREE), "data.workers", "log.")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     cfg = config.load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
     check_config(cfg)
+    if args.folder:
+        print(cfg.run.out)
+        return 0
     process = runtime.start_process(cfg.run)
-    torch.manual_seed(cfg.seed)
+    place = (cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
+    dataset = SliceDataset(*place, skip_bad=cfg.run.skip_bad)
+    reader = BatchReader(dataset, cfg.data.workers)
+    with runtime.StopRequest(process.rank) as stop, runtime.naming_lost_workers(reader):
+        code = pretrain(cfg, process, dataset, reader, stop)
+    process.close()
+    return code
 
-    dataset = SliceDataset(cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
+
+def pretrain(
+    cfg: Config, process: Process, dataset: SliceDataset, reader: BatchReader, stop: runtime.StopRequest
+) -> int:
+    """The whole run, from where its folder says it is; returns the exit code."""
+    torch.manual_seed(cfg.seed)
     window = default_window(dataset.stored) if cfg.data.window == "auto" else cfg.data.window
     intensity = Intensity(window, cfg.data.mean, cfg.data.std)
     steps_per_epoch, total_steps = count_steps(cfg, len(dataset), process)
     model = build_model(cfg, process).to(process.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=cfg.optim.lr,
-        momentum=cfg.optim.momentum,
-        weight_decay=cfg.optim.weight_decay,
-    )
+    optimizer = make_optimizer(cfg, model)
+    guard = Guard(model, optimizer, cfg.run.max_bad_steps)
     views = TwoViews(cfg.data.size, **cfg.augment, value_range=value_range(cfg, intensity, dataset.stored))
 
     folder = runtime.make_run_folder(cfg.run.out, process)
-    step = resume(folder, cfg, model, optimizer)
-    if step >= total_steps and (folder / "encoder.pth").exists():
+    step, complete = resume(folder, cfg, model, optimizer, guard, dataset, process)
+    if step >= total_steps and complete:
         process.say(f"{folder} holds this run, finished after {step} steps; nothing to do")
-        process.close()
         return 0
-    process.barrier()  # nobody writes before all have read
     if process.is_main:
+        (folder / runtime.STOP_MARKER).unlink(missing_ok=True)
         runtime.write_whole(folder / "config.yaml", cfg.as_yaml())
-    log = runtime.MetricsLog(folder, process, done=step, tensorboard=cfg.log.tensorboard)
     monitor = CollapseMonitor(cfg, dataset, intensity, process)
     process.say(
         f"{len(dataset)} slices of {dataset.size[0]} x {dataset.size[1]} px; {total_steps} steps, "
@@ -170,25 +179,23 @@ def main(argv: list[str] | None = None) -> int:
             trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     local_batch = cfg.optim.batch_size // process.world
     offset = process.rank * local_batch  # global index of this process's first sample
-    loader = DataLoader(
-        dataset,
-        batch_sampler=StepBatches(len(dataset), cfg.optim.batch_size, cfg.seed, process, step, total_steps),
-        num_workers=cfg.data.workers,
-        pin_memory=process.device.type == "cuda",
-    )
+    order = StepBatches(len(dataset), cfg.optim.batch_size, cfg.seed, process, step, total_steps)
+    loader = runtime.batch_loader(reader, order, cfg.data.workers, process, cfg.run.timeout_minutes)
 
-    collapse = monitor.measure(model) if step == 0 else {}
-    if collapse:
-        log.write({"step": 0, "epoch": 0, **collapse})
-    bar = runtime.progress(process, "pretrain", total=total_steps, initial=step)
-    since, clock = step, time.perf_counter()
+    journal = Journal(cfg, process, steps_per_epoch, total_steps, step)
+    readback = runtime.Readback(process.device)
+    due = Due(cfg, steps_per_epoch, process)
+    if due.measuring(step) and not process.from_main(lambda: journal.knows_collapse(step)):
+        with averaged_statistics(model, process):
+            journal.collapse(step, monitor.measure(model))
     model.train()
-    for stored in loader:
+    for stored, unreadable in loader:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps_per_epoch, total_steps, cfg.optim)
+        guard.remember()
 
         unit = intensity.to_unit(stored.to(process.device, non_blocking=True))  # (n, 1, H, W) in [0, 1]
-        generator = seeded("views", cfg.seed, step)
+        generator = runtime.seeded("views", cfg.seed, step)
         query_view, key_view, query_box, key_box = views(unit, generator, offset, cfg.optim.batch_size)
         query_view, key_view = (
             intensity.normalise(view).expand(-1, cfg.model.in_channels, -1, -1)
@@ -207,43 +214,44 @@ def main(argv: list[str] | None = None) -> int:
                     found = trained(query_view[rows], keys=keys.part(rows))
                 (found["loss"] / len(parts)).backward()
             terms = {name: terms.get(name, 0) + value.detach() / len(parts) for name, value in found.items()}
-        model.enqueue(keys)
+
+        events = {"unreadable": unreadable, "stop": bool(stop), "save": due.by_time()}
+        row = over_ranks(terms, events, process)
+        ok = guard.judge(row["loss"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        model.update_momentum_encoder(ok)
+        model.enqueue(keys, ok)
+        guard.put_back(ok)
         step += 1
-        bar.update()
 
-        if step % cfg.log.every == 0 or step == total_steps:
-            values = mean_over_ranks(torch.stack(list(terms.values())), process)  # waits for the device
-            now = time.perf_counter()
-            rate = (step - since) * cfg.optim.batch_size / (now - clock)
-            since, clock = step, now
-            row = {"step": step, "epoch": round(step / steps_per_epoch, 4)}
-            row |= dict(zip(terms, values, strict=True)) | {"lr": optimizer.param_groups[0]["lr"]}
-            log.write(row | {"images_per_second": round(rate, 1)})
-            bar.set_postfix_str(status_line(row, rate, collapse))
-            if bar.disable:
-                process.say(f"step {step}/{total_steps}  {status_line(row, rate, collapse)}")
+        # The host learns of a step when the device has done it: on a GPU, during the next one.
+        last = step == total_steps
+        row |= guard.counts()
+        arrived = readback.push(step, torch.stack(list(row.values())))
+        arrived += readback.arrived() if last else []
+        news = [journal.note(done, dict(zip(row, values))) for done, values in arrived]
+        if any(found["bad_in_row"] >= cfg.run.max_bad_steps for found in news):
+            step = model.step = journal.before_bad_steps()
+            guard.forget_row()
+            save(folder, cfg, model, optimizer, guard, step, dataset, process)
+            raise NotFinite(journal.describe_bad_steps(folder, dataset, order))
+        stopping = any(found["stop"] for found in news) and not last
+        if not stopping and (last or due.measuring(step)):
+            with averaged_statistics(model, process):
+                journal.collapse(step, monitor.measure(model))
+        if stopping or last or due.by_step(step) or any(found["save"] for found in news):
+            save(folder, cfg, model, optimizer, guard, step, dataset, process)
+        if stopping:
+            return runtime.leave(folder, step, process.everyone(stop.reason), process)
+    journal.close()
 
-        measured = cfg.log.rank_every * steps_per_epoch
-        if step == total_steps or (measured and step % measured == 0):
-            model.average_running_statistics()
-            collapse = monitor.measure(model)
-            if collapse:
-                log.write({"step": step, "epoch": round(step / steps_per_epoch, 4), **collapse})
-                process.say(monitor.describe(collapse, step))
-            clock, since = time.perf_counter(), step
-        if step == total_steps or step % (cfg.run.save_steps or steps_per_epoch) == 0:
-            save(folder, cfg, model, optimizer, step, process)
-    bar.close()
-    log.close()
-
+    model.average_running_statistics()
     if process.is_main:
-        export(folder, cfg, model, intensity, dataset, step)
         draw(folder, process)
+        export(folder, cfg, model, intensity, dataset, step)
     process.say(f"encoder: {folder / 'encoder.pth'}")
     process.barrier()
-    process.close()
     return 0
 
 
@@ -259,6 +267,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file of settings")
+    parser.add_argument("--folder", action="store_true", help="check the settings, print run.out, and stop")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that go before it"
     )
@@ -282,17 +291,17 @@ def check_config(cfg: Config) -> None:
     check_positive(cfg, "local.grid", "local.temperature")
     if cfg.decorrelation.eps is not None:
         check_positive(cfg, "decorrelation.eps")
+    check_positive(cfg, "run.max_bad_steps", "run.timeout_minutes")
     check_positive(cfg, "optim.epochs", "optim.batch_size", "optim.accumulate", "optim.lr", "log.every")
     check_fraction(cfg, "augment.flip", "augment.autocontrast", "augment.equalize", "augment.contrast")
     check_fraction(cfg, "model.momentum", "optim.momentum", "local.min_overlap")
     check_range(cfg, "augment.scale")
     low, high = cfg.augment.scale
     check(cfg, "augment.scale", low > 0 and high <= 1, "two fractions of the slice's area")
-    check_not_negative(
-        cfg, "seed", "run.save_steps", "data.workers", "augment.brightness", "augment.gamma", "augment.blur"
-    )
-    check_not_negative(cfg, "augment.noise", "local.weight", "decorrelation.group_size", "model.bn_split")
-    check_not_negative(cfg, "optim.weight_decay", "optim.warmup_epochs", "optim.max_steps", "log.rank_every")
+    check_not_negative(cfg, "seed", "data.workers", "local.weight", "log.rank_every", "model.bn_split")
+    check_not_negative(cfg, "run.save_steps", "run.save_minutes", "decorrelation.group_size")
+    check_not_negative(cfg, "augment.brightness", "augment.gamma", "augment.blur", "augment.noise")
+    check_not_negative(cfg, "optim.weight_decay", "optim.warmup_epochs", "optim.max_steps")
     if cfg.data.window is not None and cfg.data.window != "auto":
         check_range(cfg, "data.window")
     if cfg.model.queue_size < cfg.optim.batch_size:
@@ -362,6 +371,17 @@ def value_range(cfg: Config, intensity: Intensity, stored: str) -> tuple[float, 
     return (0.0, 255.0) if stored == "uint8" else (-cfg.data.hu_offset, 4095.0 - cfg.data.hu_offset)
 
 
+def make_optimizer(cfg: Config, model: MoCo) -> torch.optim.SGD:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optim = cfg.optim
+    optimizer = torch.optim.SGD(
+        parameters, optim.lr, optim.momentum, weight_decay=optim.weight_decay, fused=True
+    )
+    for parameter in parameters:  # or a first step that is skipped would leave them undefined
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 class StepBatches:
     """The indices that this process reads in each step: a share of a batch out of the epoch's permutation.
 
@@ -373,24 +393,22 @@ class StepBatches:
         self.size, self.batch, self.seed, self.first, self.last = size, batch, seed, first, last
         share = batch // process.world
         self.mine = slice(process.rank * share, (process.rank + 1) * share)
+        self.epoch = self.order = None  # of the step asked for last
 
     def __len__(self) -> int:
         return self.last - self.first
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, known = None, None
         for step in range(self.first, self.last):
-            epoch, place = divmod(step, self.size // self.batch)
-            if epoch != known:
-                order = torch.randperm(self.size, generator=seeded("epoch", self.seed, epoch))
-                known = epoch
-            yield order[place * self.batch : (place + 1) * self.batch][self.mine].tolist()
+            yield self.everyones(step)[self.mine]
 
-
-def seeded(*key) -> torch.Generator:
-    """A CPU generator whose state is a hash of the key: independent streams for independent purposes."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    def everyones(self, step: int) -> list[int]:
+        """The global batch of a step."""
+        epoch, place = divmod(step, self.size // self.batch)
+        if epoch != self.epoch:
+            self.order = torch.randperm(self.size, generator=runtime.seeded("epoch", self.seed, epoch))
+            self.epoch = epoch
+        return self.order[place * self.batch : (place + 1) * self.batch].tolist()
 
 
 def learning_rate(step: int, steps_per_epoch: int, total_steps: int, optim: Config) -> float:
@@ -401,76 +419,169 @@ def learning_rate(step: int, steps_per_epoch: int, total_steps: int, optim: Conf
     return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
 
 
-def mean_over_ranks(values: Tensor, process: Process) -> list[float]:
+def over_ranks(terms: dict[str, Tensor], events: dict[str, float], process: Process) -> dict[str, Tensor]:
+    """Means of the terms and sums of the events over all processes, scalars on the device: no host waits."""
+    row = torch.zeros(len(terms) + len(events), device=process.device)
+    row[: len(terms)] = torch.stack(list(terms.values())) / process.world
+    for place, value in enumerate(events.values(), len(terms)):
+        if value:
+            row[place] = float(value)
     if process.world > 1:
-        dist.all_reduce(values)
-        values /= process.world
-    return values.tolist()
-
-
-def status_line(row: dict, rate: float, collapse: dict) -> str:
-    local = f" local {row['local']:.3f}" if row["local"] else ""
-    rank = f" rank {collapse['effective_rank']:.1f}" if collapse else ""
-    return f"loss {row['loss']:.3f}{local}{rank} {rate:.0f} images/s"
+        dist.all_reduce(row)
+    return dict(zip((*terms, *events), row))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Collapse monitor
+# Bad steps
 # ---------------------------------------------------------------------------------------------------------
 
 
-class CollapseMonitor:
-    """Effective rank and spectrum of the encoder's features on a fixed set of slices, without augmentation.
+class NotFinite(ArithmeticError):
+    """Too many steps in a row whose loss or gradient was not finite; the message is one line."""
 
-    The slices are those of data.val, without such a list the first of the training list by case, at most
-    MONITORED; the rank is bounded by their number. Pooled features are one vector a slice, dense ones
-    MONITORED positions of the maps, drawn once and for all. The main process measures, the others go on.
+
+class Guard:
+    """A step whose loss or gradient is not finite changes nothing, on all processes alike.
+
+    Nobody waits for the device to know: fused SGD skips a step by itself (`found_inf`, as for GradScaler),
+    momentum encoder and queue take `ok`, and the running statistics, which the forward passes have
+    moved by then, are put back. After `most` such steps in a row every further one counts as bad, so
+    that a host that learns of it late finds the state from before them.
     """
 
-    def __init__(self, cfg: Config, dataset: SliceDataset, intensity: Intensity, process: Process):
-        self.intensity, self.process, self.size = intensity, process, cfg.data.size
-        self.channels = cfg.model.in_channels
-        if cfg.data.val and (Path(cfg.data.root) / cfg.data.val).is_file():
-            dataset = SliceDataset(
-                cfg.data.root, cfg.data.val, cfg.data.images, cfg.data.hu_offset, dataset.size
-            )
-        by_case = sorted(range(len(dataset)), key=lambda i: (dataset.cases[i], dataset.names[i]))
-        self.slices = Subset(dataset, by_case[:MONITORED])
+    def __init__(self, model: MoCo, optimizer: torch.optim.SGD, most: int):
+        self.optimizer, self.most = optimizer, most
+        counters = [b for b in model.buffers() if b.dtype == torch.int64 and b is not model.queue_pointer]
+        self.moved = [model.running_statistics(), counters]  # by a forward pass
+        device = model.queue.device
+        self.in_row, self.skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
-    @torch.no_grad()
-    def measure(self, model: MoCo) -> dict:
-        """Effective ranks (after the whitening between trunk and heads, too, if there is one) and spectra."""
-        if not self.process.is_main:
-            return {}
-        whitened = not isinstance(model.query.decorrelation, nn.Identity)
-        found = {"": [], "_dense": []} | ({"_whitened": [], "_whitened_dense": []} if whitened else {})
-        positions = -(-MONITORED // len(self.slices))  # of each slice's map
-        generator = seeded("positions")
-        model.eval()
-        loader = DataLoader(self.slices, batch_size=32)
-        for stored in runtime.progress(self.process, "measuring collapse", loader):
-            x = self.intensity.normalise(self.intensity.to_unit(stored.to(self.process.device)))
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-            maps = model.query.encoder(x.expand(-1, self.channels, -1, -1))["layer4"]
-            chosen = torch.randint(maps[0, 0].numel(), (len(x), positions), generator=generator)
-            sides = {"": maps} | ({"_whitened": model.query.decorrelation(maps)} if whitened else {})
-            for side, features in sides.items():
-                columns = chosen[:, None].expand(-1, features.shape[1], -1).to(features.device)
-                dense = features.flatten(2).gather(2, columns)  # (n, C, positions)
-                found[side].append(features.mean(dim=(2, 3)).float())
-                found[side + "_dense"].append(dense.transpose(1, 2).flatten(0, 1).float())
-        model.train()
-        spectra = {name: singular_values(torch.cat(rows)[:MONITORED]) for name, rows in found.items()}
-        row = {f"effective_rank{name}": round(effective_rank_of(s), 3) for name, s in spectra.items()}
-        return row | {f"spectrum{name}": [float(f"{v:.5g}") for v in s] for name, s in spectra.items()}
+    def remember(self) -> None:
+        """Call before the forward passes of a step."""
+        self.before = [joined(tensors) for tensors in self.moved]
 
-    def describe(self, collapse: dict, step: int) -> str:
-        whitened = collapse.get("effective_rank_whitened")
-        rest = f"; after whitening {whitened:.1f}" if whitened is not None else ""
+    def judge(self, loss: Tensor) -> Tensor:
+        """Whether the step counts, a bool scalar, from its loss (mean over processes) and its gradients."""
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        self.norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        ok = torch.isfinite(loss) & torch.isfinite(self.norm) & (self.in_row < self.most)
+        self.in_row = torch.where(ok, 0, self.in_row + 1)
+        self.skipped += ~ok
+        self.optimizer.found_inf = (~ok).float()
+        return ok
+
+    def put_back(self, ok: Tensor) -> None:
+        """Call after the step."""
+        for tensors, before in zip(self.moved, self.before):
+            kept = torch.where(ok, joined(tensors), before).split([t.numel() for t in tensors])
+            torch._foreach_copy_(tensors, [value.view_as(t) for value, t in zip(kept, tensors)])
+
+    def forget_row(self) -> None:
+        self.skipped -= self.in_row
+        self.in_row.zero_()
+
+    def counts(self) -> dict[str, Tensor]:
+        return {"gradient_norm": self.norm, "bad_in_row": self.in_row, "skipped_steps": self.skipped}
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a run says of itself
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """metrics.jsonl, and the progress bar, or lines where there is no terminal."""
+
+    def __init__(self, cfg: Config, process: Process, steps_per_epoch: int, total_steps: int, step: int):
+        self.cfg, self.process, self.steps_per_epoch = cfg, process, steps_per_epoch
+        self.total_steps = total_steps
+        self.log = runtime.MetricsLog(Path(cfg.run.out), process, step, cfg.log.tensorboard)
+        self.bar = runtime.progress(process, "pretrain", total=total_steps, initial=step)
+        self.since, self.clock = step, time.perf_counter()
+        self.rank_text, self.unreadable, self.bad = "", 0, {}
+
+    def note(self, step: int, found: dict[str, float]) -> dict[str, float]:
+        """Take in what is known of a step; returns it."""
+        self.bar.update()
+        self.unreadable += int(found["unreadable"])
+        self.bad = self.bad | {step: found} if found["bad_in_row"] else {}
+        if self.bad:
+            self.process.say(f"step {step}: {terms_text(found)}: not finite, skipped")
+        if step % self.cfg.log.every == 0 or step == self.total_steps:
+            now = time.perf_counter()
+            rate = (step - self.since) * self.cfg.optim.batch_size / (now - self.clock)
+            self.since, self.clock = step, now
+            row = {"step": step, "epoch": self.epoch(step)}
+            row |= {name: found[name] for name in (*TERMS, "gradient_norm")}
+            row["lr"] = learning_rate(step - 1, self.steps_per_epoch, self.total_steps, self.cfg.optim)
+            row |= {"images_per_second": round(rate, 1), "skipped_steps": int(found["skipped_steps"])}
+            self.log.write(row | {"unreadable_slices": self.unreadable})
+            self.say(step, f"{loss_text(found)}{self.rank_text} {rate:.0f} images/s")
+        return found
+
+    def say(self, step: int, text: str) -> None:
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            self.process.say(f"step {step}/{self.total_steps}  {text}")
+
+    def knows_collapse(self, step: int) -> bool:
+        """Whether it was measured before the run was stopped."""
+        return any(row["step"] == step and "effective_rank" in row for row in self.log.before)
+
+    def collapse(self, step: int, measured: dict) -> None:
+        """Take in what CollapseMonitor has measured (nothing, on all processes but the main one)."""
+        if measured:
+            self.log.write({"step": step, "epoch": self.epoch(step), **measured})
+            self.process.say(f"step {step}: {describe_collapse(measured)}")
+            self.rank_text = f" rank {measured['effective_rank']:.1f}"
+        self.since, self.clock = step, time.perf_counter()
+
+    def epoch(self, step: int) -> float:
+        return round(step / self.steps_per_epoch, 4)
+
+    def before_bad_steps(self) -> int:
+        """The number of steps done before the bad ones."""
+        return min(self.bad) - 1
+
+    def describe_bad_steps(self, folder: Path, dataset: SliceDataset, order: "StepBatches") -> str:
+        """Write the bad steps with their slices to bad_steps.json; returns one line that names the last."""
+        rows = [
+            {
+                "step": step,
+                "terms": {name: str(found[name]) for name in (*TERMS, "gradient_norm")},
+                "slices": [dataset.names[i] for i in order.everyones(step - 1)],
+            }
+            for step, found in self.bad.items()
+        ]
+        if self.process.is_main:
+            runtime.write_whole(folder / "bad_steps.json", json.dumps(rows, indent=1) + "\n")
+        slices = ", ".join(rows[-1]["slices"][:4]) + (" ..." if len(rows[-1]["slices"]) > 4 else "")
+        first, last = rows[0]["step"], rows[-1]["step"]
         return (
-            f"step {step}: effective rank of pooled features {collapse['effective_rank']:.1f}, "
-            f"of dense features {collapse['effective_rank_dense']:.1f}{rest} ({len(self.slices)} slices)"
+            f"run.max_bad_steps: steps {first} to {last} were not finite, the last one with "
+            f"{terms_text(self.bad[last])}; its slices: {slices}; all in {folder / 'bad_steps.json'}; "
+            "the checkpoint is from before them"
         )
+
+    def close(self) -> None:
+        self.bar.close()
+        self.log.close()
+
+
+TERMS = ("loss", "global", "local", "accuracy")
+
+
+def loss_text(found: dict) -> str:
+    return f"loss {found['loss']:.3f}" + (f" local {found['local']:.3f}" if found["local"] else "")
+
+
+def terms_text(found: dict) -> str:
+    named = {name: found[name] for name in ("loss", "global", "local")} | {"gradient": found["gradient_norm"]}
+    return ", ".join(f"{name} {value:.3g}" for name, value in named.items())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -478,32 +589,99 @@ class CollapseMonitor:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def resume(folder: Path, cfg: Config, model: MoCo, optimizer: torch.optim.Optimizer) -> int:
-    """Load the folder's checkpoint, if there is one, and return the number of steps done."""
-    state = runtime.load_checkpoint(folder)
+class Due:
+    """When to save and to measure: after so many steps; and, as the main process's clock says, by time."""
+
+    def __init__(self, cfg: Config, steps_per_epoch: int, process: Process):
+        self.every = cfg.run.save_steps or steps_per_epoch
+        self.measured = round(cfg.log.rank_every * steps_per_epoch)
+        self.seconds = 60 * cfg.run.save_minutes if process.is_main else 0
+        self.saved = time.monotonic()
+
+    def by_step(self, step: int) -> bool:
+        if step % self.every == 0:
+            self.saved = time.monotonic()
+        return step % self.every == 0
+
+    def by_time(self) -> bool:
+        due = self.seconds and time.monotonic() - self.saved > self.seconds
+        if due:
+            self.saved = time.monotonic()
+        return due
+
+    def measuring(self, step: int) -> bool:
+        return step == 0 or (self.measured > 0 and step % self.measured == 0)
+
+
+@contextmanager
+def averaged_statistics(model: MoCo, process: Process):
+    """Within, all processes have the mean of their running statistics; afterwards each its own again, so that
+    looking at them changes nothing. Gives what each had, (world, n)."""
+    everyone = model.average_running_statistics()
+    yield everyone
+    model.set_running_statistics(everyone[process.rank])
+
+
+def resume(
+    folder: Path, cfg: Config, model: MoCo, optimizer, guard: Guard, dataset: SliceDataset, process: Process
+) -> tuple[int, bool]:
+    """Load the folder's checkpoint, if there is one: the number of steps done, and whether results are there.
+
+    The main process reads, and tells the others. Raises ConfigError if the run was another one.
+    """
+    state, complete = process.from_main(
+        lambda: (runtime.load_checkpoint(folder), (folder / "encoder.json").exists())
+    )
     if state is None:
-        return 0
-    before = config.to_config(state["config"])
-    if changed := cfg.first_difference(before, ignore=FREE):
+        return 0, False
+    try:
+        before = config.to_config(state["config"])
+        changed = cfg.first_difference(before, ignore=FREE)
+        if changed is None:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            statistics = state["running_statistics"]
+            if len(statistics) == process.world:  # else the model's, which are the mean, have to do
+                model.set_running_statistics(statistics[process.rank])
+            for count, value in zip((guard.in_row, guard.skipped), state["bad_steps"], strict=True):
+                count.fill_(value)
+            step, slices = state["step"], state["slices"]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise ConfigError(f"run.out: the checkpoint in {folder} is not one of this program") from None
+    if changed:
         old, new = before.flat().get(changed), cfg.flat().get(changed)
         raise ConfigError(
             f"{changed}: is {new!r}, but the run in {folder} was started with {old!r}; choose another run.out"
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    if slices != len(dataset):
+        raise ConfigError(
+            f"data.list: has {len(dataset)} slices, but the run in {folder} was started with {slices}"
+        )
+    return step, complete
 
 
-def save(folder: Path, cfg: Config, model: MoCo, optimizer, step: int, process: Process) -> None:
-    model.average_running_statistics()
-    if process.is_main:
+def save(
+    folder: Path, cfg: Config, model: MoCo, optimizer, guard: Guard, step: int, dataset, process: Process
+) -> None:
+    """Write the checkpoint. Call it on all processes; the main one writes. If it cannot, training goes on."""
+    with averaged_statistics(model, process) as statistics:
+        if not process.is_main:
+            return
         state = {
             "config": cfg.plain(),
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "running_statistics": statistics,
             "step": step,
+            "bad_steps": [int(guard.in_row), int(guard.skipped)],
+            "slices": len(dataset),
         }
-        runtime.save_checkpoint(folder, state)
+        try:
+            runtime.save_checkpoint(folder, state)
+        except OSError as error:
+            runtime.warn(
+                f"step {step}: no checkpoint written ({error}); the last one stays, training goes on"
+            )
 
 
 def export(folder: Path, cfg: Config, model: MoCo, intensity: Intensity, dataset: SliceDataset, step: int):
@@ -527,65 +705,5 @@ def export(folder: Path, cfg: Config, model: MoCo, intensity: Intensity, dataset
     runtime.write_whole(folder / "encoder.json", json.dumps(card, indent=2) + "\n")
 
 
-def draw(folder: Path, process: Process) -> None:
-    """curves.png and spectrum.png from metrics.jsonl."""
-    try:
-        import matplotlib
-    except ImportError:
-        process.say("no curves.png and spectrum.png: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [row for row in rows if "loss" in row]
-    ranks = [row for row in rows if "effective_rank" in row]
-    names = {
-        "": "pooled",
-        "_dense": "dense",
-        "_whitened": "pooled, whitened",
-        "_whitened_dense": "dense, whitened",
-    }
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    steps = [row["step"] for row in losses]
-    for name in ("global", "local") if any(row["local"] for row in losses) else ("global",):
-        axes[0].plot(steps, [row[name] for row in losses], label=name)
-    axes[1].plot(steps, [row["accuracy"] for row in losses])
-    for name, label in names.items():
-        if f"effective_rank{name}" in ranks[0]:
-            axes[2].plot(
-                [r["step"] for r in ranks], [r[f"effective_rank{name}"] for r in ranks], "o-", label=label
-            )
-    titles = ("InfoNCE", "queries nearest to their own key", "effective rank")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    axes[2].legend()
-    figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)
-
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for row, style in ((ranks[0], ":"), (ranks[-1], "-")):
-        for i, (name, label) in enumerate(names.items()):
-            if f"spectrum{name}" in row:
-                values = torch.tensor(row[f"spectrum{name}"])
-                axis.plot(
-                    values / values[0].clamp(min=1e-12),
-                    style,
-                    color=f"C{i}",
-                    label=f"{label}, step {row['step']}",
-                )
-    axis.set(
-        yscale="log", ylim=(1e-5, 1.5), xlabel="index", ylabel="singular value / largest", title="Spectrum"
-    )
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
-    figure.savefig(folder / "spectrum.png", dpi=110)
-    plt.close(figure)
-    process.say(f"pictures: {folder / 'curves.png'} {folder / 'spectrum.png'}")
-
-
 if __name__ == "__main__":
-    runtime.run_script(main, expected=(DataError, WeightsError))
+    runtime.run_script(main, expected=(DataError, WeightsError, NotFinite))

@@ -15,6 +15,7 @@ import numpy as np
 from layout import (
     IGNORE,
     MAX_SIDE,
+    MAX_SPACING,
     DataError,
     class_names,
     in_threads,
@@ -55,6 +56,7 @@ class Volume:
         return apply_orientation(labels, self.to_file).reshape(self.image.shape)
 
 
+@np.errstate(all="ignore")  # of scales and affines; what comes of them is checked
 def read_volume(path, axis=2):
     """A .nii or .nii.gz as a Volume whose slices lie across `axis` (0 sagittal, 1 coronal, 2 axial).
 
@@ -83,6 +85,8 @@ def read_volume(path, axis=2):
     view = nibabel.orientations.apply_orientation(array.reshape(shape), to_view)
     affine = image.affine @ nibabel.orientations.inv_ornt_aff(to_view, shape)
     spacing = tuple(round(float(mm), 6) for mm in nibabel.affines.voxel_sizes(affine))
+    if not all(0 < mm < MAX_SPACING for mm in spacing):
+        raise DataError(f"{path}: its affine says that voxels have {spacing} mm")
     return Volume(view, spacing, path, image, nibabel.orientations.ornt_transform(wanted, from_file))
 
 
@@ -229,9 +233,10 @@ def print_names(what, names):
 
 def read_label_map(path):
     """{"source id": target id} from JSON, as {int: int}."""
+    given = read_json(path, dict)
     try:
-        label_map = {int(source): int(target) for source, target in read_json(path, dict).items()}
-    except (ValueError, TypeError):
+        label_map = {int(source): int(str(target)) for source, target in given.items()}  # 1.5 is not 1
+    except ValueError:
         raise DataError(f'{path}: {{"source id": target id}} with whole numbers is expected') from None
     for source, target in label_map.items():
         if not (0 <= source <= 65535 and 0 <= target <= IGNORE):

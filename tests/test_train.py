@@ -13,7 +13,8 @@ import train_moco
 from config import ConfigError
 from data import DataError
 from models import Encoder, WeightsError
-from train_moco import DEFAULTS, NULLABLE, StepBatches, learning_rate, seeded
+from runtime import seeded
+from train_moco import DEFAULTS, NULLABLE, StepBatches, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_a_run_leaves_what_it_promises(train, tmp_path, capsys):
     steps = losses_of(rows)
     assert sorted(steps) == list(range(1, 7))  # 18 slices: three steps an epoch
     names = {"step", "epoch", "loss", "global", "local", "accuracy", "lr", "images_per_second"}
-    assert set(rows[1]) == names
+    assert set(rows[1]) == names | {"gradient_norm", "skipped_steps", "unreadable_slices"}
     ranks = [row["effective_rank"] for row in rows if "effective_rank" in row]
     assert len(ranks) == 3 and all(0 < rank <= 5 for rank in ranks)  # at the start and after each epoch
 

@@ -1,0 +1,133 @@
+"""How far the features of a pretraining run have collapsed: measured while it runs, and drawn at its end."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+import runtime
+from config import Config
+from data import Intensity, SliceDataset
+from losses import effective_rank_of, singular_values
+from models import MoCo
+from runtime import Process
+
+MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
+
+
+class CollapseMonitor:
+    """Effective rank and spectrum of the encoder's features on a fixed set of slices, without augmentation.
+
+    The slices are those of data.val, without such a list the first of the training list by case, at most
+    MONITORED; the rank is bounded by their number. Pooled features are one vector a slice, dense ones
+    MONITORED positions of the maps, drawn once and for all. The main process measures, the others go on.
+    """
+
+    def __init__(self, cfg: Config, dataset: SliceDataset, intensity: Intensity, process: Process):
+        self.intensity, self.process, self.size = intensity, process, cfg.data.size
+        self.channels = cfg.model.in_channels
+        if cfg.data.val and (Path(cfg.data.root) / cfg.data.val).is_file():
+            dataset = SliceDataset(
+                cfg.data.root, cfg.data.val, cfg.data.images, cfg.data.hu_offset, dataset.size
+            )
+        by_case = sorted(range(len(dataset)), key=lambda i: (dataset.cases[i], dataset.names[i]))
+        self.slices = Subset(dataset, by_case[:MONITORED])
+
+    @torch.no_grad()
+    def measure(self, model: MoCo) -> dict:
+        """Effective ranks (after the whitening between trunk and heads, too, if there is one) and spectra."""
+        if not self.process.is_main:
+            return {}
+        whitened = not isinstance(model.query.decorrelation, nn.Identity)
+        found = {"": [], "_dense": []} | ({"_whitened": [], "_whitened_dense": []} if whitened else {})
+        positions = -(-MONITORED // len(self.slices))  # of each slice's map
+        generator = runtime.seeded("positions")
+        model.eval()
+        loader = DataLoader(self.slices, batch_size=32)
+        for stored in runtime.progress(self.process, "measuring collapse", loader):
+            x = self.intensity.normalise(self.intensity.to_unit(stored.to(self.process.device)))
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+            maps = model.query.encoder(x.expand(-1, self.channels, -1, -1))["layer4"]
+            chosen = torch.randint(maps[0, 0].numel(), (len(x), positions), generator=generator)
+            sides = {"": maps} | ({"_whitened": model.query.decorrelation(maps)} if whitened else {})
+            for side, features in sides.items():
+                columns = chosen[:, None].expand(-1, features.shape[1], -1).to(features.device)
+                dense = features.flatten(2).gather(2, columns)  # (n, C, positions)
+                found[side].append(features.mean(dim=(2, 3)).float())
+                found[side + "_dense"].append(dense.transpose(1, 2).flatten(0, 1).float())
+        model.train()
+        spectra = {name: singular_values(torch.cat(rows)[:MONITORED]) for name, rows in found.items()}
+        row = {f"effective_rank{name}": round(effective_rank_of(s), 3) for name, s in spectra.items()}
+        return row | {f"spectrum{name}": [float(f"{v:.5g}") for v in s] for name, s in spectra.items()}
+
+
+def describe_collapse(measured: dict) -> str:
+    whitened = measured.get("effective_rank_whitened")
+    rest = f"; after whitening {whitened:.1f}" if whitened is not None else ""
+    return (
+        f"effective rank of pooled features {measured['effective_rank']:.1f}, "
+        f"of dense features {measured['effective_rank_dense']:.1f}{rest}"
+    )
+
+
+def draw(folder: Path, process: Process) -> None:
+    """curves.png and spectrum.png from metrics.jsonl."""
+    try:
+        import matplotlib
+    except ImportError:
+        process.say("no curves.png and spectrum.png: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [row for row in rows if "loss" in row]
+    ranks = [row for row in rows if "effective_rank" in row]
+    names = {
+        "": "pooled",
+        "_dense": "dense",
+        "_whitened": "pooled, whitened",
+        "_whitened_dense": "dense, whitened",
+    }
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    steps = [row["step"] for row in losses]
+    for name in ("global", "local") if any(row["local"] for row in losses) else ("global",):
+        axes[0].plot(steps, [row[name] for row in losses], label=name)
+    axes[1].plot(steps, [row["accuracy"] for row in losses])
+    for name, label in names.items():
+        if f"effective_rank{name}" in ranks[0]:
+            axes[2].plot(
+                [r["step"] for r in ranks], [r[f"effective_rank{name}"] for r in ranks], "o-", label=label
+            )
+    titles = ("InfoNCE", "queries nearest to their own key", "effective rank")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    axes[2].legend()
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for row, style in ((ranks[0], ":"), (ranks[-1], "-")):
+        for i, (name, label) in enumerate(names.items()):
+            if f"spectrum{name}" in row:
+                values = torch.tensor(row[f"spectrum{name}"])
+                axis.plot(
+                    values / values[0].clamp(min=1e-12),
+                    style,
+                    color=f"C{i}",
+                    label=f"{label}, step {row['step']}",
+                )
+    axis.set(
+        yscale="log", ylim=(1e-5, 1.5), xlabel="index", ylabel="singular value / largest", title="Spectrum"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.savefig(folder / "spectrum.png", dpi=110)
+    plt.close(figure)
+    process.say(f"pictures: {folder / 'curves.png'} {folder / 'spectrum.png'}")

@@ -1,0 +1,422 @@
+"""What a pretraining run survives: real processes, real signals, at seeded random moments.
+
+The long tests (`pytest -m long`) repeat the short ones often, and with torchrun's restarts and two nodes.
+"""
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train_moco
+from data import BatchReader, DataError
+from models import Encoder, MoCo
+from train_moco import Guard, NotFinite
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+run: {save_steps: 2}
+model: {arch: resnet18, output_stride: 16, queue_size: 20, bn_split: 2, momentum: 0.9}
+data: {size: 32, workers: 1}
+local: {grid: 2}
+decorrelation: {group_size: 32}
+optim: {epochs: 4, batch_size: 4, warmup_epochs: 1}
+log: {every: 1, rank_every: 1, tensorboard: false}
+"""
+STEPS = 16  # 18 slices: four steps an epoch
+IN_TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantom")
+    data.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48"])
+    (root / "tiny.yaml").write_text(TINY)
+    return root
+
+
+class Run:
+    """train_moco.py with the tiny settings as a process, or several."""
+
+    def __init__(self, phantom, out, *overrides, torchrun=(), preexec=None):
+        self.out, self.log = out, out.with_suffix(".log")
+        script = (ROOT / "train_moco.py", "--config", phantom / "tiny.yaml", f"data.root={phantom}")
+        command = [sys.executable, *torchrun, *script, f"run.out={out}", *overrides]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [str(part) for part in command], stdout=log, stderr=log, env=environment, preexec_fn=preexec
+            )
+
+    def wait_for(self, pattern, seconds=120):
+        """Until the log holds the pattern, or the run ends; returns the match."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.log.read_text())) and self.process.poll() is None:
+            assert time.monotonic() < end, f"no {pattern!r} in {self.log.read_text()}"
+            time.sleep(0.01)
+        return found or re.search(pattern, self.log.read_text())
+
+    def end(self, seconds=120):
+        """The exit code."""
+        return self.process.wait(seconds)
+
+    def workers(self):
+        """The pids of torchrun's processes, in order of rank."""
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return sorted(int(pid) for file in children for pid in file.read_text().split())
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def history(out):
+    """Everything that a run has computed, but no times: its metrics and its last checkpoint's tensors."""
+    state = torch.load(out / "checkpoint.pth", weights_only=True)
+    numbers = [{name: v for name, v in row.items() if name != "images_per_second"} for row in rows(out)]
+    momentum = [s["momentum_buffer"] for s in state["optimizer"]["state"].values()]
+    return numbers, {**state["model"], "statistics": state["running_statistics"]}, momentum
+
+
+def assert_same(out, other):
+    (metrics, model, momentum), (metrics2, model2, momentum2) = history(out), history(other)
+    assert metrics == metrics2
+    assert model.pop("_extra_state") == model2.pop("_extra_state")
+    assert all(torch.equal(model[name], model2[name]) for name in model)
+    assert all(map(torch.equal, momentum, momentum2))
+
+
+@pytest.fixture(scope="module")
+def whole(phantom, tmp_path_factory):
+    """A run that nothing has happened to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert Run(phantom, out).end() == 0
+    return out
+
+
+# ---- Killed, stopped, restarted ----
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(3, STEPS), pytest.param(25, 90, marks=pytest.mark.long)])
+def test_a_killed_run_goes_on_bitwise(phantom, whole, tmp_path, kills, steps):
+    """kill -9 at random moments: between steps, inside a step, while a checkpoint is being written."""
+    chance = random.Random(kills)
+    out, often = tmp_path / "run", ("run.save_steps=1", f"optim.max_steps={steps}")
+    if steps != STEPS:
+        whole = tmp_path / "whole"
+        assert Run(phantom, whole, f"optim.max_steps={steps}").end() == 0
+    done = writing = 0
+    while done < kills:
+        run = Run(phantom, out, *often)
+        assert run.wait_for(r"slices of")
+        time.sleep(chance.uniform(0, 1))
+        run.process.kill()
+        assert run.end() == -signal.SIGKILL, run.log.read_text()
+        done, writing = done + 1, writing + bool(list(out.glob("*.part")))
+    print(f"{done} kills, {writing} of them while a file was being written")
+    assert Run(phantom, out, *often).end() == 0
+    assert_same(out, whole)
+    assert not [*out.glob("*.part"), *out.glob("*.new")]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_stopped_run_saves_and_goes_on_bitwise(phantom, whole, tmp_path, name):
+    out = tmp_path / "run"
+    run = Run(phantom, out, "run.save_steps=100")
+    run.wait_for("step 3/")
+    run.process.send_signal(signal.Signals[name])
+    assert run.end() == 75, run.log.read_text()
+    marker = json.loads((out / "stopped.json").read_text())
+    assert marker["reason"] == name and 3 <= marker["step"] < STEPS
+    assert f"stopped after step {marker['step']} ({name})" in run.log.read_text()
+    assert Run(phantom, out).end() == 0
+    assert_same(out, whole)
+    assert not (out / "stopped.json").exists()
+    again = Run(phantom, out)
+    assert again.end() == 0 and "nothing to do" in again.log.read_text()
+
+
+def test_a_second_ctrl_c_ends_at_once(phantom, tmp_path):
+    run = Run(phantom, tmp_path / "run", "data.workers=0", "optim.batch_size=18", "data.size=256")
+    run.wait_for("step 1/")
+    run.process.send_signal(signal.SIGINT)
+    run.wait_for("Ctrl-C again")
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == -signal.SIGINT
+
+
+def test_two_ranks_stop_at_the_same_step_and_go_on_bitwise(phantom, tmp_path):
+    """The signal goes to one of them only."""
+    two = (*IN_TORCHRUN, "--nproc-per-node=2")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert Run(phantom, whole, torchrun=two).end() == 0
+    run = Run(phantom, out, "run.save_steps=100", torchrun=two)
+    run.wait_for("step 3/")
+    os.kill(run.workers()[1], signal.SIGUSR1)
+    assert run.end() == 1  # torchrun's own code
+    assert re.search(r"exitcode *: 75", run.log.read_text())
+    assert json.loads((out / "stopped.json").read_text())["reason"] == "SIGUSR1"
+    assert Run(phantom, out, torchrun=two).end() == 0
+    assert_same(out, whole)
+
+
+def test_going_on_with_another_number_of_ranks(phantom, whole, tmp_path):
+    out = tmp_path / "run"
+    run = Run(phantom, out)
+    run.wait_for("step 5/")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 75
+    assert Run(phantom, out, torchrun=(*IN_TORCHRUN, "--nproc-per-node=2")).end() == 0
+    ours, theirs = ([row["loss"] for row in rows(path) if "loss" in row] for path in (out, whole))
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", [2, 4])
+def test_torchrun_restarts_after_the_death_of_a_rank(phantom, tmp_path, world):
+    settings = ("model.bn_split=1", "decorrelation.method=none", "run.save_steps=1")
+    ranks = (*IN_TORCHRUN, f"--nproc-per-node={world}")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert Run(phantom, whole, *settings, torchrun=ranks).end(300) == 0
+    run = Run(phantom, out, *settings, torchrun=(*ranks, "--max-restarts=2"))
+    run.wait_for("step 4/")
+    os.kill(run.workers()[-1], signal.SIGKILL)
+    assert run.end(300) == 0, run.log.read_text()
+    assert "going on from step" in run.log.read_text()
+    assert_same(out, whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_two_nodes_and_the_loss_of_one(phantom, tmp_path, free_port, number, lost):
+    """Two agents, each with an address of its own; both train; then one is killed."""
+    out = tmp_path / "run"
+    nodes = []
+    for node in range(2):
+        rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port}", "--rdzv-id=7")
+        place = (f"--local-addr=127.0.0.{node + 1}", f"--rdzv-conf=is_host={1 - node}")
+        torchrun = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *rendezvous, *place)
+        nodes.append(Run(phantom, out, "run.timeout_minutes=0.5", "optim.epochs=50", torchrun=torchrun))
+        nodes[-1].log = nodes[-1].log.rename(tmp_path / f"node{node}.log")
+    nodes[0].wait_for("step 6/")
+    other = nodes[1 - lost]
+    nodes[lost].process.send_signal(number)
+    assert other.end(90) != 0
+    assert re.search(r"stopped after step \d+|error: rank \d has lost another process", logs(nodes))
+    state = torch.load(out / "checkpoint.pth", weights_only=True)
+    assert state["step"] >= 6
+    nodes[lost].end(90)
+
+
+def logs(runs):
+    return "".join(run.log.read_text() for run in runs)
+
+
+# ---- Bad numbers, bad files, full disks ----
+
+
+def moco_and_views():
+    torch.manual_seed(0)
+    model = MoCo(Encoder("resnet18", whitening="zca"), dim=8, queue_size=16, bn_split=2)
+    return model, torch.randn(4, 1, 32, 32)
+
+
+def take_step(model, optimizer, guard, view):
+    guard.remember()
+    keys = model.encode_keys(view)
+    terms = model(view, keys=keys)
+    terms["loss"].backward()
+    ok = guard.judge(terms["loss"].detach())
+    optimizer.step()
+    optimizer.zero_grad()
+    model.update_momentum_encoder(ok)
+    model.enqueue(keys, ok)
+    guard.put_back(ok)
+    return bool(ok)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_bad_step_changes_nothing(first):
+    model, view = moco_and_views()
+    optimizer = train_moco.make_optimizer(
+        train_moco.config.to_config({"optim": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}}), model
+    )
+    guard = Guard(model, optimizer, most=3)
+    if not first:
+        assert take_step(model, optimizer, guard, view)
+    before = {name: value.clone() for name, value in model.state_dict().items() if name != "_extra_state"}
+    momentum = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
+    for value in (torch.nan, torch.inf):
+        bad = view.clone()
+        bad[0, 0, 0, 0] = value
+        assert not take_step(model, optimizer, guard, bad)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(torch.equal(s["momentum_buffer"], m) for s, m in zip(optimizer.state.values(), momentum))
+    assert (int(guard.in_row), int(guard.skipped)) == (2, 2)
+    assert take_step(model, optimizer, guard, view) and int(guard.in_row) == 0
+    changed = {name for name in before if not torch.equal(model.state_dict()[name], before[name])}
+    assert {"queue", "queue_pointer", "query.encoder.conv1.weight", "key.encoder.conv1.weight"} <= changed
+
+
+@pytest.fixture
+def slices(tmp_path):
+    """Twelve slices of noise."""
+    root = tmp_path / "set"
+    (root / "images/a").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        np.save(root / f"images/a/{i:02d}.npy", generator.normal(0, 100, (40, 40)).astype(np.int16))
+    (root / "unlabelled.txt").write_text("".join(f"a/{i:02d}.npy\n" for i in range(12)))
+    (root / "tiny.yaml").write_text(TINY)
+    return root
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Of the slices with these indices only NaN arrives: what reading refuses, arithmetic can still make."""
+
+    def spoil(*indices):
+        read = BatchReader.__getitem__
+
+        def spoilt(reader, batch):
+            values, unreadable = read(reader, batch)
+            values[[i for i, index in enumerate(batch) if index in indices]] = torch.nan
+            return values, unreadable
+
+        monkeypatch.setattr(BatchReader, "__getitem__", spoilt)
+
+    return spoil
+
+
+def train_here(slices, *overrides):
+    settings = (f"data.root={slices}", f"run.out={slices / 'run'}", "data.workers=0", "log.rank_every=0")
+    return train_moco.main(["--config", str(slices / "tiny.yaml"), *settings, *overrides])
+
+
+def test_bad_steps_are_skipped_and_counted(slices, spoil, capsys):
+    spoil(5)
+    assert train_here(slices) == 0
+    out = capsys.readouterr().out
+    last = rows(slices / "run")[-2]
+    assert last["skipped_steps"] == 4 == out.count("not finite, skipped")  # one of three batches an epoch
+    bad = [row for row in rows(slices / "run") if "loss" in row and row["loss"] is None]
+    assert len(bad) == 4
+    assert torch.load(slices / "run/encoder.pth", weights_only=True)["conv1.weight"].isfinite().all()
+
+
+def test_too_many_bad_steps_end_the_run_with_the_state_from_before_them(slices, spoil):
+    assert train_here(slices, "optim.max_steps=3", "run.max_bad_steps=2") == 0
+    before = torch.load(slices / "run/checkpoint.pth", weights_only=True)["model"]
+    spoil(*range(12))
+    state = torch.load(slices / "run/checkpoint.pth", weights_only=True)
+    state["config"]["optim"]["max_steps"] = 9
+    torch.save(state, slices / "run/checkpoint.pth")
+    with pytest.raises(NotFinite) as error:
+        train_here(slices, "optim.max_steps=9", "run.max_bad_steps=2")
+    line = str(error.value)
+    assert re.search(r"steps 4 to 5 were not finite.*loss nan.*its slices: a/\d\d.npy, a/.*bad_steps", line)
+    listed = json.loads((slices / "run/bad_steps.json").read_text())
+    assert [step["step"] for step in listed] == [4, 5] and all(len(step["slices"]) == 4 for step in listed)
+    state = torch.load(slices / "run/checkpoint.pth", weights_only=True)
+    assert state["step"] == 3 and state["model"].pop("_extra_state") == before.pop("_extra_state")
+    assert all(torch.equal(state["model"][name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_slice_ends_the_run_or_is_skipped(slices, workers, capfd):
+    (slices / "images/a/07.npy").write_bytes(b"no array")
+    settings = (f"data.workers={workers}", "optim.epochs=2")
+    with pytest.raises(DataError, match="07.npy"):
+        train_here(slices, *settings)
+    assert train_here(slices, *settings, "run.skip_bad=true") == 0
+    assert "07.npy" in capfd.readouterr().err
+    assert rows(slices / "run")[-2]["unreadable_slices"] == 2  # once an epoch
+
+
+def test_a_reading_process_that_dies_is_reported_with_its_file(phantom, tmp_path):
+    """A named pipe in place of a slice keeps its reader waiting for ever."""
+    root = tmp_path / "set"
+    (root / "images").mkdir(parents=True)
+    names = (phantom / "unlabelled.txt").read_text().split()
+    for name in names[1:]:
+        (root / "images" / name).parent.mkdir(exist_ok=True)
+        (root / "images" / name).symlink_to(phantom / "images" / name)
+    os.mkfifo(root / "images" / names[0])
+    (root / "unlabelled.txt").write_text("\n".join([*names[1:], names[0]]))
+    run = Run(phantom, tmp_path / "run", f"data.root={root}", "log.rank_every=0", "data.val=null")
+    run.wait_for("step 0")
+    (reader,) = (pid for pid in run.workers() if waits_in_a_pipe(pid))
+    os.kill(reader, signal.SIGKILL)
+    assert run.end() == 2
+    line = run.log.read_text().strip().splitlines()[-1]
+    assert line.startswith("error: DataLoader worker") and names[0] in line
+
+    run = Run(phantom, tmp_path / "run", f"data.root={root}", "data.val=null", "run.timeout_minutes=0.05")
+    assert run.end() == 2
+    line = run.log.read_text().strip().splitlines()[-1]
+    assert line.startswith("error: DataLoader timed out") and names[0] in line
+
+
+def waits_in_a_pipe(pid, seconds=30):
+    end = time.monotonic() + seconds
+    while "wait_for_partner" not in Path(f"/proc/{pid}/wchan").read_text() and time.monotonic() < end:
+        time.sleep(0.01)
+    return True
+
+
+def test_a_full_disk_stops_saving_but_not_training(phantom, whole, tmp_path):
+    """Files of more than 20 MB cannot be written: no checkpoint, no encoder.pth."""
+    out = tmp_path / "run"
+    run = Run(phantom, out)
+    run.wait_for("step 3/")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 75
+    before = (out / "checkpoint.pth").read_bytes()
+
+    limit = 20 << 20
+    full = Run(phantom, out, preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert full.end() == 2
+    lines = full.log.read_text().splitlines()
+    assert sum("no checkpoint written" in line for line in lines) >= 5
+    assert f"step {STEPS}/{STEPS}" in full.log.read_text()
+    assert lines[-1].startswith("error: ") and "Traceback" not in full.log.read_text()
+    assert (out / "checkpoint.pth").read_bytes() == before
+    assert not (out / "encoder.pth").exists() and not [*out.glob("*.part"), *out.glob("*.new")]
+    assert Run(phantom, out).end() == 0
+    assert_same(out, whole)
+
+
+def test_the_same_seed_gives_the_same_run(phantom, whole, tmp_path):
+    out = tmp_path / "run"
+    run = Run(phantom, out, "run.deterministic=true", "data.workers=2")
+    assert run.end() == 0 and "costs nothing on a CPU" in run.log.read_text()
+    assert_same(out, whole)
+
+
+def test_flipped_bits_in_a_checkpoint_are_seen(phantom, whole, tmp_path):
+    out = tmp_path / "run"
+    run = Run(phantom, out)
+    run.wait_for("step 5/")
+    run.process.kill()
+    run.end()
+    path = out / "checkpoint.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    again = Run(phantom, out)
+    assert again.end() == 0
+    assert "warning: cannot read" in again.log.read_text()
+    assert_same(out, whole)
