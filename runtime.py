@@ -7,9 +7,11 @@ Nothing here knows the method. A script does
 and is started by `run_script(main)`, which turns errors of the user's making into one line and exit code 2.
 """
 
+import errno
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -238,16 +240,19 @@ def stopped_code(reason: str) -> int:
 def naming_lost_workers(reader):
     """Within, the death of a reading process is reported with the file that it was reading.
 
-    reader.being_read(pid): the name of that file, or None.
+    reader: see `reading.BatchReader`.
     """
     try:
         yield
     except RuntimeError as error:
-        pids = re.findall(r"\d+", "".join(re.findall(r"pid\(?s?\)? ([\d, ]+)", str(error))))
-        files = [file for pid in pids if (file := reader.being_read(int(pid)))]
-        if "DataLoader worker" not in str(error) or not files:
+        text = one_line(error)
+        if "DataLoader" not in text:
             raise
-        raise RuntimeError(f"{one_line(error)} It was reading {', '.join(files)}") from None
+        named = re.findall(r"pid\(?s?\)? ([\d, ]+)", text)  # none if all are too slow
+        pids = [int(pid) for pid in re.findall(r"\d+", " ".join(named))] or reader.reading[:, 0].tolist()
+        files = [file for pid in pids if (file := reader.being_read(pid))]
+        where = f"; being read: {', '.join(files)}" if files else ""
+        raise RuntimeError(text.rstrip(".") + where) from None
 
 
 def batch_loader(reader, batches, workers: int, process: Process, timeout_minutes: float) -> DataLoader:
@@ -284,8 +289,11 @@ def run_script(main, expected: tuple[type[Exception], ...] = ()) -> None:
         print(f"error: {reason}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
-    if dist.is_initialized() and code:
-        os._exit(code)  # the other processes may be waiting in a collective: do not wait for them
+    readers = multiprocessing.active_children()
+    for reader in readers:
+        reader.kill()
+    if code and (readers or dist.is_initialized()):
+        os._exit(code)  # do not wait for processes that wait in a collective, or for a file
     sys.exit(code)
 
 
@@ -346,7 +354,10 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def written_whole(path: Path):
-    """A binary file to write to, which appears under its name, synced to disk, when all went well."""
+    """A binary file to write to, which appears under its name, synced to disk, when all went well.
+
+    Raises OSError, on a full disk for example; nothing is left then of what was written.
+    """
     temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, "wb") as file:
@@ -354,8 +365,10 @@ def written_whole(path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # as torch.save does
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
         raise
 
 
@@ -368,13 +381,13 @@ def save_checkpoint(folder: Path, state: dict, name: str = "checkpoint.pth") -> 
     """
     path = folder / name
     fresh = folder / (name + ".new")
+    with written_whole(fresh) as file:
+        torch.save(state, file)
     try:
-        with written_whole(fresh) as file:
-            torch.save(state, file)
         check_intact(fresh)
-    except (RuntimeError, zipfile.BadZipFile) as error:  # torch.save turns a write that fails into the former
-        fresh.unlink(missing_ok=True)
-        raise OSError(f"{fresh}: {one_line(error)[:100]}") from None
+    except zipfile.BadZipFile as error:
+        fresh.unlink()
+        raise OSError(errno.EIO, f"not as written ({error})", str(fresh)) from None
     if path.exists():
         os.replace(path, path.with_name(name + ".previous"))
     os.replace(fresh, path)
