@@ -113,7 +113,14 @@ def start_process(run: Config) -> Process:
         backend = "nccl" if kind == "cuda" else "gloo"
         device_id = device if kind == "cuda" else None
         timeout = timedelta(minutes=run.timeout_minutes)
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world:
+            # torchrun keeps its store when it restarts processes, with all that those before them left
+            # there. (The counts of several nodes differ; there launch.sh has torchrun make a new one.)
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id
+        )
     process = Process(rank, world, device, precision)
     if run.deterministic:
         cost = "costs speed, see images_per_second" if kind == "cuda" else "costs nothing on a CPU"
@@ -305,7 +312,7 @@ def outside_cause(error: RuntimeError) -> str | None:
     text = one_line(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"out of memory; a smaller optim.batch_size or data.size, or optim.accumulate ({text[:160]})"
-    if isinstance(error, dist.DistError) or (dist.is_initialized() and LOST_PEER.search(text)):
+    if isinstance(error, dist.DistError) or ("RANK" in os.environ and LOST_PEER.search(text)):
         rank = os.environ.get("RANK", "0")
         advice = "the same command goes on from the last checkpoint"
         return f"rank {rank} has lost another process; {advice} ({text[:160]})"

@@ -172,12 +172,9 @@ def pretrain(
     if cfg.run.compile:
         model.query.encoder.compile()
         model.key.encoder.compile()
-    trained = model
-    if process.world > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers
-            trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     local_batch = cfg.optim.batch_size // process.world
+    shape = (local_batch // cfg.optim.accumulate, cfg.model.in_channels, cfg.data.size, cfg.data.size)
+    trained = distributed(model, guard, shape, process) if process.world > 1 else model
     offset = process.rank * local_batch  # global index of this process's first sample
     order = StepBatches(len(dataset), cfg.optim.batch_size, cfg.seed, process, step, total_steps)
     loader = runtime.batch_loader(reader, order, cfg.data.workers, process, cfg.run.timeout_minutes)
@@ -362,6 +359,28 @@ def build_model(cfg: Config, process: Process) -> MoCo:
             bn_split=cfg.model.bn_split,
             seed=cfg.seed,
         )
+
+
+def distributed(model: MoCo, guard: "Guard", shape: tuple, process: Process) -> DistributedDataParallel:
+    """The model with gradients averaged over processes.
+
+    DDP arranges gradients anew after its first backward pass, and with more than two processes that changes
+    how sums are rounded: a run that goes on would part from one that was never stopped. So the first pass
+    is one over black views, of `shape`, that leaves no trace.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers
+        trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    guard.remember()
+    view = torch.zeros(shape, device=process.device)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]], device=process.device).expand(len(view), -1)
+    with process.autocast():
+        keys = model.train().encode_keys(view, whole, whole)
+        loss = trained(view, keys=keys)["loss"]
+    loss.backward()
+    model.zero_grad()
+    guard.put_back(torch.zeros((), dtype=torch.bool, device=process.device))
+    return trained
 
 
 def value_range(cfg: Config, intensity: Intensity, stored: str) -> tuple[float, float]:
