@@ -8,7 +8,8 @@
 
 An evaluation leaves in run.out: config.yaml, metrics.jsonl, model.pth (the best on the validation cases, with
 all that --predict needs), results.json, cases.csv and predictions.png. The same command again prints its
-table; after a stop it goes on from the last validation.
+table; after a stop it goes on from the last validation or, if it was asked to stop (SIGTERM, SIGUSR1,
+Ctrl-C; exit code 75), from the last step.
 
 Under torchrun a batch is divided among the processes and gradients are averaged; BatchNorm normalises each
 process's share (no SyncBatchNorm: shares of 4 crops and more do without). Cases are divided for scoring.
@@ -42,14 +43,18 @@ from data import DataError, Intensity, SegmentationAugment, SegmentationDataset,
 from losses import effective_rank, segmentation_loss
 from models import Encoder, WeightsError, load_encoder_weights, read_weights
 from runtime import (
+    STOP_MARKER,
     MetricsLog,
     Process,
+    StopRequest,
+    leave,
     load_checkpoint,
     make_run_folder,
     progress,
     run_script,
     save_checkpoint,
     start_process,
+    warn,
     write_whole,
 )
 from segmenter import (
@@ -76,6 +81,7 @@ run:
   device: auto              # auto | cpu | cuda
   precision: auto           # auto | fp32 | bf16; auto: bf16 where a GPU has it
   compile: false            # torch.compile: minutes at the start, some percent faster then
+  timeout_minutes: 10.0     # how long a process waits for another one before giving up
   deterministic: false      # the same bits on the same GPU, slower; a CPU run always gives the same bits
 data:
   root: null                # the data set's folder
@@ -128,7 +134,7 @@ NULLABLE = {
     "optim.lr": float,
 }
 # What may differ when a run is repeated in its folder: none of it decides what is computed.
-FREE_KEYS = ("run.out", "run.device", "run.compile", "data.workers", "cache", "log.")
+FREE_KEYS = ("run.out", "run.device", "run.compile", "run.timeout", "data.workers", "cache", "log.")
 PHOTOMETRIC = ("brightness", "contrast", "gamma", "noise")
 RANK_SLICES, RANK_POSITIONS = 2048, 4096  # the effective rank looks at no more slices and feature vectors
 
@@ -144,6 +150,7 @@ def check_config(cfg: Config) -> None:
     check_choice(cfg, "run.device", ("auto", "cpu", "cuda"))
     check_choice(cfg, "run.precision", ("auto", "fp32", "bf16"))
     check_positive(cfg, "label_fraction", "cache_gb", "model.in_channels", "eval.every", "log.every")
+    check_positive(cfg, "run.timeout_minutes")
     check_positive(cfg, "optim.steps", "optim.batch_size", "optim.lr", "optim.encoder_lr_factor")
     check_fraction(cfg, "label_fraction", "augment.flip")
     check(cfg, "seed", 0 <= cfg.seed < 2**31, "0 to 2147483647")
@@ -255,20 +262,35 @@ def training_positions(dataset, fraction: float, seed: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config, process: Process, trained: nn.Module, batches: Batches, augment, validate, keep):
+class Stopped(Exception):
+    """Asked to stop; everything is saved. Holds the exit code."""
+
+
+def train(
+    cfg: Config,
+    process: Process,
+    trained: nn.Module,
+    batches: Batches,
+    augment,
+    validate,
+    keep,
+    stop: StopRequest,
+):
     """Train the decoder of a LinearProbe, or a whole DeepLabV3Plus; returns the best validation Dice.
 
     Args:
         augment: (inputs, masks, step) -> inputs, masks.
         validate: () -> mean Dice of the validation cases, None without any.
         keep: () -> None, called when the model is the best so far.
+
+    Raises Stopped.
     """
     folder = Path(cfg.run.out)
     optimizer = torch.optim.SGD(
         parameter_groups(cfg, trained), momentum=0.9, weight_decay=cfg.optim.weight_decay
     )
     start, best = 0, None
-    if state := load_checkpoint(folder):
+    if state := process.from_main(lambda: load_checkpoint(folder)):
         trained.load_state_dict(state["trained"])
         optimizer.load_state_dict(state["optimizer"])
         start, best = state["step"], state["best"]
@@ -309,14 +331,20 @@ def train(cfg: Config, process: Process, trained: nn.Module, batches: Batches, a
             row |= {"step": done, "val_dice": dice}
         if row:
             log.write(row)
-        if "val_dice" in row:
-            if dice is None or best is None or dice > best:
-                best = dice
-                keep()
-            if process.is_main and not last:
-                state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
-                state |= {"step": done, "best": best, "encoder_sha256": sha256(encoder_path(cfg))}
+        if "val_dice" in row and (dice is None or best is None or dice > best):
+            best = dice
+            keep()
+        looking = process.world == 1 or done % cfg.log.every == 0  # asking all processes takes time
+        stopping = not last and looking and any(process.everyone(bool(stop)))
+        if process.is_main and not last and ("val_dice" in row or stopping):
+            state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": done, "best": best, "encoder_sha256": sha256(encoder_path(cfg))}
+            try:
                 save_checkpoint(folder, state)
+            except OSError as error:
+                warn(f"step {done}: no checkpoint written ({error}); training goes on")
+        if stopping:
+            raise Stopped(leave(folder, done, process.everyone(stop.reason), process))
     return best
 
 
@@ -341,7 +369,7 @@ def mean_loss(losses: list[Tensor], step: int) -> float:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def evaluate(cfg: Config, process: Process) -> None:
+def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     """Train on the labelled cases, keep the best model on the validation cases, score the test cases."""
     for name in ("encoder", "data.root"):
         check(cfg, name, cfg.flat()[name], "a path (for the encoder also: random)")
@@ -378,6 +406,7 @@ def evaluate(cfg: Config, process: Process) -> None:
     check(cfg, "optim.batch_size", cfg.optim.batch_size <= len(positions["train"]), wanted)
     make_run_folder(folder, process)
     if process.is_main:
+        (folder / STOP_MARKER).unlink(missing_ok=True)
         write_whole(folder / "config.yaml", cfg.as_yaml())
 
     def to_images(stored: Tensor) -> Tensor:
@@ -412,7 +441,7 @@ def evaluate(cfg: Config, process: Process) -> None:
         if process.is_main:
             save_model(folder / "model.pth", model, about)
 
-    best = train(cfg, process, trained, batches["train"], augment, validate, keep)
+    best = train(cfg, process, trained, batches["train"], augment, validate, keep, stop)
     process.barrier()
     model.load_state_dict(read_weights(folder / "model.pth")["state"])
     scores = report.score(trained, batches["test"], process, "test cases", full=True)
@@ -557,6 +586,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--predict", metavar="INPUT", help="a slice, a NIfTI volume, or a folder of such")
     parser.add_argument("--out", metavar="DIR", help="where --predict writes masks")
     parser.add_argument("--compare", metavar="DIR", nargs="+", help="print several runs in one table")
+    parser.add_argument("--folder", action="store_true", help="check the settings, print run.out, and stop")
     args = parser.parse_intermixed_args(argv)
     if args.compare:
         print(report.compare(args.compare))
@@ -565,12 +595,18 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("--predict INPUT and --out DIR belong together")
     cfg = load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
     check_config(cfg)
+    if args.folder:
+        print(cfg.run.out)
+        return 0
     process = start_process(cfg.run)
     try:
         if args.predict:
             predict(cfg, process, Path(args.predict), Path(args.out))
         else:
-            evaluate(cfg, process)
+            with StopRequest(process.rank) as stop:
+                evaluate(cfg, process, stop)
+    except Stopped as stopped:
+        return stopped.args[0]
     finally:
         process.close()
     return 0

@@ -15,9 +15,11 @@ from PIL import Image
 import data
 import eval_seg
 import report
-from config import ConfigError, Process
+import runtime
+from config import ConfigError
 from data import DataError
 from models import Encoder, WeightsError
+from runtime import Process
 
 PROJECT = Path(eval_seg.__file__).parent
 TINY = ["model.arch=resnet18", "model.output_stride=16", "data.workers=0", "run.device=cpu"]
@@ -436,7 +438,27 @@ def test_the_script_ends_with_one_line_and_code_2(tmp_path):
 
 def test_diverging_training_names_the_learning_rate(phantom, tmp_path):
     with pytest.raises(ConfigError, match="optim.lr: the loss is nan at step"):
-        evaluate(phantom, tmp_path, *FINETUNE, "optim.lr=1e30", "optim.steps=6")
+        evaluate(phantom, tmp_path, *FINETUNE, "optim.lr=1e9", "optim.steps=6")
+
+
+@pytest.mark.parametrize("mode", [[], FINETUNE])
+def test_an_evaluation_that_is_stopped_goes_on_where_it_was(phantom, tmp_path, monkeypatch, mode):
+    settings = [*mode, "optim.steps=6", "eval.every=4"]
+    whole = evaluate(phantom, tmp_path / "whole", *settings)
+    out, steps = tmp_path / "run", iter(range(6))
+
+    def asked(self):
+        self.reason = "SIGTERM" if next(steps) == 2 else ""
+        return bool(self.reason)
+
+    monkeypatch.setattr(runtime.StopRequest, "__bool__", asked)
+    arguments = [*TINY, f"data.root={phantom}", f"run.out={out}", "encoder=random", *settings]
+    assert eval_seg.main(arguments) == 75
+    assert json.loads((out / "stopped.json").read_text()) == {"step": 3, "reason": "SIGTERM"}
+    monkeypatch.undo()
+    again = evaluate(phantom, out, *settings)
+    assert again["cases"] == whole["cases"] and again["val_dice"] == whole["val_dice"]
+    assert not (out / "stopped.json").exists()
 
 
 def test_label_colours_and_legend_are_drawn():
