@@ -1,5 +1,6 @@
 """How far the features of a pretraining run have collapsed: measured while it runs, and drawn at its end."""
 
+import heapq
 import json
 from pathlib import Path
 
@@ -30,11 +31,10 @@ class CollapseMonitor:
         self.intensity, self.process, self.size = intensity, process, cfg.data.size
         self.channels = cfg.model.in_channels
         if cfg.data.val and (Path(cfg.data.root) / cfg.data.val).is_file():
-            dataset = SliceDataset(
-                cfg.data.root, cfg.data.val, cfg.data.images, cfg.data.hu_offset, dataset.size
-            )
-        by_case = sorted(range(len(dataset)), key=lambda i: (dataset.cases[i], dataset.names[i]))
-        self.slices = Subset(dataset, by_case[:MONITORED])
+            place = (cfg.data.root, cfg.data.val, cfg.data.images, cfg.data.hu_offset)
+            dataset = SliceDataset(*place, dataset.size, cfg.run.skip_bad)
+        by_case = heapq.nsmallest(MONITORED, zip(dataset.cases, dataset.names, range(len(dataset))))
+        self.slices = Subset(dataset, [index for _, _, index in by_case])
 
     @torch.no_grad()
     def measure(self, model: MoCo) -> dict:

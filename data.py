@@ -76,7 +76,7 @@ __all__ = [
 
 
 def pack(args):
-    """The pack command: the slices of a list, on their common size, as one memory-mapped file."""
+    """The pack command: the slices of a list, on their common size, as one file that needs no decoding."""
     dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
     out = Path(args.out.removesuffix(".npy"))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def parse(argv):
         "--axis", type=int, choices=(0, 1, 2), default=2, help="0 sagittal, 1 coronal, 2 axial slices"
     )
 
-    sub = command("pack", pack, "the slices of a list in one memory-mapped file, NAME.npy and NAME.json")
+    sub = command("pack", pack, "the slices of a list in one file, NAME.npy, with their names in NAME.json")
     set_options(sub, masks=False)
     sub.add_argument("--list", required=True, help="list file below the root")
     sub.add_argument("--out", required=True, metavar="NAME")

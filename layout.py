@@ -11,6 +11,7 @@ import json
 import os
 import re
 import struct
+import warnings
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,9 @@ PNG_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB w
 SUFFIXES = (".png", ".npy")
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
+
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # of a second header; we check the first
 
 
 class DataError(ValueError):
@@ -126,7 +130,8 @@ def decode_png(path, size):
 def open_npy(path, ndim):
     """The array of a .npy file, memory-mapped, of a real number type and with `ndim` dimensions."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="ignore"):  # of a shape in a damaged header; it is an error too
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or one_line(error)}") from None
     except Exception as error:  # numpy parses the header with ast and tokenize: many kinds of error
@@ -144,8 +149,10 @@ def check_side(path, size):
         raise DataError(f"{path}: {size[0]} x {size[1]} px; 1 to {MAX_SIDE} a side can be read")
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def one_line(message, longest=200):
+    """A message, or an error, as a line for a terminal: not endless, and what cannot be printed escaped."""
+    text = " ".join(str(message).split())[:longest] or type(message).__name__
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def write_png(path, array):
@@ -219,7 +226,7 @@ def read_list(path):
     path = Path(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
-            names = [name_in(line.strip()) for line in file if not line.isspace()]
+            names = [name_in(line) for line in file if not line.isspace()]
     except FileNotFoundError:
         there = sorted(file.name for file in path.parent.glob("*.txt")) if path.parent.is_dir() else []
         raise DataError(f"{path}: no such list file (there: {', '.join(there[:8]) or 'none'})") from None
@@ -232,27 +239,23 @@ def read_list(path):
     for name in names:
         if name.startswith("/") or (".." in name and ".." in name.split("/")):
             raise DataError(
-                f"{path}: {shown(name)} leaves the data root; paths are relative to the images folder"
+                f"{path}: {one_line(name)} leaves the data root; paths are relative to the images folder"
             )
         if "\\" in name or "\0" in name:
-            raise DataError(f"{path}: {shown(name)} has a backslash or a NUL; folders are separated by /")
+            raise DataError(f"{path}: {one_line(name)} has a backslash or a NUL; folders are separated by /")
     return names
 
 
 def name_in(line):
-    line = line.removeprefix("./")
-    if len(line.split(maxsplit=1)) == 1:  # one column, as in most lists of a million lines
-        return line
+    columns = line.split()
+    if len(columns) == 1:  # as in most lists of a million lines
+        return columns[0].removeprefix("./")
+    line = line.strip().removeprefix("./")
     with_suffix = re.match(r".+?\.(png|npy)(?=\s|$)", line, re.IGNORECASE)
     if with_suffix:
         return with_suffix.group()
     columns = line.rsplit(maxsplit=1)
     return columns[0] if len(columns) == 2 and "/" not in columns[1] else line
-
-
-def shown(text):
-    """A text from a file as a message has it: on one line and not endless."""
-    return (text if text.isprintable() else ascii(text))[:200]
 
 
 def without_suffix(name):
@@ -270,6 +273,23 @@ def case_of(name):
     if before_number is None:  # no number: a case of its own
         return stem
     return before_number.group(1).rstrip("_-. ") or folder or "case"
+
+
+class Cases(Strings):
+    """The cases of named slices, worked out when they are asked for."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        chosen = self.names[index]
+        return case_of(chosen) if isinstance(chosen, str) else [*map(case_of, chosen)]
+
+    def __iter__(self):
+        return map(case_of, self.names)
 
 
 def find_slices(folder, names):
@@ -327,7 +347,7 @@ def read_spacing(root):
         three = isinstance(spacing, list) and len(spacing) == 3
         if not three or not all(type(mm) in (int, float) and 0 < mm < MAX_SPACING for mm in spacing):
             raise DataError(
-                f"{path}: {shown(case)}: [slice, row, column] in mm is expected, not {shown(str(spacing))}"
+                f"{path}: {one_line(case)}: [slice, row, column] in mm is expected, not {one_line(spacing)}"
             )
     return {case: tuple(map(float, spacing)) for case, spacing in spacings.items()}
 
@@ -346,7 +366,7 @@ def class_names(root, classes=None):
     if not texts or not 2 <= len(set(classes)) == len(classes) <= IGNORE:
         raise DataError(
             f"{path}: 2 to {IGNORE} different class names are expected, background first, "
-            f"not {shown(str(classes))}"
+            f"not {one_line(str(classes))}"
         )
     return list(classes)
 

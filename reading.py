@@ -4,9 +4,9 @@ The files themselves are read by layout.py.
 """
 
 import logging
+import math
 import os
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,19 +16,19 @@ from torch.utils.data import Dataset, get_worker_info
 from layout import (
     AIR,
     IGNORE,
+    Cases,
     DataError,
     Strings,
     all_slices,
-    case_of,
     find_slices,
     mask_path,
     mask_size,
+    one_line,
     packed_at,
     read_list,
     read_mask,
     read_spacing,
     read_stored,
-    shown,
     slice_header,
     split_folder,
     without_suffix,
@@ -126,15 +126,13 @@ class SliceDataset(Dataset):
         self.said = {about: torch.zeros(1, dtype=torch.bool).share_memory_() for about in ("size", "bad")}
         self.packed = packed_at(root)
         if self.packed:
-            self.names, self.stored, first = self.packed.names, self.packed.stored, self.packed.shape[1:]
+            self.names, self.cases, self.stored = self.packed.names, self.packed.cases, self.packed.stored
+            first = self.packed.shape[1:]
         else:
             self.folder, self.names = listed_slices(root, list, images, skip_bad)
+            self.cases = Cases(self.names)
             first, self.stored = self.readable(lambda index: slice_header(self.path(index)), 0)
         self.size = tuple(size) if size else tuple(first)
-
-    @cached_property
-    def cases(self):
-        return self.packed.cases if self.packed else Strings(map(case_of, self.names))
 
     def __len__(self):
         return len(self.names)
@@ -271,7 +269,7 @@ def present(names, folder, what, skip_bad=False):
     found = find_slices(folder, names)
     missing = [name for name, there in zip(names, found) if there is None]
     if missing:
-        first = ", ".join(map(shown, missing[:3])) + (" ..." if len(missing) > 3 else "")
+        first = ", ".join(map(one_line, missing[:3])) + (" ..." if len(missing) > 3 else "")
         message = f"{what}: {len(missing)} of {len(names)} files are missing in {folder}"
         if not skip_bad or len(missing) == len(names):
             raise DataError(f"{message}: {first}")
@@ -291,13 +289,12 @@ class BatchReader(Dataset):
 
     def __init__(self, dataset, workers):
         self.dataset = dataset
-        self.reading = torch.full(
-            (workers, 2), -1
-        ).share_memory_()  # of each worker: its pid, its slice or -1
+        # Of each worker: its process id, and the slice that it is reading, -1 between batches.
+        self.reading = torch.full((workers, 2), -1).share_memory_()
 
     def __getitem__(self, indices):
-        batch = torch.empty(len(indices), 1, *self.dataset.size)
         worker = get_worker_info()
+        batch = empty((len(indices), 1, *self.dataset.size), shared=worker is not None)
         note = self.reading[worker.id].numpy() if worker else [0, 0]
         note[0] = os.getpid()
 
@@ -323,3 +320,14 @@ class BatchReader(Dataset):
             if worker == pid and index >= 0:
                 return str(self.dataset.path(index))
         return None
+
+
+def empty(shape, shared):
+    """An uninitialised FloatTensor, `shared`: in the memory through which a worker hands it over.
+
+    Moved there only afterwards, batches of some MB leave holes in the worker's heap, up to a hundred of them.
+    """
+    if not shared:
+        return torch.empty(shape)
+    storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))  # as in PyTorch's default_collate
+    return torch.empty(0).set_(storage, 0, shape)

@@ -48,8 +48,8 @@ def score(model, batches: Batches, process: Process, desc: str, full=False) -> d
     own = sorted(set(dataset.cases))[process.rank :: process.world]
     slices = {case: [] for case in own}
     for i, position in enumerate(batches.positions):
-        if dataset.cases[position] in slices:
-            slices[dataset.cases[position]].append(i)
+        if (case := dataset.cases[position]) in slices:
+            slices[case].append(i)
     model.eval()
     scores = {}
     total = sum(len(rows) for rows in slices.values())
@@ -218,15 +218,50 @@ def painted(unit: np.ndarray, mask: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def read_results(folder: str | Path) -> dict:
+def read_results(folder: str | Path, whole: bool = True) -> dict:
+    """The content of results.json, in which all that organ_table needs is there and of its kind; with `whole`
+    false only what `compare` needs.
+
+    Raises:
+        ConfigError: there is none, or a damaged one.
+    """
     path = Path(folder) / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        return {"mean_dice": results["mean_dice"]} | results
+        if is_comparable(results) and (not whole or has_organs(results)):
+            return results
     except FileNotFoundError:
         raise ConfigError(f"{folder}: holds no results.json; evaluate there first") from None
-    except (ValueError, KeyError, TypeError, NotADirectoryError):
-        raise ConfigError(f"{path}: not the results of an evaluation") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, NotADirectoryError):
+        pass
+    raise ConfigError(f"{path}: not the results of an evaluation, or damaged")
+
+
+def is_comparable(results: dict) -> bool:
+    texts = [results["mode"], results["encoder"], results["config"]["data"]["root"]]
+    numbers = [results["label_fraction"], *(results["effective_rank"][kind] for kind in ("pooled", "dense"))]
+    return all(map(is_text, texts)) and all(map(is_number, numbers)) and is_score(results["mean_dice"])
+
+
+def has_organs(results: dict) -> bool:
+    organs = results["dice"]
+    columns = [organs, results["hd95_organs"], *results["cases"].values()]
+    scores = [column[organ] for column in columns for organ in organs]
+    scores += [results["hd95"], *(results["dataset_dice"][kind] for kind in ("mean", "mean_with_background"))]
+    sha256 = results["encoder_sha256"]
+    return all(map(is_text, organs)) and all(map(is_score, scores)) and (sha256 is None or is_text(sha256))
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e12
+
+
+def is_score(value) -> bool:
+    return value is None or is_number(value)
 
 
 def compare(folders: list[str]) -> str:
@@ -235,7 +270,7 @@ def compare(folders: list[str]) -> str:
     Runs of one encoder, mode and label fraction that differ in anything else (the seed) are averaged, with
     their standard deviation. Raises ConfigError for folders without results and for mixed data sets.
     """
-    runs = [read_results(folder) for folder in folders]
+    runs = [read_results(folder, whole=False) for folder in folders]
     roots = list(dict.fromkeys(run["config"]["data"]["root"] for run in runs))
     if len(roots) > 1:
         raise ConfigError(f"results on different data sets ({', '.join(roots)}) do not compare")

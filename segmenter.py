@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from config import Config, ConfigError
 from data import DataError, Intensity, read_volume, write_labels
-from layout import read_stored, write_png
-from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, read_weights, upsample
-from runtime import Process, make_run_folder, progress, written_whole
+from layout import IGNORE, read_stored, write_png
+from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, is_sound, read_weights, upsample
+from runtime import Process, ignore_stop_signals, make_run_folder, progress, written_whole
 
 
 class LinearProbe(nn.Module):
@@ -75,11 +75,15 @@ def load_model(path: Path, process: Process) -> tuple[nn.Module, Description]:
         raise ConfigError(f"run.out: no trained model in {path.parent} (model.pth); evaluate there first")
     content = read_weights(path)
     try:
-        about = Description(**content["about"])
+        about, state = Description(**content["about"]), content["state"]
+        sound = all(map(is_sound, state.values())) and len(about.classes) <= IGNORE
+        sound = sound and about.in_channels == state["encoder.conv1.weight"].shape[1]
+        if not sound or not Intensity(**about.normalisation)(torch.zeros(1)).isfinite():
+            raise ValueError
         encoder = Encoder(about.arch, about.in_channels, output_stride=about.output_stride)
         model = build_model(about, encoder, process)
-        model.load_state_dict(content["state"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        model.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         raise WeightsError(f"{path}: not a model of this program, or damaged") from None
     return model.eval(), about
 
@@ -128,6 +132,7 @@ class Batches:
             batch_sampler=[[self.positions[i] for i in rows] for rows in plan],
             num_workers=min(self.workers, len(plan)),
             pin_memory=self.process.device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,
         )
         for images, masks in loader:
             device = self.process.device

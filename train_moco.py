@@ -133,6 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     process = runtime.start_process(cfg.run)
     place = (cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
     dataset = SliceDataset(*place, skip_bad=cfg.run.skip_bad)
+    if len(counts := set(process.everyone(len(dataset)))) > 1:
+        raise DataError(f"{cfg.data.list}: not the same for all processes, {sorted(counts)} slices")
     reader = BatchReader(dataset, cfg.data.workers)
     with runtime.StopRequest(process.rank) as stop, runtime.naming_lost_workers(reader):
         code = pretrain(cfg, process, dataset, reader, stop)

@@ -190,6 +190,14 @@ def test_bad_lists(tmp_path):
         (tmp_path / "out.txt").write_text(f"a/1.png\n{outside}\n")
         with pytest.raises(DataError, match="leaves the data root"):
             read_list(tmp_path / "out.txt")
+    for odd in ("a\\1.png", "..\\..\\x.png", "a/\0.png", "\0" * 4000):
+        (tmp_path / "odd.txt").write_text(f"a/1.png\n{odd}\n")
+        with pytest.raises(DataError, match="odd.txt: .* has a backslash or a NUL") as error:
+            read_list(tmp_path / "odd.txt")
+        assert str(error.value).isprintable() and len(str(error.value)) < 1500
+    for unreadable in (tmp_path, tmp_path / "odd.txt/x.txt", tmp_path / "a\0.txt"):
+        with pytest.raises(DataError):
+            read_list(unreadable)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +242,7 @@ def test_datasets_read_what_was_written(tmp_path):
     slices = SliceDataset(tmp_path, "train.txt")
     pairs = SegmentationDataset(tmp_path, "train.txt", num_classes=4)
     assert len(slices) == 9 and slices.names == names and slices.cases == [name[0] for name in names]
+    assert slices.cases[2:5] == ["a", "b", "b"] and slices.cases[-1] == "c"
     assert slices.stored == "hu" and slices.size == pairs.size == (12, 10)
     for index, name in enumerate(names):
         with Image.open(tmp_path / "images" / name) as image:
@@ -280,6 +289,40 @@ def test_missing_files_are_counted(tmp_path):
         SegmentationDataset(tmp_path, "train.txt")
     with pytest.raises(DataError, match="no such data set"):
         SliceDataset(tmp_path / "nowhere", "train.txt")
+
+
+def test_skip_bad_leaves_out_and_replaces(tmp_path, caplog):
+    names = random_set(tmp_path)
+    slices = [*SliceDataset(tmp_path)]
+    (tmp_path / "images" / names[1]).unlink()
+    for bad in (names[0], names[4], names[5]):
+        put(tmp_path / "images" / bad, b"not a PNG")
+    put(tmp_path / "images" / names[8], np.zeros((12, 10), np.uint8))  # of another kind: no HU
+    with pytest.raises(DataError, match="1 of 9 files are missing"):
+        SliceDataset(tmp_path)
+    dataset = SliceDataset(tmp_path, skip_bad=True)
+    assert dataset.names == [names[0], *names[2:]] and dataset.size == (12, 10)
+    given = [2, 2, 3, 6, 6, 6, 7, 2]  # of the whole list, for 0, 2, 3, 4, 5, 6, 7 and 8
+    assert all(torch.equal(dataset[index], slices[number]) for index, number in enumerate(given))
+    left_out, skipped = caplog.messages
+    assert left_out.startswith("warning: train.txt: 1 of 9 files are missing") and names[1] in left_out
+    assert skipped.startswith("warning: skipped unreadable slice: ") and names[0] in skipped
+    with pytest.raises(IndexError):
+        dataset[8]
+    for name in names:
+        (tmp_path / "images" / name).unlink(missing_ok=True)
+    with pytest.raises(DataError, match="9 of 9 files are missing"):
+        SliceDataset(tmp_path, skip_bad=True)
+
+
+def test_too_many_bad_slices_are_an_error(tmp_path):
+    names = random_set(tmp_path, cases=["a"], slices=130, shape=(2, 2))
+    dataset = SliceDataset(tmp_path, skip_bad=True)
+    for name in names[10:115]:
+        put(tmp_path / "images" / name, b"")
+    assert torch.equal(dataset[16], dataset[115])
+    with pytest.raises(DataError, match="114.png: not a PNG image; 100 unreadable slices in a row"):
+        dataset[15]
 
 
 def test_bad_masks_are_named(tmp_path):
@@ -444,6 +487,9 @@ def test_pack(phantom, tmp_path, capsys):
         SegmentationDataset(name, "train.txt")
     (tmp_path / "sub/packed.json").write_text(json.dumps(about | {"names": about["names"][1:]}))
     with pytest.raises(DataError, match="names: a list of 18"):
+        SliceDataset(name)
+    (tmp_path / "sub/packed.json").write_text(json.dumps(about | {"cases": [*range(18)]}))
+    with pytest.raises(DataError, match="cases: a list of 18"):
         SliceDataset(name)
     (tmp_path / "sub/packed.json").unlink()
     with pytest.raises(DataError, match="packed.json"):
