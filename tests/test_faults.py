@@ -33,10 +33,10 @@ model: {arch: resnet18, output_stride: 16, queue_size: 20, bn_split: 2, momentum
 data: {size: 32, workers: 1}
 local: {grid: 2}
 decorrelation: {group_size: 32}
-optim: {epochs: 4, batch_size: 4, warmup_epochs: 1}
+optim: {epochs: 2, batch_size: 4, warmup_epochs: 1}
 log: {every: 1, rank_every: 1, tensorboard: false}
 """
-STEPS = 16  # 18 slices: four steps an epoch
+STEPS = 8  # 18 slices: four steps an epoch
 IN_TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
 
@@ -313,9 +313,9 @@ def test_bad_steps_are_skipped_and_counted(slices, spoil, capsys):
     assert train_here(slices) == 0
     out = capsys.readouterr().out
     last = rows(slices / "run")[-2]
-    assert last["skipped_steps"] == 4 == out.count("not finite, skipped")  # one of three batches an epoch
+    assert last["skipped_steps"] == 2 == out.count("not finite, skipped")  # one of three batches an epoch
     bad = [row for row in rows(slices / "run") if "loss" in row and row["loss"] is None]
-    assert len(bad) == 4
+    assert len(bad) == 2
     assert torch.load(slices / "run/encoder.pth", weights_only=True)["conv1.weight"].isfinite().all()
 
 
@@ -396,7 +396,7 @@ def test_a_full_disk_stops_saving_but_not_training(phantom, whole, tmp_path):
     full = Run(phantom, out, preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert full.end() == 2
     lines = full.log.read_text().splitlines()
-    assert sum("no checkpoint written" in line for line in lines) >= 5
+    assert sum("no checkpoint written" in line for line in lines) >= 2
     assert f"step {STEPS}/{STEPS}" in full.log.read_text()
     assert lines[-1].startswith("error: ") and "Traceback" not in full.log.read_text()
     assert (out / "checkpoint.pth").read_bytes() == before
