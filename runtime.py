@@ -235,12 +235,16 @@ def leave(folder: Path, step: int, reasons: list[str], process: Process) -> int:
 
 
 def stopped_code(reason: str) -> int:
-    """The exit code after a stop. torchrun starts processes that fail again while it has restarts left:
-    after a signal that is not wanted, so they do not fail then. (It swallows the code in any case; the marker
-    in the run's folder tells.)"""
+    """The exit code after a stop.
+
+    torchrun starts processes that fail again while it has restarts left, which nobody wants after a signal,
+    and swallows the code in any case. launch.sh, which reads the marker, asks for 0 (STOPPED_CODE).
+    """
+    if not reason.startswith("SIG"):
+        return STOPPED
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     used = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    return 0 if reason.startswith("SIG") and used < restarts else STOPPED
+    return 0 if used < restarts else int(os.environ.get("STOPPED_CODE", STOPPED))
 
 
 @contextmanager
