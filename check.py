@@ -17,8 +17,10 @@ from layout import (
     find_slices,
     in_threads,
     mask_path,
+    one_line,
     read_list,
     read_mask,
+    read_spacing,
     read_stored,
     split_folder,
 )
@@ -80,6 +82,7 @@ def check_set(args):
     """The check command; returns the exit code: 1 if any file is bad."""
     root = Path(args.root)
     names = class_names(root) if (root / "classes.json").exists() else None
+    read_spacing(root)
     lists = list_files(root, args.list)
     to_read, bad = collect(root, lists, args)
     summary = Summary()
@@ -92,7 +95,7 @@ def check_set(args):
     print_values(summary, any(slice.held_out for slice in to_read))
     print_labels(summary, names)
     for problem in bad:
-        print(f"bad: {problem}")
+        print(f"bad: {one_line(problem, 1000)}")
     print(f"{len(to_read)} files read, {len(bad)} bad")
     return 1 if bad else 0
 
@@ -138,13 +141,15 @@ def warn_of_leaks(slices, splits_of):
     several = (image for image, splits in splits_of.items() if len({*splits}) > 1)
     twice = [image for image in several if {"val", "test"} & {*splits_of[image]}]
     if twice:
-        print(f"warning: {len(twice)} slices of val or test are in other lists too, the first: {twice[0]}")
+        first = one_line(twice[0])
+        print(f"warning: {len(twice)} slices of val or test are in other lists too, the first: {first}")
     splits_of_case = defaultdict(set)
     for image, splits in splits_of.items():
         splits_of_case[case_of(slices[image].name)] |= {*splits} & {*SPLITS}
     shared = sorted(case for case, splits in splits_of_case.items() if len(splits) > 1)
     if shared:
-        print(f"warning: cases in several of train, val and test: {len(shared)}, the first: {shared[0]}")
+        first = one_line(shared[0])
+        print(f"warning: cases in several of train, val and test: {len(shared)}, the first: {first}")
 
 
 def inspect(slice, hu_offset, names):

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import yaml
 
-LARGEST_FILE = 2**20  # bytes; YAML is read slowly, and nobody writes a megabyte of settings
-LARGEST = 2**63  # of all numbers; what computes with them holds no larger ones
+LARGEST_FILE = 2**17  # bytes; YAML is read slowly, and nobody writes more settings
+DEEPEST = 20  # sections and lists inside each other
+LARGEST = 2**31  # of all numbers; no setting needs larger ones, and what computes with them may overflow
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # what neither a path nor a table can hold
 
 
@@ -119,12 +120,22 @@ def read_yaml(path: str | Path) -> dict:
     return content
 
 
+STARTS = (yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken)
+STARTS += (yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken)
+ENDS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
+
 def from_yaml(text: str):
-    """The content of a YAML text. Raises YAMLError for whatever cannot be read, and for an alias (*name): ten
-    lines of them can stand for gigabytes."""
+    """The content of a YAML text. YAMLError for whatever cannot be read, and for aliases (*name), since
+    ten lines of them can stand for gigabytes."""
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise yaml.YAMLError("aliases (*name) are not taken")
+        depth = 0
+        for token in yaml.scan(text):
+            depth += isinstance(token, STARTS) - isinstance(token, ENDS)
+            if depth > DEEPEST:
+                raise yaml.YAMLError("nested too deeply")
+            if isinstance(token, yaml.AliasToken):
+                raise yaml.YAMLError("aliases (*name) are not taken")
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise
@@ -187,7 +198,7 @@ def check_content(name: str, value) -> None:
     """Numbers that nothing can compute with and texts that no file can hold raise a ConfigError."""
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, int | float) and not -LARGEST <= one < LARGEST:  # a NaN is not either
-            raise ConfigError(f"{name}: {shown(one)} is impossible; wanted a finite number")
+            raise ConfigError(f"{name}: {shown(one)} is impossible; wanted a number below 2**31")
         if isinstance(one, str) and CONTROL.search(one):
             raise ConfigError(f"{name}: {shown(one)} holds control characters")
 

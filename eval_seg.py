@@ -49,6 +49,7 @@ from runtime import (
     StopRequest,
     leave,
     load_checkpoint,
+    load_optimizer,
     make_run_folder,
     progress,
     run_script,
@@ -291,10 +292,13 @@ def train(
     )
     start, best = 0, None
     if state := process.from_main(lambda: load_checkpoint(folder)):
-        trained.load_state_dict(state["trained"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, best = state["step"], state["best"]
-        check_same_encoder(cfg, state["encoder_sha256"])
+        try:
+            trained.load_state_dict(state["trained"])
+            load_optimizer(optimizer, state["optimizer"])
+            start, best, encoder = state["step"], state["best"], state["encoder_sha256"]
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            raise ConfigError(f"run.out: the checkpoint in {folder} is not one of this program") from None
+        check_same_encoder(cfg, encoder)
         process.say(f"going on from step {start}")
     log = MetricsLog(folder, process, done=start)
     network = torch.compile(trained) if cfg.run.compile else trained

@@ -30,11 +30,14 @@ PIXELS_PER_BYTE = 8 * 1032  # of a PNG, at most: deflate shrinks by no more than
 AIR = {"hu": -1024.0, "uint8": 0.0}  # what fills a slice that is brought to the common size
 PNG_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 SUFFIXES = (".png", ".npy")
+LONGEST_LINE = 8192  # characters of a list
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
 
 
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # of a second header; we check the first
+# Of a damaged PNG it is an error that says so. The second warning is of a second header: we check the first.
+warnings.filterwarnings("ignore", module=r"PIL\.PngImagePlugin")
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 class DataError(ValueError):
@@ -217,6 +220,12 @@ class Strings(Sequence):
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other))
 
 
+def checked(line, path):
+    if len(line) > LONGEST_LINE:
+        raise DataError(f"{path}: not a list, it has a line of more than {LONGEST_LINE} characters")
+    return line
+
+
 def read_list(path):
     """The slice names of a list file, as written there but for a second column, which is dropped.
 
@@ -226,12 +235,15 @@ def read_list(path):
     path = Path(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
-            names = [name_in(line) for line in file if not line.isspace()]
+            lines = iter(lambda: file.readline(LONGEST_LINE + 1), "")
+            names = [name_in(checked(line, path)) for line in lines if not line.isspace()]
     except FileNotFoundError:
         there = sorted(file.name for file in path.parent.glob("*.txt")) if path.parent.is_dir() else []
         raise DataError(f"{path}: no such list file (there: {', '.join(there[:8]) or 'none'})") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file") from None
+    except DataError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise DataError(f"{path}: {getattr(error, 'strerror', error)}") from None
     if not names:

@@ -10,6 +10,7 @@ Copy this file together with losses.py; it needs torch and torchvision only.
 
 import copy
 import pickle
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -641,7 +642,8 @@ def read_weights(path: str | Path) -> dict:
         raise WeightsError(f"{path}: no such file")
     try:
         check_intact(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old or sparse storage: is_sound decides
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(f"{path}: not a weights file, or it holds more than tensors: refused") from None
     except Exception as e:  # zipfile, pickle and torch.load raise many kinds on damaged files

@@ -246,6 +246,8 @@ def is_comparable(results: dict) -> bool:
 def has_organs(results: dict) -> bool:
     organs = results["dice"]
     columns = [organs, results["hd95_organs"], *results["cases"].values()]
+    if not all(isinstance(column, dict) for column in columns):
+        return False
     scores = [column[organ] for column in columns for organ in organs]
     scores += [results["hd95"], *(results["dataset_dice"][kind] for kind in ("mean", "mean_with_background"))]
     sha256 = results["encoder_sha256"]

@@ -17,6 +17,7 @@ import pickle
 import re
 import signal
 import sys
+import warnings
 import zipfile
 from collections import deque
 from contextlib import contextmanager
@@ -326,11 +327,12 @@ def outside_cause(error: RuntimeError) -> str | None:
 
 
 def one_line(error: Exception) -> str:
-    """The message; of an error raised in a DataLoader worker, the message that it was raised with."""
+    """The message, not endless; of an error raised in a DataLoader worker, that which it was raised with."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "Original Traceback" in str(error):
-        return lines[-1].split(": ", 1)[-1]
-    return " ".join(line.strip() for line in lines)
+        lines = [lines[-1].split(": ", 1)[-1]]
+    text = " ".join(line.strip() for line in lines)
+    return text if len(text) <= 900 else f"{text[:600]} ... {text[-200:]}"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -448,7 +450,8 @@ def load_checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict | None:
             continue
         try:
             check_intact(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of odd tensors, which will not fit anyway
+                state = torch.load(path, map_location="cpu", weights_only=True)
         except UNREADABLE as error:
             failures.append(f"{path} ({one_line(error)[:100]})")
             continue
@@ -458,6 +461,19 @@ def load_checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict | None:
     if failures:
         raise ConfigError(f"run.out: cannot read {failures[0]}; remove it to start anew")
     return None
+
+
+def load_optimizer(optimizer: torch.optim.SGD, state: dict) -> None:
+    """optimizer.load_state_dict(state), which by itself takes momentum of any shape.
+
+    Raises ValueError, KeyError, TypeError or AttributeError for a state of something else.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, own in optimizer.state.items():
+        momentum = own["momentum_buffer"]
+        same = (momentum.shape, momentum.layout, momentum.dtype, momentum.device)
+        if same != (parameter.shape, parameter.layout, parameter.dtype, parameter.device):
+            raise ValueError("the optimiser's momentum does not fit")
 
 
 class MetricsLog:

@@ -76,14 +76,14 @@ def load_model(path: Path, process: Process) -> tuple[nn.Module, Description]:
     content = read_weights(path)
     try:
         about, state = Description(**content["about"]), content["state"]
-        sound = all(map(is_sound, state.values())) and len(about.classes) <= IGNORE
+        sound = all(map(is_sound, state.values())) and 1 < len(about.classes) <= IGNORE
         sound = sound and about.in_channels == state["encoder.conv1.weight"].shape[1]
         if not sound or not Intensity(**about.normalisation)(torch.zeros(1)).isfinite():
             raise ValueError
         encoder = Encoder(about.arch, about.in_channels, output_stride=about.output_stride)
         model = build_model(about, encoder, process)
         model.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError, AttributeError):
         raise WeightsError(f"{path}: not a model of this program, or damaged") from None
     return model.eval(), about
 

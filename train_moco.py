@@ -660,7 +660,7 @@ def resume(
         changed = cfg.first_difference(before, ignore=FREE)
         if changed is None:
             model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            runtime.load_optimizer(optimizer, state["optimizer"])
             statistics = state["running_statistics"]
             if len(statistics) == process.world:  # else the model's, which are the mean, have to do
                 model.set_running_statistics(statistics[process.rank])

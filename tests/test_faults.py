@@ -132,7 +132,14 @@ def test_a_killed_run_goes_on_bitwise(phantom, whole, tmp_path, kills, steps):
     assert not [*out.glob("*.part"), *out.glob("*.new")]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SIGUSR1",
+        pytest.param("SIGTERM", marks=pytest.mark.long),
+        pytest.param("SIGINT", marks=pytest.mark.long),
+    ],
+)
 def test_a_stopped_run_saves_and_goes_on_bitwise(phantom, whole, tmp_path, name):
     out = tmp_path / "run"
     run = Run(phantom, out, "run.save_steps=100")
@@ -173,6 +180,7 @@ def test_two_ranks_stop_at_the_same_step_and_go_on_bitwise(phantom, tmp_path):
     assert_same(out, whole)
 
 
+@pytest.mark.long
 def test_going_on_with_another_number_of_ranks(phantom, whole, tmp_path):
     out = tmp_path / "run"
     run = Run(phantom, out)
