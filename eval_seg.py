@@ -150,7 +150,7 @@ def check_config(cfg: Config) -> None:
     check_choice(cfg, "cache", ("auto", "on", "off"))
     check_choice(cfg, "run.device", ("auto", "cpu", "cuda"))
     check_choice(cfg, "run.precision", ("auto", "fp32", "bf16"))
-    check_positive(cfg, "label_fraction", "cache_gb", "model.in_channels", "eval.every", "log.every")
+    check_positive(cfg, "label_fraction", "cache_gb", "eval.every", "log.every")
     check_positive(cfg, "run.timeout_minutes")
     check_positive(cfg, "optim.steps", "optim.batch_size", "optim.lr", "optim.encoder_lr_factor")
     check_fraction(cfg, "label_fraction", "augment.flip")
@@ -159,7 +159,10 @@ def check_config(cfg: Config) -> None:
         check(cfg, name, cfg.flat()[name] >= 0, "0 or more")
     check_range(cfg, "augment.scale")
     check(cfg, "augment.scale", cfg.augment.scale[0] > 0, "[low, high], both above 0")
-    check(cfg, "data.size", cfg.data.size is None or cfg.data.size > 0, "px, or null")
+    check(cfg, "data.size", cfg.data.size is None or 0 < cfg.data.size <= 8192, "1 to 8192 px, or null")
+    check(cfg, "model.in_channels", cfg.model.in_channels in (1, 3), "1 or 3")
+    for name in ("data.train", "data.test"):
+        check(cfg, name, cfg.flat()[name] != "", "a list file")
     check(cfg, "data.std", cfg.data.std is None or cfg.data.std > 0, "a value above 0, or null")
     if isinstance(cfg.data.window, list):
         check_range(cfg, "data.window")

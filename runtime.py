@@ -309,13 +309,14 @@ def run_script(main, expected: tuple[type[Exception], ...] = ()) -> None:
     sys.exit(code)
 
 
+NO_MEMORY = re.compile("can't allocate memory|Storage size calculation overflowed")
 LOST_PEER = re.compile(r"gloo|nccl|closed by peer|reset by peer|timed out|rendezvous|TCPStore", re.IGNORECASE)
 
 
 def outside_cause(error: RuntimeError) -> str | None:
     """What to say of an error that other processes, the system or the hardware have caused; else None."""
     text = one_line(error)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(text):
         return f"out of memory; a smaller optim.batch_size or data.size, or optim.accumulate ({text[:160]})"
     if isinstance(error, dist.DistError) or ("RANK" in os.environ and LOST_PEER.search(text)):
         rank = os.environ.get("RANK", "0")

@@ -288,6 +288,7 @@ def check_config(cfg: Config) -> None:
     check(cfg, "model.in_channels", cfg.model.in_channels in (1, 3), "1 or 3")
     check_positive(cfg, "data.size", "data.std", "model.dim", "model.queue_size", "model.temperature")
     check_positive(cfg, "local.grid", "local.temperature")
+    check(cfg, "data.size", cfg.data.size <= 8192, "1 to 8192 px")
     if cfg.decorrelation.eps is not None:
         check_positive(cfg, "decorrelation.eps")
     check_positive(cfg, "run.max_bad_steps", "run.timeout_minutes")
