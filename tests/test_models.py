@@ -348,7 +348,7 @@ def train_on_rank(rank, world, port, results, dtype, steps):
         (2, torch.float64, 5, 1e-10),
         pytest.param(4, torch.float64, 5, 1e-10, marks=pytest.mark.long),
         (2, torch.float32, 1, 1e-5),
-        (4, torch.float32, 1, 1e-5),
+        pytest.param(4, torch.float32, 1, 1e-5, marks=pytest.mark.long),
     ],
 )
 def test_many_ranks_compute_what_one_does(tmp_path, free_port, world, dtype, steps, tolerance):
