@@ -6,25 +6,29 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import runtime
 from config import Config
 from data import Intensity, SliceDataset
 from losses import effective_rank_of, singular_values
-from models import MoCo
+from models import Encoder, MoCo
 from runtime import Process
+from structure import dense_structure
 
 MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
+STRUCTURED = 128  # slices (at most) whose dense structure it estimates
 
 
 class CollapseMonitor:
-    """Effective rank and spectrum of the encoder's features on a fixed set of slices, without augmentation.
+    """Effective rank, spectrum and dense structure of the encoder's features, without augmentation or labels.
 
     The slices are those of data.val, without such a list the first of the training list by case, at most
     MONITORED; the rank is bounded by their number. Pooled features are one vector a slice, dense ones
-    MONITORED positions of the maps, drawn once and for all. The main process measures, the others go on.
+    MONITORED positions of the maps, drawn once and for all. The structure (structure.dense_structure) is
+    that of STRUCTURED of them at output stride 8, as a decoder will see them. The main process measures, the
+    others go on.
     """
 
     def __init__(self, cfg: Config, dataset: SliceDataset, intensity: Intensity, process: Process):
@@ -48,20 +52,35 @@ class CollapseMonitor:
         model.eval()
         loader = DataLoader(self.slices, batch_size=32)
         for stored in runtime.progress(self.process, "measuring collapse", loader):
-            x = self.intensity.normalise(self.intensity.to_unit(stored.to(self.process.device)))
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-            maps = model.query.encoder(x.expand(-1, self.channels, -1, -1))["layer4"]
-            chosen = torch.randint(maps[0, 0].numel(), (len(x), positions), generator=generator)
+            maps = self.maps(model.query.encoder, stored)
+            chosen = torch.randint(maps[0, 0].numel(), (len(maps), positions), generator=generator)
             sides = {"": maps} | ({"_whitened": model.query.decorrelation(maps)} if whitened else {})
             for side, features in sides.items():
                 columns = chosen[:, None].expand(-1, features.shape[1], -1).to(features.device)
                 dense = features.flatten(2).gather(2, columns)  # (n, C, positions)
                 found[side].append(features.mean(dim=(2, 3)).float())
                 found[side + "_dense"].append(dense.transpose(1, 2).flatten(0, 1).float())
+        structure = self.structure(model.query.encoder)
         model.train()
         spectra = {name: singular_values(torch.cat(rows)[:MONITORED]) for name, rows in found.items()}
         row = {f"effective_rank{name}": round(effective_rank_of(s), 3) for name, s in spectra.items()}
+        row |= {name: round(value, 5) for name, value in structure.items()}
         return row | {f"spectrum{name}": [float(f"{v:.5g}") for v in s] for name, s in spectra.items()}
+
+    def structure(self, encoder: Encoder) -> dict[str, float]:
+        """DSE and its three terms."""
+        pretraining_stride = encoder.output_stride
+        encoder.set_output_stride(8)
+        some = range(0, len(self.slices), -(-len(self.slices) // STRUCTURED))
+        maps = [self.maps(encoder, stored) for stored in DataLoader(Subset(self.slices, some), batch_size=32)]
+        encoder.set_output_stride(pretraining_stride)
+        return dense_structure(torch.cat(maps).flatten(2).mT.float())
+
+    def maps(self, encoder: Encoder, stored: Tensor) -> Tensor:
+        """layer4 (n, C, h, w) of whole slices (n, 1, H, W) in stored values, scaled to the views' size."""
+        x = self.intensity.normalise(self.intensity.to_unit(stored.to(self.process.device)))
+        x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        return encoder(x.expand(-1, self.channels, -1, -1))["layer4"]
 
 
 def describe_collapse(measured: dict) -> str:
@@ -69,7 +88,7 @@ def describe_collapse(measured: dict) -> str:
     rest = f"; after whitening {whitened:.1f}" if whitened is not None else ""
     return (
         f"effective rank of pooled features {measured['effective_rank']:.1f}, "
-        f"of dense features {measured['effective_rank_dense']:.1f}{rest}"
+        f"of dense features {measured['effective_rank_dense']:.1f}{rest}; DSE {measured['dse']:.3f}"
     )
 
 

@@ -69,6 +69,7 @@ from segmenter import (
     predict,
     save_model,
 )
+from structure import dense_structure
 
 DEFAULTS = """
 seed: 0
@@ -138,6 +139,7 @@ NULLABLE = {
 FREE_KEYS = ("run.out", "run.device", "run.compile", "run.timeout", "data.workers", "cache", "log.")
 PHOTOMETRIC = ("brightness", "contrast", "gamma", "noise")
 RANK_SLICES, RANK_POSITIONS = 2048, 4096  # the effective rank looks at no more slices and feature vectors
+STRUCTURE_SLICES, STRUCTURE_POSITIONS = 128, 64  # the dense structure: slices, and positions of each
 
 
 def check_config(cfg: Config) -> None:
@@ -437,7 +439,9 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
         batches["train"] = batches_of("train", intensity.to_unit)
     if process.is_main:
         split = "val" if "val" in sets else "train"
-        ranks = effective_ranks(batches[split] if cfg.mode == "linear" else batches_of(split, to_features))
+        collapse = collapse_measures(
+            batches[split] if cfg.mode == "linear" else batches_of(split, to_features)
+        )
 
     def validate() -> float | None:
         if "val" not in sets:
@@ -455,7 +459,7 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     if process.is_main:
         results = report.summary(scores, classes) | {
             "val_dice": best,
-            "effective_rank": ranks,
+            **collapse,
             "encoder": cfg.encoder,
             "encoder_sha256": sha256(encoder_path(cfg)),
             "mode": cfg.mode,
@@ -559,22 +563,31 @@ def crop_augmentation(
 
 
 @torch.no_grad()
-def effective_ranks(batches: Batches) -> dict[str, float | int]:
-    """Effective rank of the frozen encoder's features, from batches of (n, D, h, w).
+def collapse_measures(batches: Batches) -> dict[str, dict]:
+    """How far the frozen encoder's features have collapsed, from batches of (n, D, h, w).
 
-    pooled: of the slices' mean vectors; dense: of single positions, the same number of each slice by chance.
+    effective_rank: pooled: of the slices' mean vectors; dense: of single positions, the same number of each
+    slice by chance. structure: structure.dense_structure, also of some positions by chance.
     """
     count = min(len(batches), RANK_SLICES)
     rows = [len(batches) * i // count for i in range(count)]
-    pooled, dense = [], []
+    structured = set(rows[:: -(-count // STRUCTURE_SLICES)])
+    pooled, dense, structure = [], [], []
     plan = chunks(rows, batches.batch_size)
-    for features, _ in progress(batches.process, "effective rank", batches.of(plan), len(plan)):
+    for some, (features, _) in zip(
+        plan, progress(batches.process, "effective rank", batches.of(plan), len(plan))
+    ):
         vectors = features.float().flatten(2).mT.cpu()  # (n, h w, D)
         chosen = torch.randperm(vectors.shape[1], generator=generator(0, len(dense)))
         pooled.append(vectors.mean(dim=1))
         dense.append(vectors[:, chosen[: max(1, RANK_POSITIONS // count)]].flatten(0, 1))
+        mine = [i for i, row in enumerate(some) if row in structured]
+        structure.append(vectors[mine][:, chosen[:STRUCTURE_POSITIONS]])
     ranks = {"pooled": effective_rank(torch.cat(pooled)), "dense": effective_rank(torch.cat(dense))}
-    return ranks | {"slices": count}
+    return {
+        "effective_rank": ranks | {"slices": count},
+        "structure": dense_structure(torch.cat(structure)),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -55,33 +55,44 @@ def nce_from_logits(logits: Tensor) -> Tensor:
 
 
 def local_info_nce(
-    query: Tensor, key: Tensor, temperature: float = 0.2, keep: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    temperature: float = 0.2,
+    keep: Tensor | None = None,
+    everyone: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE between the regions of two views of one image, averaged over regions and images.
 
     Region r of the query has region r of the key as its positive; the other regions of the same key image
-    are the negatives (arXiv 2402.14611, local feature learning).
+    are the negatives (arXiv 2402.14611, local feature learning), or all others of `everyone`.
 
     Args:
         query, key: (N, R, D), any scale: normalised here.
         keep: (N,) bool, the images that count; all if None.
+        everyone: (M, R, D), the keys of a batch, these among them.
 
     Returns:
         The scalar mean over the kept images; 0 (with zero gradient) if none is kept.
     """
-    per_image = local_nce_per_image(query, key, temperature)
+    per_image = local_nce_per_image(query, key, temperature, everyone)
     if keep is None:
         return per_image.mean()
     return torch.where(keep, per_image, 0).sum() / keep.sum().clamp(min=1)
 
 
-def local_nce_per_image(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:
+def local_nce_per_image(
+    query: Tensor, key: Tensor, temperature: float = 0.2, everyone: Tensor | None = None
+) -> Tensor:
     """The local InfoNCE of each image, averaged over its regions: (N, R, D), (N, R, D) -> (N,)."""
     with torch.autocast(query.device.type, enabled=False):
         query = F.normalize(at_least_float32(query), dim=2)
         key = F.normalize(at_least_float32(key), dim=2)
-        logits = query @ key.transpose(1, 2) / temperature  # (N, R, R): query region by key region
-        positive = torch.diagonal(logits, dim1=1, dim2=2)  # (N, R)
+        if everyone is None:
+            compared = key.mT  # (N, D, R): the regions of the same image
+        else:
+            compared = F.normalize(at_least_float32(everyone), dim=2).flatten(0, 1).mT  # (D, M R)
+        logits = query @ compared / temperature  # (N, R, R or M R): the positive is one of the columns
+        positive = (query * key).sum(dim=2) / temperature  # (N, R)
         return (torch.logsumexp(logits, dim=2) - positive).mean(dim=1)
 
 

@@ -232,14 +232,15 @@ class Keys(NamedTuple):
 
     projection: Tensor  # (n, D), normalised
     everyone: Tensor  # (N, D): the projections of the global batch, in its order, for the queue
+    everyones_regions: Tensor | None = None  # (N, R, 128), if those of other images are negatives
     regions: Tensor | None = None  # (n, R, 128)
     query_points: Tensor | None = None  # (n, R, 2)
     local_share: Tensor | None = None  # (n,): weights whose mean over the global batch is 1; 0 = left out
 
     def part(self, rows: slice) -> "Keys":
         """The same for some of this process's samples, for gradient accumulation."""
-        mine = [None if value is None else value[rows] for value in (self.projection, *self[2:])]
-        return Keys(mine[0], self.everyone, *mine[1:])
+        mine = [None if value is None else value[rows] for value in (self.projection, *self[3:])]
+        return Keys(mine[0], self.everyone, self.everyones_regions, *mine[1:])
 
 
 class MoCo(nn.Module):
@@ -268,7 +269,13 @@ class MoCo(nn.Module):
     """
 
     LOCAL_DEFAULTS = dict(
-        match="overlap", layer="layer4", grid=4, weight=0.5, temperature=0.2, min_overlap=0.15
+        match="overlap",
+        layer="layer4",
+        grid=4,
+        negatives="image",
+        weight=0.5,
+        temperature=0.2,
+        min_overlap=0.15,
     )
 
     def __init__(
@@ -356,11 +363,13 @@ class MoCo(nn.Module):
         ]
         projection = F.normalize(torch.cat([at_least_float32(z) for z, _ in outputs]), dim=1)
         everyone = unpermute(gather(projection), order)
-        regions = None
+        regions = everyones_regions = None
         if self.local is not None:
-            regions = unpermute(gather(torch.cat([at_least_float32(r) for _, r in outputs])), order)
-            regions = process_rows(regions, len(view))
-        return Keys(process_rows(everyone, len(view)), everyone, regions, query_points, share)
+            found = unpermute(gather(torch.cat([at_least_float32(r) for _, r in outputs])), order)
+            regions = process_rows(found, len(view))
+            everyones_regions = found if self.local["negatives"] == "batch" else None
+        projection = process_rows(everyone, len(view))
+        return Keys(projection, everyone, everyones_regions, regions, query_points, share)
 
     def compare(self, query_view: Tensor, keys: Keys) -> dict[str, Tensor]:
         """Encode query views (n, C, H, W) and compute the losses against their keys and the queue."""
@@ -369,7 +378,9 @@ class MoCo(nn.Module):
         terms = {"global": nce_from_logits(logits).mean()}
         terms["loss"] = terms["global"]
         if self.local is not None:
-            per_image = local_nce_per_image(regions, keys.regions, self.local["temperature"])  # (n,)
+            per_image = local_nce_per_image(
+                regions, keys.regions, self.local["temperature"], keys.everyones_regions
+            )  # (n,)
             terms["local"] = torch.where(keys.local_share > 0, per_image * keys.local_share, 0).mean()
             terms["loss"] = terms["global"] + self.local["weight"] * terms["local"]
         else:

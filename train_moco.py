@@ -7,8 +7,9 @@
 
 Any setting below can stand in the config file or behind the command as section.key=value. A run that was
 stopped goes on when the same command is given again. Results, in run.out: encoder.pth (a torchvision ResNet
-without fc), encoder.json, metrics.jsonl, config.yaml, checkpoint.pth; curves.png and spectrum.png if
-matplotlib is installed, TensorBoard files if tensorboard is.
+without fc), encoder.json, both also for encoder_best (which the label-free measure of structure picks),
+metrics.jsonl, config.yaml, checkpoint.pth; curves.png and spectrum.png if matplotlib is installed,
+TensorBoard files if tensorboard is.
 """
 
 import argparse
@@ -93,6 +94,7 @@ local:
   match: overlap            # overlap: the same anatomy in both views | grid: the same cell (the paper's)
   layer: layer4
   grid: 4                   # grid x grid regions
+  negatives: image          # image: the other regions of the same image | batch: those of all images, too
   temperature: 0.2
   min_overlap: 0.15         # of a crop's side; images whose views overlap less are left out
 decorrelation:
@@ -114,6 +116,7 @@ log:
   every: 10                 # steps between lines of metrics.jsonl
   tensorboard: true         # event files in run.out, if tensorboard is installed
   rank_every: 10            # epochs between measurements of collapse; 0: only at the start and the end
+  encoders: false           # keep the encoder of each of them, as encoder_STEP.pth
 """
 
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "decorrelation.eps": float}
@@ -184,9 +187,16 @@ def pretrain(
     journal = Journal(cfg, process, steps_per_epoch, total_steps, step)
     readback = runtime.Readback(process.device)
     due = Due(cfg, steps_per_epoch, process)
-    if due.measuring(step) and not process.from_main(lambda: journal.knows_collapse(step)):
+
+    def measure_collapse() -> None:
         with averaged_statistics(model, process):
-            journal.collapse(step, monitor.measure(model))
+            measured = monitor.measure(model)
+            for name in kept_names(cfg, step, measured, journal):
+                export(folder, name, cfg, model, intensity, dataset, step, measured)
+        journal.collapse(step, measured)
+
+    if due.measuring(step) and not process.from_main(lambda: journal.knows_collapse(step)):
+        measure_collapse()
     model.train()
     for stored, unreadable in loader:
         for group in optimizer.param_groups:
@@ -237,8 +247,7 @@ def pretrain(
             raise NotFinite(journal.describe_bad_steps(folder, dataset, order))
         stopping = any(found["stop"] for found in news) and not last
         if not stopping and (last or due.measuring(step)):
-            with averaged_statistics(model, process):
-                journal.collapse(step, monitor.measure(model))
+            measure_collapse()
         if stopping or last or due.by_step(step) or any(found["save"] for found in news):
             save(folder, cfg, model, optimizer, guard, step, dataset, process)
         if stopping:
@@ -248,7 +257,7 @@ def pretrain(
     model.average_running_statistics()
     if process.is_main:
         draw(folder, process)
-        export(folder, cfg, model, intensity, dataset, step)
+        export(folder, "encoder", cfg, model, intensity, dataset, step, journal.latest)
     process.say(f"encoder: {folder / 'encoder.pth'}")
     process.barrier()
     return 0
@@ -282,6 +291,7 @@ def check_config(cfg: Config) -> None:
     check_choice(cfg, "model.arch", ARCHITECTURES)
     check_choice(cfg, "local.match", ("overlap", "grid"))
     check_choice(cfg, "local.layer", LAYERS)
+    check_choice(cfg, "local.negatives", ("image", "batch"))
     check_choice(cfg, "decorrelation.method", ("zca", "iternorm", "none"))
     check_choice(cfg, "decorrelation.position", ("output", "bn3"))
     check(cfg, "model.output_stride", cfg.model.output_stride in (8, 16, 32), "8, 16 or 32")
@@ -525,6 +535,9 @@ class Journal:
         self.bar = runtime.progress(process, "pretrain", total=total_steps, initial=step)
         self.since, self.clock = step, time.perf_counter()
         self.rank_text, self.unreadable, self.bad = "", 0, {}
+        self.latest, self.best = {}, -math.inf  # the newest value of every column; the highest DSE so far
+        for row in self.log.before if process.is_main else []:
+            self.remember(row)
 
     def note(self, step: int, found: dict[str, float]) -> dict[str, float]:
         """Take in what is known of a step; returns it."""
@@ -541,7 +554,7 @@ class Journal:
             row |= {name: found[name] for name in (*TERMS, "gradient_norm")}
             row["lr"] = learning_rate(step - 1, self.steps_per_epoch, self.total_steps, self.cfg.optim)
             row |= {"images_per_second": round(rate, 1), "skipped_steps": int(found["skipped_steps"])}
-            self.log.write(row | {"unreadable_slices": self.unreadable})
+            self.write(row | {"unreadable_slices": self.unreadable})
             self.say(step, f"{loss_text(found)}{self.rank_text} {rate:.0f} images/s")
         return found
 
@@ -557,10 +570,24 @@ class Journal:
     def collapse(self, step: int, measured: dict) -> None:
         """Take in what CollapseMonitor has measured (nothing, on all processes but the main one)."""
         if measured:
-            self.log.write({"step": step, "epoch": self.epoch(step), **measured})
+            self.write({"step": step, "epoch": self.epoch(step), **measured})
             self.process.say(f"step {step}: {describe_collapse(measured)}")
             self.rank_text = f" rank {measured['effective_rank']:.1f}"
         self.since, self.clock = step, time.perf_counter()
+
+    def write(self, row: dict) -> None:
+        self.log.write(row)
+        self.remember(row)
+
+    def remember(self, row: dict) -> None:
+        self.latest |= row
+        if row["step"]:
+            self.best = max(self.best, row.get("dse") or -math.inf)
+
+    def is_best(self, measured: dict) -> bool:
+        """Whether this encoder's features are better structured than those of all earlier measurements; the
+        untrained one does not count."""
+        return measured["dse"] > self.best
 
     def epoch(self, step: int) -> float:
         return round(step / self.steps_per_epoch, 4)
@@ -706,25 +733,32 @@ def save(
             )
 
 
-def export(folder: Path, cfg: Config, model: MoCo, intensity: Intensity, dataset: SliceDataset, step: int):
-    """encoder.pth, a torchvision ResNet's weights without fc, and encoder.json, which says what they are."""
-    with runtime.written_whole(folder / "encoder.pth") as file:
+def kept_names(cfg: Config, step: int, measured: dict, journal: "Journal") -> list[str]:
+    """The names under which the encoder that has just been measured is kept."""
+    if not measured:
+        return []
+    names = [f"encoder_{step}"] if cfg.log.encoders else []
+    return names + ["encoder_best"] if step and journal.is_best(measured) else names
+
+
+def export(
+    folder: Path, name: str, cfg: Config, model: MoCo, intensity: Intensity, dataset, step: int, metrics: dict
+) -> None:
+    """NAME.pth, a torchvision ResNet's weights without fc, and NAME.json, which says what they are."""
+    with runtime.written_whole(folder / f"{name}.pth") as file:
         torch.save(model.query.encoder.export_state_dict(), file)
-    last = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        last |= {name: v for name, v in json.loads(line).items() if not isinstance(v, list)}
     card = {
         "arch": cfg.model.arch,
         "in_channels": cfg.model.in_channels,
         "normalisation": intensity.as_dict(),
         "data": {"slices": len(dataset), "cases": len(set(dataset.cases)), "size": list(dataset.size)},
         "steps": step,
-        "metrics": last,
+        "metrics": {key: value for key, value in metrics.items() if not isinstance(value, list)},
         "config": cfg.plain(),
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
-        "sha256": hashlib.sha256((folder / "encoder.pth").read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256((folder / f"{name}.pth").read_bytes()).hexdigest(),
     }
-    runtime.write_whole(folder / "encoder.json", json.dumps(card, indent=2) + "\n")
+    runtime.write_whole(folder / f"{name}.json", json.dumps(card, indent=2) + "\n")
 
 
 if __name__ == "__main__":

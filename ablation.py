@@ -1,0 +1,319 @@
+"""Does each part of the method do what it claims? Pretrain, evaluate and compare them under one protocol.
+
+    bash launch.sh ablation                          # all of configs/ablation.yaml; goes on where it was
+    bash launch.sh ablation --only moco full --seeds 0
+    bash launch.sh ablation --out runs/other phantom.seed=7        # the same on other patients
+    bash launch.sh ablation --table                  # only the tables of what is finished
+
+The protocol, with every setting, is the config file. In OUT: cells/METHOD/lrRATE-seedN/ with the small files
+that tables and figures are made of (results of each evaluation, metrics of the pretraining), and work/, which
+may be deleted. A cell whose small files are there is not run again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+import findings
+from config import ConfigError, OneLineParser, from_yaml, read_yaml, to_config
+from runtime import run_script, write_whole
+
+STOPPED = 75  # exit code of a script that was asked to stop and has saved
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pretraining and what is evaluated of it. `rate` is None for an encoder that is not pretrained."""
+
+    method: str
+    rate: float | None
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        rate = "" if self.rate is None else f"lr{self.rate:g}-"
+        return Path(self.method) / f"{rate}seed{self.seed}"
+
+
+class Ablation:
+    """The protocol, the folder, and what is run of them."""
+
+    def __init__(self, protocol: dict, out: Path, jobs: int):
+        self.protocol, self.out, self.jobs = protocol, out, jobs
+        self.root = Path(protocol["data"]["root"]) if "data" in protocol else out / "work" / "data"
+        self.methods = protocol["methods"] | protocol["variants"]
+        self.running, self.stopping = set(), threading.Event()
+
+    def run(self, methods: list[str], seeds: list[int]) -> None:
+        """All cells of these methods: first those that decide about learning rates, then the others."""
+        self.make_data()
+        main = [name for name in methods if name in self.protocol["methods"]]
+        first = self.protocol["seeds"][0]
+        tuning = [
+            Cell(name, rate, first)
+            for rate in self.protocol["rates"]
+            for name in main
+            if self.methods[name] is not None
+        ]
+        self.all(lambda cell: self.evaluate(cell, "linear"), tuning)
+        self.all(self.whole_cell, [self.chosen(name, seed) for seed in seeds for name in main])
+        variants = [self.chosen(name, first) for name in methods if name in self.protocol["variants"]]
+        self.all(lambda cell: self.evaluate(cell, "linear"), variants)
+
+    def chosen(self, method: str, seed: int) -> Cell:
+        """The method's cell at the learning rate that was best on the validation cases with the first seed; a
+        variant takes the rate of the method that it varies."""
+        like = self.protocol["variants"].get(method, {}).get("like", method)
+        if self.methods[like] is None:
+            return Cell(method, None, seed)
+        return Cell(method, findings.best_rate(self.out / "cells" / like), seed)
+
+    def whole_cell(self, cell: Cell) -> None:
+        self.evaluate(cell, "linear")
+        for fraction in self.protocol["fractions"]:
+            self.evaluate(cell, "finetune", fraction)
+        if cell.seed == self.protocol["seeds"][0]:
+            self.evaluate_snapshots(cell)
+            self.predict(cell)
+
+    # ---- Steps of a cell ----
+
+    def make_data(self) -> None:
+        if "data" in self.protocol or (self.root / "classes.json").is_file():
+            return
+        made = self.root.with_name("unfinished")
+        shutil.rmtree(made, ignore_errors=True)
+        options = [f"--{name}={value}" for name, value in self.protocol["phantom"].items()]
+        self.call(self.out / "work" / "data.log", "data.py", "phantom", "--out", str(made), *options)
+        made.rename(self.root)
+
+    def pretrain(self, cell: Cell) -> str:
+        """The encoder, made if it is not there; returns what eval_seg.py takes."""
+        if cell.rate is None:
+            return "random"
+        folder = self.work(cell) / "pretrain"
+        if not (folder / "encoder.json").is_file():
+            settings = self.protocol["pretrain"] | self.changes(cell.method)
+            settings |= {"optim.lr": cell.rate, "seed": cell.seed, "data.root": self.root, "run.out": folder}
+            self.script(cell, "train_moco.py", settings)
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            measured = [row["step"] for row in rows if "dse" in row]
+            for row in rows:  # spectra are long: the first and the last one will do
+                if measured[0] < row["step"] < measured[-1]:
+                    for name in [name for name in row if name.startswith("spectrum")]:
+                        del row[name]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            self.keep(cell, "metrics.jsonl", text)
+            (folder / "checkpoint.pth.previous").unlink(missing_ok=True)
+        return str(folder / "encoder.pth")
+
+    def changes(self, method: str) -> dict:
+        """What a method changes of the common settings; a variant also what the method it varies does."""
+        own = dict(self.methods[method])
+        like = own.pop("like", None)
+        return (self.changes(like) if like else {}) | own
+
+    def evaluate(self, cell: Cell, mode: str, fraction: float | None = None, snapshot: str = "") -> None:
+        name = mode + ("" if fraction is None else f"-{100 * fraction:g}") + snapshot
+        if (self.out / "cells" / cell.path / f"{name}.json").is_file():
+            return
+        encoder = self.pretrain(cell)
+        if snapshot:
+            encoder = str(Path(encoder).with_name(f"encoder{snapshot.replace('-', '_')}.pth"))
+        settings = self.protocol[mode] | {"encoder": encoder, "seed": cell.seed, "data.root": self.root}
+        settings |= {"model.arch": self.protocol["pretrain"]["model.arch"], "mode": mode}
+        settings |= {"run.out": self.work(cell) / name}
+        settings |= {} if fraction is None else {"label_fraction": fraction}
+        self.script(cell, "eval_seg.py", settings)
+        results = json.loads((self.work(cell) / name / "results.json").read_text())
+        self.keep(cell, f"{name}.json", json.dumps(findings.shortened(results), separators=(",", ":")))
+        print(f"{cell.path} {name}: {findings.describe(results)}", flush=True)
+        if mode == "finetune" or snapshot:
+            shutil.rmtree(self.work(cell) / name)
+
+    def evaluate_snapshots(self, cell: Cell) -> None:
+        """The encoders of earlier measurements of collapse: do label-free measures predict Dice?"""
+        if cell.rate is None:
+            return
+        steps = [row["step"] for row in findings.metrics(self.out / "cells" / cell.path) if "dse" in row]
+        for step in steps[1:-1]:
+            self.evaluate(cell, "linear", snapshot=f"-{step}")
+
+    def predict(self, cell: Cell) -> None:
+        """Masks that the linear decoder gives for the slices shown in the figure."""
+        shown = self.out / "cells" / cell.path / "masks"
+        if shown.is_dir():
+            return
+        self.evaluate(cell, "linear")
+        work = self.work(cell)
+        if not (work / "linear" / "model.pth").is_file():  # the cell is from an earlier folder of work
+            (self.out / "cells" / cell.path / "linear.json").unlink()
+            self.evaluate(cell, "linear")
+        inputs, masks = work / "shown", work / "masks"
+        for name in findings.shown_slices(self.root):
+            (inputs / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.root / "images" / name, inputs / name)
+        settings = {"run.out": work / "linear", "--predict": inputs, "--out": masks}
+        self.script(cell, "eval_seg.py", settings)
+        shutil.copytree(masks, shown.with_name("masks.part"), dirs_exist_ok=True)
+        shown.with_name("masks.part").rename(shown)
+
+    # ---- Processes ----
+
+    def all(self, function, cells: list[Cell]) -> None:
+        """function of each cell, self.jobs at a time. The first failure stops the rest and is raised."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            tasks = [pool.submit(self.unless_stopped, function, cell) for cell in cells]
+            for task in tasks:
+                task.result()
+
+    def unless_stopped(self, function, cell: Cell) -> None:
+        if self.stopping.is_set():
+            raise Stopped
+        try:
+            function(cell)
+        except BaseException:
+            self.stopping.set()
+            raise
+
+    def script(self, cell: Cell, name: str, settings: dict) -> None:
+        words = [f"{key}={as_yaml(value)}" for key, value in settings.items() if not key.startswith("--")]
+        for key, value in settings.items():
+            words += [key, str(value)] if key.startswith("--") else []
+        self.call(self.work(cell) / "log.txt", name, *words)
+
+    def call(self, log: Path, *command: str) -> None:
+        """Run one of the project's scripts; raises ConfigError with its last line if it fails."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with open(log, "a") as file:
+            process = subprocess.Popen(
+                [sys.executable, *command], stdout=file, stderr=file, env=environment, start_new_session=True
+            )
+            self.running.add(process)
+            if self.stopping.is_set():
+                process.send_signal(signal.SIGTERM)
+            code = process.wait()
+            self.running.discard(process)
+        if self.stopping.is_set() and code in (STOPPED, -signal.SIGTERM):
+            raise Stopped
+        if code:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
+            raise ConfigError(f"{command[0]} ended with code {code} and said: {last[0]}; all of it: {log}")
+
+    def stop(self, *_) -> None:
+        """Signal handler: the scripts finish their step and save."""
+        self.stopping.set()
+        for process in list(self.running):
+            process.send_signal(signal.SIGTERM)
+
+    def work(self, cell: Cell) -> Path:
+        return self.out / "work" / cell.path
+
+    def keep(self, cell: Cell, name: str, text: str) -> None:
+        folder = self.out / "cells" / cell.path
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / name, text)
+
+
+class Stopped(Exception):
+    """Asked to stop."""
+
+
+def as_yaml(value) -> str:
+    return yaml.safe_dump(str(value) if isinstance(value, Path) else value, default_flow_style=True).split(
+        "\n"
+    )[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocol", default="configs/ablation.yaml", metavar="FILE")
+    parser.add_argument("--out", default="runs/ablation", metavar="DIR")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods and variants")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="these seeds")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="scripts at a time")
+    parser.add_argument("--table", action="store_true", help="print the tables of what is finished, and stop")
+    parser.add_argument(
+        "--figures", metavar="DIR", help="draw the figures of what is finished into DIR, and stop"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of the protocol")
+    args = parser.parse_intermixed_args(argv)
+    protocol = read_protocol(args.protocol, args.overrides)
+    ablation = Ablation(protocol, Path(args.out), max(1, args.jobs))
+    names = list(protocol["methods"]) + list(protocol["variants"])
+    if unknown := [name for name in args.only or [] if name not in names]:
+        raise ConfigError(f"--only {unknown[0]}: not one of {', '.join(names)}")
+    if not args.table and not args.figures:
+        check_same_protocol(ablation.out / "protocol.yaml", protocol)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ablation.stop)
+        try:
+            ablation.run(args.only or names, args.seeds or protocol["seeds"])
+        except Stopped:
+            print("stopped and saved; the same command goes on from there", file=sys.stderr)
+            return STOPPED
+    print(findings.tables(ablation.out / "cells", protocol))
+    if args.figures:
+        findings.draw(ablation.out / "cells", protocol, ablation.root, Path(args.figures))
+    return 0
+
+
+def read_protocol(path: str, overrides: list[str]) -> dict:
+    """The protocol with its overrides; the settings of scripts as {"section.key": value}."""
+    protocol = to_config(read_yaml(path))
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        section, _, key = name.partition(".")
+        if not equals or not isinstance(protocol.get(section), dict) or not key:
+            raise ConfigError(f"{text}: expected section.key=value with a section of {path}")
+        protocol[section] = to_config({**protocol[section].flat(), key: from_yaml(value)})
+    try:
+        scripts = {name: to_config(protocol[name]).flat() for name in ("pretrain", "linear", "finetune")}
+        groups = {
+            name: {method: None if own is None else own.flat() for method, own in protocol[name].items()}
+            for name in ("methods", "variants")
+        }
+        plain = protocol.plain() | scripts | groups
+        assert plain["seeds"] and plain["rates"] and plain["fractions"]
+        assert "root" in plain.get("data", {}) or {"cases", "slices", "size", "seed"} <= set(plain["phantom"])
+    except (KeyError, AttributeError, TypeError, AssertionError):
+        raise ConfigError(f"{path}: not a protocol like configs/ablation.yaml") from None
+    return plain
+
+
+def check_same_protocol(path: Path, protocol: dict) -> None:
+    """Write the protocol into the folder; ConfigError if what is there was made under another one. New
+    methods, variants and seeds may be added."""
+    text = yaml.safe_dump(protocol, sort_keys=False)
+    if path.is_file():
+        before = yaml.safe_load(path.read_text())
+        for name in ("data", "phantom", "pretrain", "linear", "finetune"):
+            if before.get(name) != protocol.get(name):
+                raise ConfigError(f"{name}: not that of {path}; choose another --out")
+        for group in ("methods", "variants"):
+            for name, own in before[group].items():
+                if name in protocol[group] and protocol[group][name] != own:
+                    raise ConfigError(f"{group}.{name}: not that of {path}; choose another name or --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+
+
+if __name__ == "__main__":
+    run_script(main, ())

@@ -1,0 +1,391 @@
+"""What an ablation has found: tables and figures from the small files of its cells (see ablation.py).
+
+A cell's folder, METHOD/lrRATE-seedN, holds linear.json and finetune-PERCENT.json (results.json of each
+evaluation), linear-STEP.json (of earlier encoders of the same run), metrics.jsonl and masks/ (predictions for
+the figure).
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import torch
+from PIL import Image
+
+from config import ConfigError
+from data import Intensity, SegmentationDataset, class_names
+from layout import read_stored
+from pictures import contact_sheet, gray_tile
+from report import TILE, painted, percent
+
+GROUPS = {  # of the organs of BTCV
+    "large organs": ("spleen", "right kidney", "left kidney", "liver", "stomach"),
+    "vessels": ("aorta", "inferior vena cava", "portal and splenic veins"),
+    "small organs": ("gallbladder", "esophagus", "pancreas", "right adrenal gland", "left adrenal gland"),
+}
+MEASURES = {  # of collapse, in the results of an evaluation
+    "effective rank, pooled": lambda results: results["effective_rank"]["pooled"],
+    "effective rank, dense": lambda results: results["effective_rank"]["dense"],
+    "DSE": lambda results: results["structure"]["dse"],
+    "DSE, between clusters": lambda results: results["structure"]["inter"],
+    "DSE, within clusters (negative)": lambda results: -results["structure"]["intra"],
+    "DSE, dimension": lambda results: results["structure"]["dimension"],
+}
+SHOWN_CASES = 3  # in the figure of segmentations
+
+# ---------------------------------------------------------------------------------------------------------
+# Cells
+# ---------------------------------------------------------------------------------------------------------
+
+
+def shortened(results: dict) -> dict:
+    """results.json with numbers of five digits and without the distances of every case."""
+    kept = {name: value for name, value in results.items() if name != "hd95_cases"}
+    return json.loads(json.dumps(kept), parse_float=lambda text: round(float(text), 5))
+
+
+def describe(results: dict) -> str:
+    return f"validation Dice {percent(results['val_dice'])}, test Dice {percent(results['mean_dice'])}"
+
+
+def metrics(cell: Path) -> list[dict]:
+    """The rows of metrics.jsonl; none for an encoder that was not pretrained."""
+    path = cell / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def results_of(cell: Path, name: str = "linear") -> dict | None:
+    path = cell / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def rate_of(cell: Path) -> float | None:
+    found = re.fullmatch(r"lr(.+)-seed\d+", cell.name)
+    return float(found[1]) if found else None
+
+
+def seed_of(cell: Path) -> int:
+    return int(cell.name.rsplit("seed", 1)[1])
+
+
+def cells_of(method: Path) -> list[Path]:
+    return sorted((cell for cell in method.glob("*seed*") if cell.is_dir()), key=seed_of)
+
+
+def tuning_of(method: Path) -> dict[float, float]:
+    """{learning rate: validation Dice} of the cells with the lowest seed."""
+    cells = [cell for cell in cells_of(method) if rate_of(cell) and results_of(cell)]
+    first = min(map(seed_of, cells), default=0)
+    return {rate_of(c): results_of(c)["val_dice"] for c in cells if seed_of(c) == first}
+
+
+def best_rate(method: Path) -> float:
+    tuning = tuning_of(method)
+    if not tuning:
+        raise ConfigError(f"{method}: no finished cell to take the learning rate from; run that method first")
+    return max(tuning, key=tuning.get)
+
+
+def chosen_cells(method: Path) -> list[Path]:
+    """One for each seed, at the chosen learning rate."""
+    cells = [cell for cell in cells_of(method) if results_of(cell)]
+    if not any(rate_of(cell) for cell in cells):
+        return cells
+    rate = best_rate(method)
+    return [cell for cell in cells if rate_of(cell) == rate]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------
+
+
+def tables(cells: Path, protocol: dict) -> str:
+    """All tables in Markdown; methods without a finished cell are left out."""
+    parts = [main_table(cells, protocol), organ_table(cells, protocol), tuning_table(cells, protocol)]
+    parts += [variant_table(cells, protocol), measure_table(cells), picked_table(cells)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def markdown(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]], title: str) -> str:
+    lines = [heading, ("---",) + ("--:",) * (len(heading) - 1), *rows]
+    body = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    return "\n".join([f"**{title}**", "", *body]) if len(body) > 2 else ""
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation in percent."""
+    values = [100 * value for value in values]
+    if not values:
+        return "-"
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def main_table(cells: Path, protocol: dict) -> str:
+    fractions = [f"{100 * fraction:g}" for fraction in protocol["fractions"]]
+    heading = ("method", "seeds", "linear", *GROUPS, *(f"fine-tuned, {f} %" for f in fractions))
+    heading += ("rank pooled / dense", "DSE")
+    rows = []
+    for method in protocol["methods"]:
+        chosen = chosen_cells(cells / method)
+        if not chosen:
+            continue
+        linear = [results_of(cell) for cell in chosen]
+        row = [method, str(len(chosen)), spread([r["mean_dice"] for r in linear])]
+        row += [spread([group_dice(r, group) for r in linear]) for group in GROUPS]
+        for fraction in fractions:
+            tuned = [results_of(cell, f"finetune-{fraction}") for cell in chosen]
+            row.append(spread([r["mean_dice"] for r in tuned if r]))
+        ranks = [mean(r["effective_rank"][kind] for r in linear) for kind in ("pooled", "dense")]
+        row += [f"{ranks[0]:.0f} / {ranks[1]:.0f}", f"{mean(r['structure']['dse'] for r in linear):.3f}"]
+        rows.append(tuple(row))
+    return markdown(heading, rows, "Test Dice in %, mean ± standard deviation over seeds")
+
+
+def group_dice(results: dict, group: str) -> float:
+    return mean(results["dice"][organ] for organ in GROUPS[group] if results["dice"].get(organ) is not None)
+
+
+def organ_table(cells: Path, protocol: dict) -> str:
+    names = [name for name in protocol["methods"] if chosen_cells(cells / name)]
+    found = {name: [results_of(cell)["dice"] for cell in chosen_cells(cells / name)] for name in names}
+    rows = [
+        (organ, *(spread([dice[organ] for dice in found[name] if dice[organ] is not None]) for name in names))
+        for organ in (found[names[0]][0] if names else ())
+    ]
+    return markdown(("organ", *names), rows, "Linear Dice in % of each organ")
+
+
+def tuning_table(cells: Path, protocol: dict) -> str:
+    rows = []
+    for method in protocol["methods"]:
+        if tuning := tuning_of(cells / method):
+            rows.append((method, *(percent(tuning.get(rate)) for rate in protocol["rates"])))
+    heading = ("method", *(f"lr {rate:g}" for rate in protocol["rates"]))
+    return markdown(heading, rows, "Validation Dice in % at each learning rate, first seed")
+
+
+def variant_table(cells: Path, protocol: dict) -> str:
+    rows = []
+    for variant, changes in protocol["variants"].items():
+        for cell in chosen_cells(cells / variant)[:1]:
+            results, last = results_of(cell), merged(metrics(cell))
+            base = [c for c in chosen_cells(cells / changes["like"]) if seed_of(c) == seed_of(cell)]
+            gain = results["mean_dice"] - results_of(base[0])["mean_dice"] if base else None
+            rows.append(
+                (
+                    variant,
+                    changes["like"],
+                    percent(results["val_dice"]),
+                    percent(results["mean_dice"]),
+                    "-" if gain is None else f"{100 * gain:+.1f}",
+                    *(f"{results['effective_rank'][kind]:.0f}" for kind in ("pooled", "dense")),
+                    f"{results['structure']['dse']:.3f}",
+                    f"{last['local']:.2f}" if last.get("local") else "-",
+                )
+            )
+    heading = (
+        "variant",
+        "of",
+        "validation",
+        "test",
+        "gain",
+        "rank pooled",
+        "rank dense",
+        "DSE",
+        "local loss",
+    )
+    return markdown(heading, rows, "Variants, one seed: linear Dice in %")
+
+
+def merged(rows: list[dict]) -> dict:
+    """The newest value of every column."""
+    return {name: value for row in rows for name, value in row.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Do label-free measures predict Dice?
+# ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(cells: Path) -> list[tuple[Path, str, dict]]:
+    """(cell, name, results) of every linear evaluation, of final and earlier encoders."""
+    found = sorted(path for path in cells.glob("*/*/linear*.json"))
+    return [(path.parent, path.stem, json.loads(path.read_text())) for path in found]
+
+
+def kendall_tau(x: list[float], y: list[float]) -> float:
+    """Kendall's tau-b: concordant less discordant pairs over the pairs that are not tied."""
+    pairs = list(itertools.combinations(zip(x, y), 2))
+    signs = [(np.sign(a[0] - b[0]), np.sign(a[1] - b[1])) for a, b in pairs]
+    agreement = sum(first * second for first, second in signs)
+    untied = [sum(sign[side] != 0 for sign in signs) for side in (0, 1)]
+    return float(agreement / (untied[0] * untied[1]) ** 0.5) if all(untied) else float("nan")
+
+
+def measure_table(cells: Path) -> str:
+    found = checkpoints(cells)
+    if len(found) < 3:
+        return ""
+    trained = [one for one in found if rate_of(one[0]) is not None]
+    rows = []
+    for name, measure in MEASURES.items():
+        row = [name]
+        for some in (found, trained):
+            row.append(f"{tau_of(measure, some):+.2f}")
+        runs = {}
+        for one in trained:
+            runs.setdefault(one[0], []).append(one)
+        within = [tau_of(measure, run) for run in runs.values() if len(run) > 2]
+        row.append(f"{np.nanmean(within):+.2f}" if within else "-")
+        rows.append(tuple(row))
+    heading = ("measure", f"all {len(found)}", f"{len(trained)} pretrained", "within one run, mean")
+    return markdown(heading, rows, "Kendall's tau of each measure with linear Dice, over checkpoints")
+
+
+def tau_of(measure, found: list) -> float:
+    return kendall_tau(
+        [measure(results) for _, _, results in found], [results["mean_dice"] for _, _, results in found]
+    )
+
+
+def picked_table(cells: Path) -> str:
+    """The checkpoint of each run that the monitor's DSE picks, against the last and the best one."""
+    rows = []
+    for cell in sorted({cell for cell, name, _ in checkpoints(cells) if name != "linear"}):
+        measured = {row["step"]: row["dse"] for row in metrics(cell) if row.get("dse") is not None}
+        last = max(measured)
+        dice = {}
+        for step in measured:
+            results = results_of(cell, "linear" if step == last else f"linear-{step}")
+            dice |= {step: results["mean_dice"]} if results else {}
+        picked, best = max(dice, key=measured.get), max(dice, key=dice.get)
+        row = [cell.parent.name]
+        row += [f"{percent(dice[step])} ({step})" for step in (picked, last, best) if step in dice]
+        rows.append((*row, f"{100 * (dice[picked] - dice[best]):+.1f}"))
+    heading = ("method, first seed", "picked by DSE (step)", "last", "best", "picked - best")
+    return markdown(heading, rows, "Linear Dice in % of the checkpoint that is picked without labels")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------
+
+
+def shown_slices(root: Path) -> list[str]:
+    """The slice with the most labelled organs of each of the first test cases."""
+    dataset = SegmentationDataset(root, "test.txt", "images", "masks", 1024, len(class_names(root, None)))
+    best = {}
+    for i, case in enumerate(dataset.cases):
+        organs = len(np.unique(dataset.own_mask(i)))
+        if organs > best.get(case, (0, 0))[0]:
+            best[case] = (organs, i)
+    return [dataset.names[best[case][1]] for case in sorted(best)[:SHOWN_CASES]]
+
+
+def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
+    """spectra.png, training.png, labels.png, measures.png and segmentations.png."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("--figures needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    out.mkdir(parents=True, exist_ok=True)
+    methods = [name for name in protocol["methods"] if chosen_cells(cells / name)]
+    colors = {name: f"C{i}" for i, name in enumerate(methods)}
+    runs = {name: [metrics(cell) for cell in chosen_cells(cells / name)] for name in methods}
+    runs = {name: [rows for rows in own if rows] for name, own in runs.items() if any(own)}
+
+    def page(columns: int, height: float = 3.8):
+        return plt.subplots(1, columns, figsize=(4.4 * columns, height), layout="constrained", squeeze=False)
+
+    def save(figure, name: str) -> None:
+        figure.savefig(out / name, dpi=110)
+        plt.close(figure)
+
+    figure, axes = page(2)
+    for axis, kind, title in zip(axes[0], ("", "_dense"), ("pooled features", "dense features")):
+        start = next(iter(runs.values()))[0][0]
+        lines = {"random": start} | {name: own[0][-1] for name, own in runs.items()}
+        for name, row in lines.items():
+            values = np.array(next(r for r in (row, start) if f"spectrum{kind}" in r)[f"spectrum{kind}"])
+            axis.plot(values / values[0], color=colors.get(name, "grey"), label=name)
+        axis.set(yscale="log", ylim=(1e-5, 1.5), xlabel="index", title=f"{title}, last step")
+        axis.grid(alpha=0.3)
+    axes[0][0].set(ylabel="singular value / largest")
+    axes[0][0].legend(fontsize="small")
+    save(figure, "spectra.png")
+
+    figure, axes = page(3)
+    columns = ("effective_rank", "effective_rank_dense", "dse")
+    titles = ("effective rank, pooled", "effective rank, dense", "DSE")
+    for axis, column, title in zip(axes[0], columns, titles):
+        for name, own in runs.items():
+            curves = [[(r["step"], r[column]) for r in rows if column in r] for rows in own]
+            steps = [step for step, _ in curves[0]]
+            values = np.array([[value for _, value in curve] for curve in curves])
+            axis.plot(steps, values.mean(0), "o-", color=colors[name], label=name, markersize=3)
+            axis.fill_between(steps, values.min(0), values.max(0), color=colors[name], alpha=0.15)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    save(figure, "training.png")
+
+    figure, axes = page(1)
+    for i, name in enumerate(methods):
+        points = []
+        for fraction in protocol["fractions"]:
+            tuned = [results_of(c, f"finetune-{100 * fraction:g}") for c in chosen_cells(cells / name)]
+            points.append([100 * r["mean_dice"] for r in tuned if r])
+        shown = [(100 * f * (1 + 0.03 * i), own) for f, own in zip(protocol["fractions"], points) if own]
+        x, means = [x for x, _ in shown], [mean(own) for _, own in shown]
+        error = [stdev(own) if len(own) > 1 else 0 for _, own in shown]
+        axes[0][0].errorbar(x, means, error, marker="o", color=colors[name], label=name, capsize=3)
+    axes[0][0].set(xscale="log", xlabel="labelled cases, %", ylabel="test Dice, %", title="fine-tuned")
+    axes[0][0].grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    save(figure, "labels.png")
+
+    found = checkpoints(cells)
+    shown = list(MEASURES.items())[:3]
+    figure, axes = page(len(shown))
+    for axis, (name, measure) in zip(axes[0], shown):
+        for method in methods:
+            own = [one for one in found if one[0].parent.name == method]
+            dice = [100 * results["mean_dice"] for _, _, results in own]
+            axis.plot(
+                [measure(r) for _, _, r in own], dice, "o", color=colors[method], label=method, markersize=4
+            )
+        others = [one for one in found if one[0].parent.name not in methods]
+        dice = [100 * results["mean_dice"] for _, _, results in others]
+        axis.plot([measure(r) for _, _, r in others], dice, "x", color="grey", label="variants", markersize=4)
+        axis.set(title=f"tau {tau_of(measure, found):+.2f}", xlabel=name, ylabel="linear test Dice, %")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    save(figure, "measures.png")
+    draw_segmentations(cells, methods, root, out)
+
+
+def draw_segmentations(cells: Path, methods: list[str], root: Path, out: Path) -> None:
+    """Rows: the shown slices. Columns: image, truth, and what each method's linear decoder says."""
+    masks = {name: chosen_cells(cells / name)[0] / "masks" for name in methods}
+    masks = {name: folder for name, folder in masks.items() if folder.is_dir()}
+    if not masks or not (root / "images").is_dir():
+        return
+    tiles, captions = [], []
+    for slice_name in shown_slices(root):
+        stored, _ = read_stored(root / "images" / slice_name, 1024)
+        unit = Intensity((-160, 240)).to_unit(torch.from_numpy(stored)).numpy()
+        sources = {"truth": root / "masks"} | masks
+        tiles += [gray_tile(unit, TILE)]
+        tiles += [painted(unit, np.asarray(Image.open(folder / slice_name))) for folder in sources.values()]
+        captions += [slice_name, *sources]
+    contact_sheet(tiles, captions, class_names(root, None), columns=2 + len(masks)).save(
+        out / "segmentations.png"
+    )

@@ -1,0 +1,101 @@
+"""How well dense features are structured, without labels: the DSE of arXiv 2510.17299.
+
+The effective rank of pooled features (RankMe) describes whole images. Segmentation needs features of single
+positions that fall into groups: far apart, tight, and not all along the same few directions. This file needs
+torch and losses.py only.
+"""
+
+import torch
+from torch import Tensor
+
+from losses import effective_rank_of
+
+GROUP = 8  # images whose positions are clustered together
+CLUSTERS = 24  # of such a group
+IMAGE_CLUSTERS = 3  # of one image
+
+
+@torch.no_grad()
+def dense_structure(features: Tensor, seed: int = 0) -> dict[str, float]:
+    """Dense representation Structure Estimator: "dse" = "inter" - "intra" + "dimension".
+
+    Follows the authors' own code: distances are in units of the features' mean distance to their common
+    mean, so the measure does not change with the scale of the features.
+
+    inter: mean distance of a vector to the nearest centre of a cluster that is not its own, the positions
+        of 8 images being clustered into 24.
+    intra: radius of those clusters, and of 3 clusters within each image, the mean of both. The radius of n
+        vectors is the sum of the singular values of their centred matrix over sqrt(max(n - 1, C)).
+    dimension: effective rank (not centred) of one random position of every image, over min(B, C); the mean
+        over as many draws as there are positions.
+
+    One change: k-means++ draws its first centres by squared distances, as published, and reproducibly.
+
+    Args:
+        features: (B, P, C), P positions of B images; at least 2 images.
+    """
+    features = features.double().cpu()
+    if not features.isfinite().all():
+        return dict.fromkeys(("dse", "inter", "intra", "dimension"), float("nan"))
+    images, positions, channels = features.shape
+    generator = torch.Generator().manual_seed(seed)
+    everything = features.flatten(0, 1)
+    scale = (everything - everything.mean(dim=0)).norm(dim=1).mean().clamp(min=1e-12)
+
+    inter, group_radii = [], []
+    for group in features.split(GROUP):
+        points = group.flatten(0, 1)
+        centres, labels = kmeans(points, min(CLUSTERS, len(points)), generator)
+        distances = torch.cdist(points, centres)
+        distances[torch.arange(len(points)), labels] = torch.inf
+        inter.append(distances.amin(dim=1).mean())
+        group_radii += cluster_radii(points, labels)
+    image_radii = []
+    for image in features:
+        _, labels = kmeans(image, min(IMAGE_CLUSTERS, positions), generator)
+        image_radii += [torch.stack(radii).mean()] if (radii := cluster_radii(image, labels)) else []
+
+    order = torch.rand(images, positions, generator=generator).argsort(dim=1)
+    shuffled = features.gather(1, order[..., None].expand_as(features)).transpose(0, 1)  # (P, B, C)
+    ranks = [effective_rank_of(values) for values in torch.linalg.svdvals(shuffled)]
+    terms = {
+        "inter": float(torch.stack(inter).mean() / scale),
+        "intra": float((mean_of(group_radii) + mean_of(image_radii)) / 2 / scale),
+        "dimension": sum(ranks) / len(ranks) / min(images, channels),
+    }
+    return {"dse": terms["inter"] - terms["intra"] + terms["dimension"], **terms}
+
+
+def kmeans(points: Tensor, count: int, generator: torch.Generator, iterations: int = 20):
+    """Centres (K, C) and labels (N,) of points (N, C): Lloyd's algorithm from k-means++ centres."""
+    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
+    nearest = (points - points[chosen[0]]).square().sum(dim=1)
+    for _ in range(count - 1):
+        weights = nearest if nearest.sum() > 0 else torch.ones_like(nearest)
+        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
+        nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(dim=1))
+    centres = points[chosen]
+    for _ in range(iterations):
+        labels = torch.cdist(points, centres).argmin(dim=1)
+        member = torch.nn.functional.one_hot(labels, count).to(points.dtype)  # (N, K)
+        sizes = member.sum(dim=0)[:, None]
+        moved = torch.where(sizes > 0, member.T @ points / sizes.clamp(min=1), centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres, torch.cdist(points, centres).argmin(dim=1)
+
+
+def cluster_radii(points: Tensor, labels: Tensor) -> list[Tensor]:
+    """The radius of every cluster of two points and more."""
+    clusters = [points[labels == label] for label in labels.unique()]
+    return [
+        torch.linalg.svdvals(own - own.mean(dim=0)).sum() / max(len(own) - 1, own.shape[1]) ** 0.5
+        for own in clusters
+        if len(own) > 1
+    ]
+
+
+def mean_of(values: list[Tensor]) -> Tensor:
+    """As the authors' code, 1 (0 would be the best value) if there is no cluster to measure."""
+    return torch.stack(values).mean() if values else torch.ones((), dtype=torch.float64)
