@@ -26,9 +26,7 @@ import yaml
 
 import findings
 from config import ConfigError, OneLineParser, from_yaml, read_yaml, to_config
-from runtime import run_script, write_whole
-
-STOPPED = 75  # exit code of a script that was asked to stop and has saved
+from runtime import STOPPED, run_script, write_whole
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Ablation:
         self.all(lambda cell: self.evaluate(cell, "linear"), tuning)
         self.all(self.whole_cell, [self.chosen(name, seed) for seed in seeds for name in main])
         variants = [self.chosen(name, first) for name in methods if name in self.protocol["variants"]]
-        self.all(lambda cell: self.evaluate(cell, "linear"), variants)
+        self.all(self.variant_cell, variants)
 
     def chosen(self, method: str, seed: int) -> Cell:
         """The method's cell at the learning rate that was best on the validation cases with the first seed; a
@@ -83,8 +81,13 @@ class Ablation:
         for fraction in self.protocol["fractions"]:
             self.evaluate(cell, "finetune", fraction)
         if cell.seed == self.protocol["seeds"][0]:
+            self.position_cues(cell)
             self.evaluate_snapshots(cell)
             self.predict(cell)
+
+    def variant_cell(self, cell: Cell) -> None:
+        self.evaluate(cell, "linear")
+        self.position_cues(cell)
 
     # ---- Steps of a cell ----
 
@@ -148,6 +151,16 @@ class Ablation:
         steps = [row["step"] for row in findings.metrics(self.out / "cells" / cell.path) if "dse" in row]
         for step in steps[1:-1]:
             self.evaluate(cell, "linear", snapshot=f"-{step}")
+
+    def position_cues(self, cell: Cell) -> None:
+        """How well the trained network solves the local task on noise."""
+        path = self.out / "cells" / cell.path / "position.json"
+        if cell.rate is None or self.changes(cell.method).get("local.weight") == 0 or path.is_file():
+            return
+        self.pretrain(cell)
+        folder = self.work(cell) / "pretrain"
+        self.call(self.work(cell) / "log.txt", "position.py", str(folder))
+        self.keep(cell, "position.json", (folder / "position.json").read_text())
 
     def predict(self, cell: Cell) -> None:
         """Masks that the linear decoder gives for the slices shown in the figure."""

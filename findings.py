@@ -35,6 +35,7 @@ MEASURES = {  # of collapse, in the results of an evaluation
     "DSE, within clusters (negative)": lambda results: -results["structure"]["intra"],
     "DSE, dimension": lambda results: results["structure"]["dimension"],
 }
+PAIRS = ("slices", "slices, reflected", "noise", "noise, reflected")  # see position.py
 SHOWN_CASES = 3  # in the figure of segmentations
 
 # ---------------------------------------------------------------------------------------------------------
@@ -107,7 +108,8 @@ def chosen_cells(method: Path) -> list[Path]:
 def tables(cells: Path, protocol: dict) -> str:
     """All tables in Markdown; methods without a finished cell are left out."""
     parts = [main_table(cells, protocol), organ_table(cells, protocol), tuning_table(cells, protocol)]
-    parts += [variant_table(cells, protocol), measure_table(cells), picked_table(cells)]
+    parts += [variant_table(cells, protocol), position_table(cells)]
+    parts += [measure_table(cells), picked_table(cells)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -200,6 +202,15 @@ def variant_table(cells: Path, protocol: dict) -> str:
         "local loss",
     )
     return markdown(heading, rows, "Variants, one seed: linear Dice in %")
+
+
+def position_table(cells: Path) -> str:
+    rows = []
+    for path in sorted(cells.glob("*/*/position.json")):
+        cues, last = json.loads(path.read_text()), merged(metrics(path.parent))
+        row = [path.parent.parent.name, f"{last['local']:.2f}"]
+        rows.append((*row, *(percent(cues[name]["accuracy"]) for name in PAIRS)))
+    return markdown(("method", "local loss", *PAIRS), rows, "Regions matched rightly, in %")
 
 
 def merged(rows: list[dict]) -> dict:

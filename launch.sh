@@ -5,6 +5,7 @@
 #   bash launch.sh test [-m long]                  lint and the test suite; with -m long its long part
 #   bash launch.sh pretrain CONFIG [key=value ...] train_moco.py on what this machine has
 #   bash launch.sh evaluate CONFIG [key=value ...] eval_seg.py, likewise
+#   bash launch.sh ablation [--only METHOD ...]    the tables of docs/RESULTS.md: hours on 2 cores, goes on any time
 #
 # pretrain and evaluate use plain Python on a CPU or one GPU and torchrun on several GPUs. GPUS=n uses n
 # processes per node instead of one per GPU; MAX_RESTARTS=n starts them anew up to n times after one has died.
@@ -265,6 +266,10 @@ test)
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .
     "$PY" -m pytest "${@:2}"
+    ;;
+ablation)
+    set_up
+    exec "$PY" ablation.py "${@:2}" # which divides the cores itself
     ;;
 pretrain | evaluate)
     launch "$@"

@@ -295,6 +295,8 @@ class MoCo(nn.Module):
         self.local = None if local is None else {**self.LOCAL_DEFAULTS, **local}
         if unknown := set(self.local or {}) - set(self.LOCAL_DEFAULTS):
             raise ValueError(f"unknown local option {sorted(unknown)[0]!r}: {', '.join(self.LOCAL_DEFAULTS)}")
+        if self.local and self.local["negatives"] not in ("image", "batch"):
+            raise ValueError(f"negatives must be 'image' or 'batch', not {self.local['negatives']!r}")
 
         whitening = None
         if decorrelation is not None:

@@ -62,6 +62,20 @@ def test_local_info_nce_equals_a_loop_over_images_and_regions(keep):
     assert touched.tolist() == [n in kept for n in range(4)]
 
 
+def test_local_negatives_may_come_from_all_images():
+    query, key = randn(2, 3, 6), randn(2, 3, 6, seed=1)
+    everyone = torch.cat([randn(1, 3, 6, seed=2), key])
+    expected = 0.0
+    for n in range(2):
+        for r in range(3):
+            scores = [cosine(query[n, r], other) / 0.2 for image in everyone for other in image]
+            positive = cosine(query[n, r], key[n, r]) / 0.2
+            expected += (-positive + math.log(sum(math.exp(s) for s in scores))) / 6
+    assert local_info_nce(query, key, everyone=everyone).item() == pytest.approx(expected, rel=1e-12)
+    alone = [local_info_nce(query[n : n + 1], key[n : n + 1], everyone=key[n : n + 1]) for n in range(2)]
+    torch.testing.assert_close(sum(alone) / 2, local_info_nce(query, key))
+
+
 def test_losses_are_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         query, key, queue = (x.bfloat16() for x in (randn(4, 8), randn(4, 8), randn(8, 16)))

@@ -206,9 +206,11 @@ def test_moco_equals_a_naive_re_implementation():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_accumulated_parts_equal_one_batch():
+@pytest.mark.parametrize("negatives", ["image", "batch"])
+def test_accumulated_parts_equal_one_batch(negatives):
     torch.manual_seed(0)
-    whole = MoCo(Encoder("resnet18"), dim=16, queue_size=16, local={}, bn_split=4).double()
+    local = {"negatives": negatives}
+    whole = MoCo(Encoder("resnet18"), dim=16, queue_size=16, local=local, bn_split=4).double()
     parts = copy.deepcopy(whole)
     (batch,) = training_batches(1)
     whole(*batch)["loss"].backward()
@@ -287,6 +289,8 @@ def test_moco_refuses_what_cannot_work():
         MoCo(encoder, queue_size=8, local={})(torch.randn(8, 1, 32, 32), torch.randn(8, 1, 32, 32))
     with pytest.raises(ValueError, match="matsch"):
         MoCo(encoder, local={"matsch": "grid"})
+    with pytest.raises(ValueError, match="negatives"):
+        MoCo(encoder, local={"negatives": "all"})
     with pytest.raises(ValueError, match="bn3"):
         MoCo(encoder, decorrelation={"method": "zca", "position": "bn3"})
 
@@ -315,7 +319,7 @@ def train_on_rank(rank, world, port, results, dtype, steps):
         dim=8,
         queue_size=20,
         momentum=0.9,
-        local={"grid": 2},
+        local={"grid": 2, "negatives": "batch"},
         decorrelation={"method": "zca", "group_size": 4},
         bn_split=2,
     ).to(dtype)

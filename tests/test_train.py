@@ -61,6 +61,9 @@ def test_a_run_leaves_what_it_promises(train, tmp_path, capsys):
     assert set(rows[1]) == names | {"gradient_norm", "skipped_steps", "unreadable_slices"}
     ranks = [row["effective_rank"] for row in rows if "effective_rank" in row]
     assert len(ranks) == 3 and all(0 < rank <= 5 for rank in ranks)  # at the start and after each epoch
+    structure = {row["step"]: row["dse"] for row in rows if "dse" in row}
+    best = max((step for step in structure if step), key=structure.get)
+    assert json.loads((tmp_path / "run/encoder_best.json").read_text())["steps"] == best
 
     model = torchvision.models.resnet18(weights=None)
     model.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
@@ -78,7 +81,13 @@ def test_a_run_leaves_what_it_promises(train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "setting", ["decorrelation.position=bn3", "decorrelation.method=iternorm", "local.match=grid"]
+    "setting",
+    [
+        "decorrelation.position=bn3",
+        "decorrelation.method=iternorm",
+        "local.match=grid",
+        "local.negatives=batch",
+    ],
 )
 def test_the_variants_run(train, setting):
     losses = losses_of(train("run", setting, "optim.max_steps=2"))
@@ -97,6 +106,30 @@ def test_a_stopped_run_goes_on_with_the_same_losses(train, monkeypatch):
         train("stopped", "run.save_steps=3")
     monkeypatch.undo()
     assert losses_of(train("stopped")) == whole
+
+
+def test_the_best_structured_encoder_survives_a_stop(train, tmp_path, monkeypatch):
+    found = iter([0.1, 0.9, 0.5, 0.7])  # at steps 0, 3, and 6; then again at 6
+    measure = train_moco.CollapseMonitor.structure
+    monkeypatch.setattr(
+        train_moco.CollapseMonitor,
+        "structure",
+        lambda self, encoder: measure(self, encoder) | {"dse": next(found)},
+    )
+    run = train("run", "log.encoders=true")
+    assert [path.name for path in sorted(run.glob("encoder_*.pth"))] == [
+        "encoder_0.pth",
+        "encoder_3.pth",
+        "encoder_6.pth",
+        "encoder_best.pth",
+    ]
+    weights = {name: (run / f"encoder_{name}.pth").read_bytes() for name in ("best", "3", "6")}
+    assert torch.load(run / "encoder_best.pth")["conv1.weight"].equal(
+        torch.load(run / "encoder_3.pth")["conv1.weight"]
+    )
+    (run / "encoder.json").unlink()  # as if it had been stopped before the end
+    train("run")
+    assert (run / "encoder_best.pth").read_bytes() == weights["best"]
 
 
 def test_accumulation_changes_memory_only(train):

@@ -1,0 +1,119 @@
+"""Can the local task be solved without looking? Position cues of zero padding, measured on trained networks.
+
+    python position.py RUN ...      # folders of finished pretraining runs; leaves position.json in each
+
+A convolution with zero padding tells a network where the border is. If a region only has to be found at the
+same place of both views (local.match: grid), knowing the place is enough. So trained networks here match the
+regions of two images of noise that have nothing in common, once as trained and once with reflected borders,
+which say nothing about the place. Chance is one in grid * grid.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import config
+import runtime
+from config import ConfigError
+from data import Intensity, SliceDataset, TwoViews
+from losses import at_least_float32, local_nce_per_image
+from models import MoCo
+from train_moco import build_model, value_range
+
+IMAGES = 256  # slices (at most) and images of noise
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = config.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a pretraining with local.weight > 0"
+    )
+    for run in parser.parse_args(argv).runs:
+        found = position_cues(Path(run))
+        runtime.write_whole(Path(run) / "position.json", json.dumps(found) + "\n")
+        print(json.dumps({"run": run, **found}))
+    return 0
+
+
+def position_cues(folder: Path) -> dict[str, dict[str, float]]:
+    """{"slices" | "noise", ", reflected" added with such borders: {"accuracy", "loss"} of the local task}.
+
+    The slices are the validation cases' or, without such, the first ones; the noise is new in each view.
+
+    Raises:
+        ConfigError: no checkpoint of a run with local features.
+    """
+    state = runtime.load_checkpoint(folder)
+    if state is None:
+        raise ConfigError(f"{folder}: holds no checkpoint.pth of a pretraining run")
+    cfg = config.to_config(state["config"])
+    if not cfg.local.weight:
+        raise ConfigError(f"{folder}: was pretrained without local features (local.weight = 0)")
+    card = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    intensity = Intensity(**card["normalisation"])
+    process = runtime.start_process(cfg.run)
+    model = build_model(cfg, process).to(process.device)
+    model.load_state_dict(state["model"])
+    model.eval()
+
+    has_val = cfg.data.val and (Path(cfg.data.root) / cfg.data.val).is_file()
+    names = cfg.data.val if has_val else cfg.data.list
+    dataset = SliceDataset(cfg.data.root, names, cfg.data.images, cfg.data.hu_offset)
+    rows = range(0, len(dataset), -(-len(dataset) // IMAGES))
+    views = TwoViews(cfg.data.size, **cfg.augment, value_range=value_range(cfg, intensity, dataset.stored))
+    unit = intensity.to_unit(torch.stack([dataset[i] for i in rows]))
+    query, key, query_box, key_box = views(unit, runtime.seeded("position", cfg.seed))
+    pairs = {"slices": (query, key), "noise": noise(query.shape, runtime.seeded("noise", cfg.seed))}
+
+    found = {}
+    for border in ("zeros", "reflect"):
+        set_borders(model, border)
+        for name, pair in pairs.items():
+            seen = [intensity.normalise(v).expand(-1, cfg.model.in_channels, -1, -1) for v in pair]
+            place = (view.to(process.device) for view in (*seen, query_box, key_box))
+            found[name + (", reflected" if border == "reflect" else "")] = local_task(model, *place)
+    return found
+
+
+def noise(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two views (N, 1, h, w) in [0, 1] of smooth noise, independent of each other."""
+    white = torch.randn(2, *shape, generator=generator)
+    smooth = F.avg_pool2d(F.pad(white.flatten(0, 1), (2, 2, 2, 2), mode="reflect"), 5, stride=1).view_as(
+        white
+    )
+    return tuple((0.5 + 0.25 * smooth / smooth.std()).clamp(0, 1))
+
+
+def set_borders(model: nn.Module, mode: str) -> None:
+    """Pad all convolutions with "zeros" or by "reflect"ing."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = mode
+            # PyTorch takes this from the padding at construction; the output stride has changed it since.
+            module._reversed_padding_repeated_twice = [p for p in reversed(module.padding) for _ in range(2)]
+
+
+@torch.no_grad()
+def local_task(
+    model: MoCo, query: Tensor, key: Tensor, query_box: Tensor, key_box: Tensor
+) -> dict[str, float]:
+    """Share of regions whose own key region is the most similar one of the image, and the loss."""
+    keys = model.encode_keys(key, query_box, key_box, parts=-(-len(key) // 32))
+    parts = zip(query.split(32), keys.query_points.split(32))
+    regions = torch.cat([at_least_float32(model.query(*part)[1]) for part in parts])
+    keep = keys.local_share > 0
+    similarity = F.normalize(regions, dim=2) @ F.normalize(keys.regions, dim=2).mT  # (N, R, R)
+    right = similarity.argmax(dim=2) == torch.arange(similarity.shape[1], device=similarity.device)
+    loss = local_nce_per_image(regions, keys.regions, model.local["temperature"])
+    return {
+        "accuracy": round(float(right[keep].float().mean()), 4),
+        "loss": round(float(loss[keep].mean()), 4),
+    }
+
+
+if __name__ == "__main__":
+    runtime.run_script(main, ())

@@ -1,0 +1,194 @@
+"""ablation.py and findings.py: what is run, what is not run again, and what the tables say of it."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import ablation
+import findings
+from config import ConfigError
+from models import Encoder, MoCo
+from position import local_task, noise, set_borders
+
+PROTOCOL = """
+phantom: {cases: 10, slices: 6, size: 64, seed: 0}
+seeds: [0, 1]
+rates: [0.01, 0.04]
+fractions: [0.5, 1.0]
+pretrain:
+  data: {size: 32, workers: 0}
+  model: {arch: resnet18, output_stride: 16, queue_size: 16, bn_split: 4}
+  optim: {epochs: 2, batch_size: 8, warmup_epochs: 1}
+  log: {every: 2, rank_every: 1, encoders: true, tensorboard: false}
+linear:
+  data: {workers: 0}
+  optim: {steps: 4, batch_size: 8}
+  eval: {every: 4}
+finetune:
+  data: {size: 32, workers: 0}
+  model: {output_stride: 16}
+  optim: {steps: 2, batch_size: 4}
+  eval: {every: 2}
+methods:
+  random: null
+  moco: {local.weight: 0, decorrelation.method: none}
+  full: {}
+variants:
+  "full, grid": {like: full, local.match: grid}
+"""
+DICE = {("moco", 0.01): 0.1, ("moco", 0.04): 0.2, ("full", 0.01): 0.5, ("full", 0.04): 0.4}
+SPECTRUM = {"spectrum": [1.0, 0.5], "spectrum_dense": [1.0, 0.1]}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run ablation.py with stand-ins for the scripts: they leave what they should, and note the call."""
+    (tmp_path / "protocol.yaml").write_text(PROTOCOL)
+    calls = []
+
+    def call(self, log, script, *words):
+        settings = dict(word.split("=", 1) for word in words if "=" in word)
+        calls.append((script, settings))
+        if script == "data.py":
+            Path(words[2]).mkdir(parents=True)
+            (Path(words[2]) / "classes.json").write_text("[]")
+        elif script == "train_moco.py":
+            folder = Path(settings["run.out"])
+            folder.mkdir(parents=True)
+            rows = [{"step": s, "dse": s / 10, "local": 0.5, "loss": 5.0, **SPECTRUM} for s in (0, 3, 6)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "encoder.json").write_text("{}")
+        elif script == "eval_seg.py" and "mode" in settings:
+            folder = Path(settings["run.out"])
+            folder.mkdir(parents=True)
+            method, rate = folder.parent.parent.name, folder.parent.name
+            rate = float(rate[2:].split("-")[0]) if rate.startswith("lr") else None
+            dice = DICE.get((method, rate), 0.3)
+            (folder / "results.json").write_text(json.dumps(results(dice)))
+            (folder / "model.pth").write_text("")
+        elif script == "position.py":
+            cues = {name: {"accuracy": 0.25, "loss": 1.0} for name in findings.PAIRS}
+            (Path(words[0]) / "position.json").write_text(json.dumps(cues))
+        else:
+            Path(words[words.index("--out") + 1]).mkdir(parents=True)
+
+    monkeypatch.setattr(ablation.Ablation, "call", call)
+    monkeypatch.setattr(findings, "shown_slices", lambda root: [])
+
+    def run(*arguments):
+        calls.clear()
+        place = ["--protocol", str(tmp_path / "protocol.yaml"), "--out", str(tmp_path / "out"), "--jobs", "1"]
+        code = ablation.main([*place, *arguments])
+        return code, list(calls)
+
+    yield run
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def results(dice):
+    organs = [organ for group in findings.GROUPS.values() for organ in group]
+    return {
+        "mean_dice": dice,
+        "val_dice": dice,
+        "dice": dict.fromkeys(organs, dice) | {"left adrenal gland": None},
+        "hd95_cases": {"case": {}},
+        "effective_rank": {"pooled": 10 * dice, "dense": -dice, "slices": 5},
+        "structure": {"dse": dice, "inter": 0.5, "intra": 0.5, "dimension": 0.5},
+    }
+
+
+def test_everything_runs_once_and_the_best_rate_goes_on(run, tmp_path, capsys):
+    code, calls = run()
+    assert code == 0
+    pretrained = [s["run.out"].split("work/")[1] for script, s in calls if script == "train_moco.py"]
+    assert sorted(pretrained) == sorted(
+        [f"{method}/lr{rate}-seed0/pretrain" for method in ("moco", "full") for rate in (0.01, 0.04)]
+        + ["moco/lr0.04-seed1/pretrain", "full/lr0.01-seed1/pretrain", "full, grid/lr0.01-seed0/pretrain"]
+    )
+    variant = next(s for script, s in calls if script == "train_moco.py" and "grid" in s["run.out"])
+    assert variant["local.match"] == "grid" and variant["optim.lr"] == "0.01" and "like" not in variant
+    tuned = [s for script, s in calls if s.get("mode") == "finetune"]
+    assert len(tuned) == 3 * 2 * 2  # methods, seeds, fractions
+    snapshots = [s["encoder"] for _, s in calls if "encoder_3.pth" in s.get("encoder", "")]
+    assert len(snapshots) == 2  # of the first seed
+    text = capsys.readouterr().out
+    assert "| full | 2 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
+    assert "| random | 2 | 30.0 ± 0.0 |" in text
+    assert "| moco | 10.0 | 20.0 |" in text
+
+    assert run() == (0, [])  # nothing is run again
+    (tmp_path / "out/cells/full/lr0.01-seed1/finetune-50.json").unlink()
+    assert [s["mode"] for _, s in run()[1]] == ["finetune"]
+
+
+def test_a_part_of_it(run, capsys):
+    _, calls = run("--only", "full", "--seeds", "1")
+    assert {s["run.out"].split("work/")[1].split("/")[0] for _, s in calls if "run.out" in s} == {"full"}
+    assert "moco" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="fulll"):
+        run("--only", "fulll")
+
+
+def test_another_protocol_needs_another_folder(run, tmp_path):
+    run("--only", "random")
+    with pytest.raises(ConfigError, match="phantom"):
+        run("phantom.seed=7")
+    with pytest.raises(ConfigError, match="section.key=value"):
+        run("seeds=7")
+    text = PROTOCOL.replace("random: null", "random: null\n  more: {local.grid: 2}")
+    (tmp_path / "protocol.yaml").write_text(text)
+    assert run("--only", "random")[0] == 0  # a new method may join
+
+
+def test_protocols_that_are_none(tmp_path):
+    path = tmp_path / "p.yaml"
+    for text in (
+        "a: 1",
+        PROTOCOL.replace("seeds: [0, 1]", "seeds: []"),
+        PROTOCOL.replace("linear:", "liner:"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="not a protocol"):
+            ablation.read_protocol(str(path), [])
+
+
+def test_a_failing_script_is_named_with_its_last_line(tmp_path):
+    protocol = yaml.safe_load(PROTOCOL)
+    one = ablation.Ablation(protocol, tmp_path, 1)
+    with pytest.raises(
+        ConfigError, match="train_moco.py ended with code 2 and said: error: unknown key 'a.b'"
+    ):
+        one.call(tmp_path / "log.txt", str(Path(ablation.__file__).parent / "train_moco.py"), "a.b=1")
+
+
+def test_the_protocol_of_the_project_is_one():
+    protocol = ablation.read_protocol(str(Path(ablation.__file__).parent / "configs/ablation.yaml"), [])
+    assert {"random", "moco", "full"} <= set(protocol["methods"])
+    for changes in protocol["variants"].values():
+        assert changes["like"] in protocol["methods"] | protocol["variants"]
+
+
+def test_kendall_tau():
+    assert findings.kendall_tau([1, 2, 3], [10, 20, 30]) == 1
+    assert findings.kendall_tau([1, 2, 3], [3, 2, 1]) == -1
+    assert findings.kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
+    assert findings.kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 6**0.5)  # tau-b with one tie
+
+
+# ---- Position cues ----
+
+
+def test_local_task_of_equal_views_is_easy_and_of_noise_is_chance():
+    torch.manual_seed(0)
+    moco = MoCo(Encoder("resnet18", output_stride=16), queue_size=16, local={}).eval()
+    query, key = (4 * (view - 0.5) for view in noise((32, 1, 64, 64), torch.Generator().manual_seed(0)))
+    box = torch.tensor([[0.1, 0.1, 0.9, 0.9, 0.0]]).expand(32, 5)
+    assert local_task(moco, query, query, box, box)["accuracy"] == 1
+    moco.query.local_projector = moco.key.local_projector = torch.nn.Identity()
+    set_borders(moco, "reflect")
+    assert local_task(moco, query, key, box, box)["accuracy"] < 0.3

@@ -1,0 +1,84 @@
+"""structure.py: DSE against loops that follow the paper's definition, and on features of known structure."""
+
+import math
+
+import pytest
+import torch
+
+from structure import cluster_radii, dense_structure, kmeans
+
+
+def blobs(images=16, positions=24, channels=32, kinds=6, noise=0.1, seed=0):
+    """Positions that belong to a few kinds of tissue: (B, P, C) and their kinds (B, P)."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(kinds, channels, generator=generator)
+    kind = torch.randint(kinds, (images, positions), generator=generator)
+    spread = noise * torch.randn(images, positions, channels, generator=generator)
+    return centres[kind] + spread, kind
+
+
+def test_kmeans_finds_separate_groups():
+    features, kind = blobs(noise=0.01)
+    points, truth = features.flatten(0, 1).double(), kind.flatten()
+    centres, labels = kmeans(points, 6, torch.Generator().manual_seed(0))
+    for label in range(6):
+        own = labels == label
+        assert own.any() and len(truth[own].unique()) == 1
+        torch.testing.assert_close(centres[label], points[own].mean(dim=0))
+
+
+def test_kmeans_of_equal_points():
+    centres, labels = kmeans(torch.ones(5, 3), 2, torch.Generator().manual_seed(0))
+    assert centres.equal(torch.ones(2, 3)) and labels.tolist() == [0] * 5
+
+
+def test_radius_is_the_sum_of_singular_values_over_the_size():
+    points = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2])
+    expected = []
+    for label in (0, 1):  # the third cluster is a single point
+        own = points[labels == label]
+        centred = own - own.mean(dim=0)
+        eigenvalues = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0)
+        expected.append(eigenvalues.sqrt().sum() / math.sqrt(max(len(own) - 1, 4)))
+    torch.testing.assert_close(torch.stack(cluster_radii(points, labels)), torch.stack(expected))
+
+
+def test_terms_equal_loops_over_positions():
+    features = blobs(images=8, noise=0.5)[0].double()
+    found = dense_structure(features, seed=3)
+    everything = features.reshape(-1, 32)
+    scale = sum(float((x - everything.mean(0)).norm()) for x in everything) / len(everything)
+
+    generator = torch.Generator().manual_seed(3)  # k-means is a random choice: make the same one
+    centres, labels = kmeans(everything, 24, generator)
+    nearest = [
+        min(float((x - centre).norm()) for k, centre in enumerate(centres) if k != label)
+        for x, label in zip(everything, labels)
+    ]
+    assert found["inter"] == pytest.approx(sum(nearest) / len(nearest) / scale, rel=1e-6)
+    assert found["dse"] == pytest.approx(found["inter"] - found["intra"] + found["dimension"])
+    assert 1 / 8 <= found["dimension"] <= 1
+
+
+def test_structured_features_score_higher_than_collapsed_ones():
+    clear, blurred = (dense_structure(blobs(noise=noise)[0]) for noise in (0.05, 3.0))
+    assert clear["intra"] < 0.3 < 0.5 < blurred["intra"]
+    flat = blobs(noise=3.0)[0] * torch.tensor([1.0] + [1e-3] * 31)  # one direction is all there is
+    assert dense_structure(flat)["dimension"] < 0.2 < blurred["dimension"]
+
+
+def test_scale_and_shift_do_not_matter_but_seed_is_all_the_chance():
+    features = blobs(noise=0.3)[0].double()
+    one = dense_structure(features)
+    assert dense_structure(features) == one
+    assert dense_structure(7 * features) == pytest.approx(one, rel=1e-9)
+    shifted = dense_structure(features + 1)
+    assert shifted["intra"] == pytest.approx(one["intra"]) and shifted["inter"] == pytest.approx(one["inter"])
+
+
+def test_odd_features():
+    constant = dense_structure(torch.ones(4, 6, 3))
+    assert all(math.isfinite(value) for value in constant.values())
+    assert all(math.isfinite(v) for v in dense_structure(torch.randn(2, 1, 5)).values())
+    assert math.isnan(dense_structure(torch.full((2, 3, 4), torch.nan))["dse"])
