@@ -107,7 +107,7 @@ augment:                    # finetune; see augment.SegmentationAugment
   gamma: 0.1
   noise: 0.02
 model:
-  arch: null                # resnet18 | resnet34 | resnet50 | resnet101; null: the encoder's, else resnet50
+  arch: null                # resnet18 | 26 | 34 | 50 | 101; null: the encoder's, else resnet50
   in_channels: 1            # 3: the slice three times
   output_stride: 8          # 8 | 16 | 32
 optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9

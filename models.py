@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from losses import (
     IterNorm,
@@ -37,7 +36,13 @@ from losses import (
     world_size,
 )
 
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+ARCHITECTURES = {  # blocks, and how many of them each layer has
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet26": (Bottleneck, [2, 2, 2, 2]),  # timm's; a ResNet-50 in small
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+}
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -104,7 +109,7 @@ class Encoder(nn.Module):
         super().__init__()
         if arch not in ARCHITECTURES:
             raise ValueError(f"unknown architecture {arch!r}: one of {', '.join(ARCHITECTURES)}")
-        trunk = getattr(resnet, arch)(weights=None, norm_layer=SplitBatchNorm2d)
+        trunk = ResNet(*ARCHITECTURES[arch], norm_layer=SplitBatchNorm2d)
         self.conv1, self.bn1, self.relu, self.maxpool = trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = (getattr(trunk, name) for name in LAYERS)
         if in_channels != 3:

@@ -80,7 +80,7 @@ augment:
   autocontrast: 0.0         # probabilities
   equalize: 0.0
 model:
-  arch: resnet50            # resnet18 | resnet34 | resnet50 | resnet101
+  arch: resnet50            # resnet18 | resnet26 | resnet34 | resnet50 | resnet101
   in_channels: 1
   output_stride: 32         # 32 | 16 | 8, during pretraining
   dim: 128
@@ -288,7 +288,7 @@ def check_config(cfg: Config) -> None:
         raise ConfigError("data.root: is missing; the folder of the data set")
     check_choice(cfg, "run.device", ("auto", "cpu", "cuda"))
     check_choice(cfg, "run.precision", ("auto", "fp32", "bf16"))
-    check_choice(cfg, "model.arch", ARCHITECTURES)
+    check_choice(cfg, "model.arch", tuple(ARCHITECTURES))
     check_choice(cfg, "local.match", ("overlap", "grid"))
     check_choice(cfg, "local.layer", LAYERS)
     check_choice(cfg, "local.negatives", ("image", "batch"))
