@@ -69,7 +69,7 @@ from segmenter import (
     predict,
     save_model,
 )
-from structure import dense_structure
+from structure import dense_structure, image_share
 
 DEFAULTS = """
 seed: 0
@@ -567,7 +567,7 @@ def collapse_measures(batches: Batches) -> dict[str, dict]:
     """How far the frozen encoder's features have collapsed, from batches of (n, D, h, w).
 
     effective_rank: pooled: of the slices' mean vectors; dense: of single positions, the same number of each
-    slice by chance. structure: structure.dense_structure, also of some positions by chance.
+    slice by chance. structure: structure.py's measures, also of some positions by chance.
     """
     count = min(len(batches), RANK_SLICES)
     rows = [len(batches) * i // count for i in range(count)]
@@ -584,9 +584,10 @@ def collapse_measures(batches: Batches) -> dict[str, dict]:
         mine = [i for i, row in enumerate(some) if row in structured]
         structure.append(vectors[mine][:, chosen[:STRUCTURE_POSITIONS]])
     ranks = {"pooled": effective_rank(torch.cat(pooled)), "dense": effective_rank(torch.cat(dense))}
+    structure = torch.cat(structure)
     return {
         "effective_rank": ranks | {"slices": count},
-        "structure": dense_structure(torch.cat(structure)),
+        "structure": dense_structure(structure) | {"image_share": image_share(structure)},
     }
 
 

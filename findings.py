@@ -34,6 +34,7 @@ MEASURES = {  # of collapse, in the results of an evaluation
     "DSE, between clusters": lambda results: results["structure"]["inter"],
     "DSE, within clusters (negative)": lambda results: -results["structure"]["intra"],
     "DSE, dimension": lambda results: results["structure"]["dimension"],
+    "variance between images (negative)": lambda results: -results["structure"]["image_share"],
 }
 PAIRS = ("slices", "slices, reflected", "noise", "noise, reflected")  # see position.py
 SHOWN_CASES = 3  # in the figure of segmentations
@@ -130,7 +131,7 @@ def spread(values: list[float]) -> str:
 def main_table(cells: Path, protocol: dict) -> str:
     fractions = [f"{100 * fraction:g}" for fraction in protocol["fractions"]]
     heading = ("method", "seeds", "linear", *GROUPS, *(f"fine-tuned, {f} %" for f in fractions))
-    heading += ("rank pooled / dense", "DSE")
+    heading += ("rank pooled / dense", "DSE", "variance between images")
     rows = []
     for method in protocol["methods"]:
         chosen = chosen_cells(cells / method)
@@ -144,6 +145,7 @@ def main_table(cells: Path, protocol: dict) -> str:
             row.append(spread([r["mean_dice"] for r in tuned if r]))
         ranks = [mean(r["effective_rank"][kind] for r in linear) for kind in ("pooled", "dense")]
         row += [f"{ranks[0]:.0f} / {ranks[1]:.0f}", f"{mean(r['structure']['dse'] for r in linear):.3f}"]
+        row.append(f"{mean(r['structure']['image_share'] for r in linear):.2f}")
         rows.append(tuple(row))
     return markdown(heading, rows, "Test Dice in %, mean ± standard deviation over seeds")
 

@@ -1,4 +1,4 @@
-"""How well dense features are structured, without labels: the DSE of arXiv 2510.17299.
+"""How well dense features are structured, without labels: the DSE of arXiv 2510.17299, and a simpler measure.
 
 The effective rank of pooled features (RankMe) describes whole images. Segmentation needs features of single
 positions that fall into groups: far apart, tight, and not all along the same few directions. This file needs
@@ -64,6 +64,20 @@ def dense_structure(features: Tensor, seed: int = 0) -> dict[str, float]:
         "dimension": sum(ranks) / len(ranks) / min(images, channels),
     }
     return {"dse": terms["inter"] - terms["intra"] + terms["dimension"], **terms}
+
+
+@torch.no_grad()
+def image_share(features: Tensor) -> float:
+    """Share of the variance of dense features (B, P, C) that lies between images.
+
+    0 if all images have the same mean (and for constants); 1 if the positions of an image do not differ, in
+    which case nothing can be segmented.
+    """
+    features = features.double()
+    centred = features - features.mean(dim=(0, 1))
+    between = features.mean(dim=1) - features.mean(dim=(0, 1))
+    total = centred.square().sum(dim=2).mean()
+    return float(between.square().sum(dim=1).mean() / total) if total > 0 else 0.0
 
 
 def kmeans(points: Tensor, count: int, generator: torch.Generator, iterations: int = 20):

@@ -98,7 +98,7 @@ def results(dice):
         "dice": dict.fromkeys(organs, dice) | {"left adrenal gland": None},
         "hd95_cases": {"case": {}},
         "effective_rank": {"pooled": 10 * dice, "dense": -dice, "slices": 5},
-        "structure": {"dse": dice, "inter": 0.5, "intra": 0.5, "dimension": 0.5},
+        "structure": {"dse": dice, "inter": 0.5, "intra": 0.5, "dimension": 0.5, "image_share": dice},
     }
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from structure import cluster_radii, dense_structure, kmeans
+from structure import cluster_radii, dense_structure, image_share, kmeans
 
 
 def blobs(images=16, positions=24, channels=32, kinds=6, noise=0.1, seed=0):
@@ -77,7 +77,17 @@ def test_scale_and_shift_do_not_matter_but_seed_is_all_the_chance():
     assert shifted["intra"] == pytest.approx(one["intra"]) and shifted["inter"] == pytest.approx(one["inter"])
 
 
+def test_image_share_is_the_variance_of_the_image_means():
+    features = blobs(noise=0.3)[0].double()
+    total = sum(features[..., c].var(correction=0) for c in range(32))
+    between = sum(features[..., c].mean(dim=1).var(correction=0) for c in range(32))
+    assert image_share(features) == pytest.approx(float(between / total))
+    assert image_share(features[:, :1].expand(-1, 24, -1)) == pytest.approx(1)
+    assert image_share(torch.cat([features, features.flip(1)], dim=1)[:1]) == pytest.approx(0, abs=1e-12)
+
+
 def test_odd_features():
+    assert image_share(torch.ones(4, 6, 3)) == 0
     constant = dense_structure(torch.ones(4, 6, 3))
     assert all(math.isfinite(value) for value in constant.values())
     assert all(math.isfinite(v) for v in dense_structure(torch.randn(2, 1, 5)).values())
