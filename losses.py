@@ -372,12 +372,15 @@ def world_size() -> int:
 def singular_values(features: Tensor) -> Tensor:
     """Singular values of the centred features, (N, C) -> (min(N, C),) float64, largest first.
 
-    All NaN if a feature is not finite.
+    From the smaller one of the Gram matrices, several times faster than svdvals; below 1e-8 of the largest
+    value they are noise. All NaN if a feature is not finite.
     """
     features = features.detach().double()
     if not features.isfinite().all():
         return features.new_full((min(features.shape),), torch.nan)
-    return torch.linalg.svdvals(features - features.mean(dim=0))
+    centred = features - features.mean(dim=0)
+    gram = centred @ centred.mT if len(centred) < centred.shape[1] else centred.mT @ centred
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
 
 
 def effective_rank(features: Tensor) -> float:
