@@ -53,20 +53,24 @@ class Ablation:
         self.running, self.stopping = set(), threading.Event()
 
     def run(self, methods: list[str], seeds: list[int]) -> None:
-        """All cells of these methods: first those that decide about learning rates, then the others."""
+        """All cells of these methods: first those that decide about learning rates, then one step after the
+        other, so that what is there can be compared at any time."""
         self.make_data()
         main = [name for name in methods if name in self.protocol["methods"]]
         first = self.protocol["seeds"][0]
-        tuning = [
-            Cell(name, rate, first)
-            for rate in self.protocol["rates"]
-            for name in main
-            if self.methods[name] is not None
-        ]
-        self.all(lambda cell: self.evaluate(cell, "linear"), tuning)
-        self.all(self.whole_cell, [self.chosen(name, seed) for seed in seeds for name in main])
+        trained = [name for name in main if self.methods[name] is not None]
+        self.all(
+            self.linear, [Cell(name, rate, first) for rate in self.protocol["rates"] for name in trained]
+        )
+        cells = [self.chosen(name, seed) for seed in seeds for name in main]
         variants = [self.chosen(name, first) for name in methods if name in self.protocol["variants"]]
-        self.all(self.variant_cell, variants)
+        self.all(self.linear, cells + variants)
+        for fraction in self.protocol["fractions"]:
+            self.all(lambda cell: self.evaluate(cell, "finetune", fraction), cells)  # noqa: B023 (used at once)
+        looked_at = [cell for cell in cells if cell.seed == first]
+        self.all(self.position_cues, looked_at + variants)
+        self.all(self.evaluate_snapshots, looked_at)
+        self.all(self.predict, looked_at)
 
     def chosen(self, method: str, seed: int) -> Cell:
         """The method's cell at the learning rate that was best on the validation cases with the first seed; a
@@ -75,19 +79,6 @@ class Ablation:
         if self.methods[like] is None:
             return Cell(method, None, seed)
         return Cell(method, findings.best_rate(self.out / "cells" / like), seed)
-
-    def whole_cell(self, cell: Cell) -> None:
-        self.evaluate(cell, "linear")
-        for fraction in self.protocol["fractions"]:
-            self.evaluate(cell, "finetune", fraction)
-        if cell.seed == self.protocol["seeds"][0]:
-            self.position_cues(cell)
-            self.evaluate_snapshots(cell)
-            self.predict(cell)
-
-    def variant_cell(self, cell: Cell) -> None:
-        self.evaluate(cell, "linear")
-        self.position_cues(cell)
 
     # ---- Steps of a cell ----
 
@@ -125,6 +116,9 @@ class Ablation:
         own = dict(self.methods[method])
         like = own.pop("like", None)
         return (self.changes(like) if like else {}) | own
+
+    def linear(self, cell: Cell) -> None:
+        self.evaluate(cell, "linear")
 
     def evaluate(self, cell: Cell, mode: str, fraction: float | None = None, snapshot: str = "") -> None:
         name = mode + ("" if fraction is None else f"-{100 * fraction:g}") + snapshot
@@ -167,11 +161,10 @@ class Ablation:
         shown = self.out / "cells" / cell.path / "masks"
         if shown.is_dir():
             return
-        self.evaluate(cell, "linear")
         work = self.work(cell)
         if not (work / "linear" / "model.pth").is_file():  # the cell is from an earlier folder of work
-            (self.out / "cells" / cell.path / "linear.json").unlink()
-            self.evaluate(cell, "linear")
+            (self.out / "cells" / cell.path / "linear.json").unlink(missing_ok=True)
+        self.linear(cell)
         inputs, masks = work / "shown", work / "masks"
         for name in findings.shown_slices(self.root):
             (inputs / name).parent.mkdir(parents=True, exist_ok=True)
