@@ -9,11 +9,15 @@ import torch
 import yaml
 
 import ablation
+import config
+import eval_seg
 import findings
+import train_moco
 from config import ConfigError
 from models import Encoder, MoCo
 from position import local_task, noise, set_borders
 
+CONFIGS = Path(ablation.__file__).parent / "configs"
 PROTOCOL = """
 phantom: {cases: 10, slices: 6, size: 64, seed: 0}
 seeds: [0, 1]
@@ -166,11 +170,19 @@ def test_a_failing_script_is_named_with_its_last_line(tmp_path):
         one.call(tmp_path / "log.txt", str(Path(ablation.__file__).parent / "train_moco.py"), "a.b=1")
 
 
-def test_the_protocol_of_the_project_is_one():
-    protocol = ablation.read_protocol(str(Path(ablation.__file__).parent / "configs/ablation.yaml"), [])
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("ablation*.yaml")), ids=lambda path: path.name)
+def test_settings_of_the_projects_protocols_are_valid(path):
+    protocol = ablation.read_protocol(str(path), [])
     assert {"random", "moco", "full"} <= set(protocol["methods"])
     for changes in protocol["variants"].values():
         assert changes["like"] in protocol["methods"] | protocol["variants"]
+    one = ablation.Ablation(protocol, Path("out"), 1)
+    trained = [name for name, own in one.methods.items() if own is not None]
+    pretraining = [(train_moco, protocol["pretrain"] | one.changes(name)) for name in trained]
+    for script, settings in [*pretraining, (eval_seg, protocol["linear"]), (eval_seg, protocol["finetune"])]:
+        words = [f"{key}={ablation.as_yaml(value)}" for key, value in settings.items()]
+        cfg = config.load_config(script.DEFAULTS, None, [*words, "data.root=x"], script.NULLABLE)
+        script.check_config(cfg)
 
 
 def test_kendall_tau():
