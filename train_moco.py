@@ -192,7 +192,10 @@ def pretrain(
         with averaged_statistics(model, process):
             measured = monitor.measure(model)
             for name in kept_names(cfg, step, measured, journal):
-                export(folder, name, cfg, model, intensity, dataset, step, measured)
+                try:
+                    export(folder, name, cfg, model, intensity, dataset, step, measured)
+                except OSError as error:
+                    runtime.warn(f"step {step}: no {name}.pth written ({error}); training goes on")
         journal.collapse(step, measured)
 
     if due.measuring(step) and not process.from_main(lambda: journal.knows_collapse(step)):
