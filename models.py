@@ -271,6 +271,7 @@ class MoCo(nn.Module):
         decorrelation: None, or dict(method="zca" | "iternorm", ...) with group_size, eps, sync: whitening
             between the trunk and both heads ("output"). For whitening inside the trunk ("bn3") build the
             encoder with it.
+        weight: of the global loss; that of the local one is among LOCAL_DEFAULTS.
     """
 
     LOCAL_DEFAULTS = dict(
@@ -294,9 +295,10 @@ class MoCo(nn.Module):
         decorrelation: dict | None = None,
         bn_split: int = 32,
         seed: int = 0,
+        weight: float = 1.0,
     ):
         super().__init__()
-        self.momentum, self.temperature, self.seed = momentum, temperature, seed
+        self.momentum, self.temperature, self.seed, self.weight = momentum, temperature, seed, weight
         self.local = None if local is None else {**self.LOCAL_DEFAULTS, **local}
         if unknown := set(self.local or {}) - set(self.LOCAL_DEFAULTS):
             raise ValueError(f"unknown local option {sorted(unknown)[0]!r}: {', '.join(self.LOCAL_DEFAULTS)}")
@@ -335,8 +337,8 @@ class MoCo(nn.Module):
             keys: of `encode_keys`, instead of all but the query views: only the losses are computed then.
 
         Returns:
-            "loss" = "global" + weight * "local", and "accuracy": the share of queries that are nearer to
-            their own key than to any of the queue. Scalars.
+            "loss", the weighted sum of "global" and "local", and "accuracy": the share of queries that are
+            nearer to their own key than to any of the queue. Scalars.
         """
         if keys is not None:
             return self.compare(query_view, keys)
@@ -383,13 +385,13 @@ class MoCo(nn.Module):
         projection, regions = self.query(query_view, keys.query_points)
         logits = contrastive_logits(projection, keys.projection, self.queue, self.temperature)  # (n, 1 + K)
         terms = {"global": nce_from_logits(logits).mean()}
-        terms["loss"] = terms["global"]
+        terms["loss"] = self.weight * terms["global"]
         if self.local is not None:
             per_image = local_nce_per_image(
                 regions, keys.regions, self.local["temperature"], keys.everyones_regions
             )  # (n,)
             terms["local"] = torch.where(keys.local_share > 0, per_image * keys.local_share, 0).mean()
-            terms["loss"] = terms["global"] + self.local["weight"] * terms["local"]
+            terms["loss"] = terms["loss"] + self.local["weight"] * terms["local"]
         else:
             terms["local"] = torch.zeros_like(terms["global"])
         with torch.no_grad():

@@ -86,11 +86,12 @@ model:
   dim: 128
   queue_size: 65536         # negatives; keep it at half the training set or less
   momentum: 0.999           # of the momentum encoder
+  weight: 1.0               # loss = model.weight * global + local.weight * local
   temperature: 0.2
   init: random              # or a weights file to start from
   bn_split: 32              # samples normalised together; divides each process's part of the batch
 local:
-  weight: 0.5               # loss = global + weight * local; 0: off
+  weight: 0.5               # 0: off
   match: overlap            # overlap: the same anatomy in both views | grid: the same cell (the paper's)
   layer: layer4
   grid: 4                   # grid x grid regions
@@ -312,6 +313,8 @@ def check_config(cfg: Config) -> None:
     low, high = cfg.augment.scale
     check(cfg, "augment.scale", low > 0 and high <= 1, "two fractions of the slice's area")
     check_not_negative(cfg, "seed", "data.workers", "local.weight", "log.rank_every", "model.bn_split")
+    check(cfg, "model.weight", cfg.model.weight >= 0, "0 or a value above it")
+    check(cfg, "local.weight", cfg.model.weight + cfg.local.weight > 0, "above 0 if model.weight is 0")
     check_not_negative(cfg, "run.save_steps", "run.save_minutes", "decorrelation.group_size")
     check_not_negative(cfg, "augment.brightness", "augment.gamma", "augment.blur", "augment.noise")
     check_not_negative(cfg, "optim.weight_decay", "optim.warmup_epochs", "optim.max_steps")
@@ -374,6 +377,7 @@ def build_model(cfg: Config, process: Process) -> MoCo:
             decorrelation=in_moco,
             bn_split=cfg.model.bn_split,
             seed=cfg.seed,
+            weight=cfg.model.weight,
         )
 
 

@@ -225,6 +225,13 @@ def test_accumulated_parts_equal_one_batch(negatives):
     torch.testing.assert_close(list(parts.key.parameters()), list(whole.key.parameters()))
 
 
+def test_the_loss_is_the_weighted_sum_of_its_terms():
+    torch.manual_seed(0)
+    moco = MoCo(Encoder("resnet18"), dim=16, queue_size=16, local={"weight": 2}, bn_split=4, weight=0.1)
+    terms = moco.double()(*next(training_batches(1)))
+    torch.testing.assert_close(terms["loss"], 0.1 * terms["global"] + 2 * terms["local"])
+
+
 def test_evaluation_changes_nothing():
     torch.manual_seed(0)
     moco = MoCo(Encoder("resnet18"), dim=8, queue_size=16).eval()

@@ -181,6 +181,7 @@ def test_streams_of_random_numbers_differ():
         ("optim.batch_size=2.5", "optim.batch_size: 2.5 is not a int"),
         ("run.compile=1", "run.compile: 1 is not a bool"),
         ("model.arch=resnet19", "model.arch: 'resnet19'.*did you mean 'resnet18'"),
+        ("model.weight=0 local.weight=0", "local.weight: 0.0 is impossible; wanted above 0 if model.weight"),
         ("local.match=overlab", "did you mean 'overlap'"),
         ("augment.scale=[0.5, 0.2]", "augment.scale"),
         ("data.window=[1]", "data.window"),
