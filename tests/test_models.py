@@ -101,7 +101,7 @@ def test_layers_and_channels():
 
 
 def test_encoder_refuses_what_cannot_work():
-    with pytest.raises(ValueError, match="resnet18, resnet34"):
+    with pytest.raises(ValueError, match="resnet18, resnet26"):
         Encoder("resnet19")
     with pytest.raises(ValueError, match="output stride"):
         Encoder("resnet18", output_stride=4)
