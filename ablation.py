@@ -169,8 +169,8 @@ class Ablation:
         for name in findings.shown_slices(self.root):
             (inputs / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.root / "images" / name, inputs / name)
-        settings = {"run.out": work / "linear", "--predict": inputs, "--out": masks}
-        self.script(cell, "eval_seg.py", settings)
+        options = ("--predict", str(inputs), "--out", str(masks))
+        self.script(cell, "eval_seg.py", {"run.out": work / "linear"}, *options)
         shutil.copytree(masks, shown.with_name("masks.part"), dirs_exist_ok=True)
         shown.with_name("masks.part").rename(shown)
 
@@ -192,11 +192,9 @@ class Ablation:
             self.stopping.set()
             raise
 
-    def script(self, cell: Cell, name: str, settings: dict) -> None:
-        words = [f"{key}={as_yaml(value)}" for key, value in settings.items() if not key.startswith("--")]
-        for key, value in settings.items():
-            words += [key, str(value)] if key.startswith("--") else []
-        self.call(self.work(cell) / "log.txt", name, *words)
+    def script(self, cell: Cell, name: str, settings: dict, *options: str) -> None:
+        words = [f"{key}={as_yaml(value)}" for key, value in settings.items()]
+        self.call(self.work(cell) / "log.txt", name, *words, *options)
 
     def call(self, log: Path, *command: str) -> None:
         """Run one of the project's scripts; raises ConfigError with its last line if it fails."""

@@ -15,7 +15,7 @@ from data import Intensity, SliceDataset
 from losses import effective_rank_of, singular_values
 from models import Encoder, MoCo
 from runtime import Process
-from structure import dense_structure, image_share
+from structure import dense_structure
 
 MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
 STRUCTURED = 128  # slices (at most) whose dense structure it estimates
@@ -74,8 +74,7 @@ class CollapseMonitor:
         some = range(0, len(self.slices), -(-len(self.slices) // STRUCTURED))
         maps = [self.maps(encoder, stored) for stored in DataLoader(Subset(self.slices, some), batch_size=32)]
         encoder.set_output_stride(pretraining_stride)
-        features = torch.cat(maps).flatten(2).mT.float()
-        return dense_structure(features) | {"image_share": image_share(features)}
+        return dense_structure(torch.cat(maps).flatten(2).mT.float())
 
     def maps(self, encoder: Encoder, stored: Tensor) -> Tensor:
         """layer4 (n, C, h, w) of whole slices (n, 1, H, W) in stored values, scaled to the views' size."""

@@ -69,7 +69,7 @@ from segmenter import (
     predict,
     save_model,
 )
-from structure import dense_structure, image_share
+from structure import dense_structure
 
 DEFAULTS = """
 seed: 0
@@ -584,10 +584,9 @@ def collapse_measures(batches: Batches) -> dict[str, dict]:
         mine = [i for i, row in enumerate(some) if row in structured]
         structure.append(vectors[mine][:, chosen[:STRUCTURE_POSITIONS]])
     ranks = {"pooled": effective_rank(torch.cat(pooled)), "dense": effective_rank(torch.cat(dense))}
-    structure = torch.cat(structure)
     return {
         "effective_rank": ranks | {"slices": count},
-        "structure": dense_structure(structure) | {"image_share": image_share(structure)},
+        "structure": dense_structure(torch.cat(structure)),
     }
 
 

@@ -17,7 +17,7 @@ IMAGE_CLUSTERS = 3  # of one image
 
 @torch.no_grad()
 def dense_structure(features: Tensor, seed: int = 0) -> dict[str, float]:
-    """Dense representation Structure Estimator: "dse" = "inter" - "intra" + "dimension".
+    """Dense representation Structure Estimator: "dse" = "inter" - "intra" + "dimension"; and "image_share".
 
     Follows the authors' own code: distances are in units of the features' mean distance to their common
     mean, so the measure does not change with the scale of the features.
@@ -36,7 +36,7 @@ def dense_structure(features: Tensor, seed: int = 0) -> dict[str, float]:
     """
     features = features.double().cpu()
     if not features.isfinite().all():
-        return dict.fromkeys(("dse", "inter", "intra", "dimension"), float("nan"))
+        return dict.fromkeys(("dse", "inter", "intra", "dimension", "image_share"), float("nan"))
     images, positions, channels = features.shape
     generator = torch.Generator().manual_seed(seed)
     everything = features.flatten(0, 1)
@@ -62,6 +62,7 @@ def dense_structure(features: Tensor, seed: int = 0) -> dict[str, float]:
         "inter": float(torch.stack(inter).mean() / scale),
         "intra": float((mean_of(group_radii) + mean_of(image_radii)) / 2 / scale),
         "dimension": sum(ranks) / len(ranks) / min(images, channels),
+        "image_share": image_share(features),
     }
     return {"dse": terms["inter"] - terms["intra"] + terms["dimension"], **terms}
 

@@ -313,7 +313,7 @@ def check_config(cfg: Config) -> None:
     low, high = cfg.augment.scale
     check(cfg, "augment.scale", low > 0 and high <= 1, "two fractions of the slice's area")
     check_not_negative(cfg, "seed", "data.workers", "local.weight", "log.rank_every", "model.bn_split")
-    check(cfg, "model.weight", cfg.model.weight >= 0, "0 or a value above it")
+    check_not_negative(cfg, "model.weight")
     check(cfg, "local.weight", cfg.model.weight + cfg.local.weight > 0, "above 0 if model.weight is 0")
     check_not_negative(cfg, "run.save_steps", "run.save_minutes", "decorrelation.group_size")
     check_not_negative(cfg, "augment.brightness", "augment.gamma", "augment.blur", "augment.noise")
