@@ -170,26 +170,11 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def export_state_dict(self) -> dict[str, Tensor]:
-        """The encoder's function in evaluation mode as a plain torchvision ResNet's state dict (without fc).
-
-        Whitening there computes weight * W (x - mean) + bias on the output x of a convolution without bias.
-        W moves into that convolution; mean, weight and bias become a BatchNorm of variance 1.
-        """
+        """The encoder's function in evaluation mode as the state dict of a torchvision ResNet without fc."""
         state = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
         norm = self.get_submodule(self.last_norm)
         if isinstance(norm, Whitening):
-            plain = nn.BatchNorm2d(norm.num_features)
-            matrix = torch.block_diag(*norm.running_matrix().double().cpu())  # (C, C)
-            kernel = state[f"{self.last_conv}.weight"]
-            folded = torch.einsum("oc,c...->o...", matrix, kernel.double())
-            plain.running_mean.copy_(matrix @ norm.running_mean.double().cpu().flatten())
-            plain.running_var.fill_(1 - plain.eps)
-            if norm.weight is not None:
-                plain.weight.copy_(norm.weight.cpu())
-                plain.bias.copy_(norm.bias.cpu())
-            state = {name: v for name, v in state.items() if not name.startswith(self.last_norm + ".")}
-            state[f"{self.last_conv}.weight"] = folded.to(kernel.dtype)
-            state |= {f"{self.last_norm}.{name}": value for name, value in plain.state_dict().items()}
+            fold_whitening(state, self.last_conv, self.last_norm, norm.running_matrix().cpu())
         return state
 
 
@@ -199,6 +184,27 @@ def make_whitening(method: str, channels: int, group_size: int = 64, **options) 
     if method not in layers:
         raise ValueError(f"unknown whitening {method!r}: one of none, {', '.join(layers)}")
     return layers[method](channels, group_size, **options)
+
+
+def fold_whitening(state: dict[str, Tensor], conv: str, norm: str, matrix: Tensor) -> None:
+    """Turn the whitening layer `norm` of a state dict into a BatchNorm that computes the same in evaluation.
+
+    Whitening there is weight * W (x - mean) + bias of the output x of a convolution without bias. W, given
+    as `matrix` (G, C / G, C / G), moves into that convolution; the rest becomes a BatchNorm of variance 1.
+    """
+    whole = torch.block_diag(*matrix.double())  # (C, C)
+    kernel = state[f"{conv}.weight"]
+    plain = nn.BatchNorm2d(len(whole))
+    plain.running_mean.copy_(whole @ state[f"{norm}.running_mean"].double().flatten())
+    plain.running_var.fill_(1 - plain.eps)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            if f"{norm}.{name}" in state:
+                getattr(plain, name).copy_(state[f"{norm}.{name}"].flatten())
+    for name in [name for name in state if name.startswith(f"{norm}.")]:
+        del state[name]
+    state[f"{conv}.weight"] = torch.einsum("oc,c...->o...", whole, kernel.double()).to(kernel.dtype)
+    state.update({f"{norm}.{name}": value for name, value in plain.state_dict().items()})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -616,7 +622,8 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
     The file may nest the tensors in dicts and put any prefix before the names (MoCo's `module.encoder_q.`,
     mmselfsup's and mmseg's `backbone.`, our checkpoint's `query.encoder.`); heads are left out. A stem of
     another number of channels is summed (or spread) so that it answers the same to a slice repeated in
-    every channel. Into a whitened encoder the last norm goes as a diagonal covariance.
+    every channel. Into a whitened encoder the last norm goes as a diagonal covariance; a file's IterNorm is
+    folded into the convolution before it, unless the encoder has the same.
 
     Raises:
         WeightsError: unreadable, not a ResNet, or one of another architecture. The encoder is then unchanged.
@@ -634,9 +641,8 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
         raise WeightsError(f"{path}: {unsound[0]} is not a tensor of finite numbers")
 
     note = fit_stem(state, encoder.in_channels)
+    note += fit_last_norm(state, encoder)
     own = encoder.state_dict()
-    if f"{encoder.last_norm}.running_cov" not in state and f"{encoder.last_norm}.running_wm" not in state:
-        note += fit_whitening(state, encoder)
     required = [name for name in own if not name.endswith("num_batches_tracked")]
     missing = [name for name in required if name not in state]
     unfit = [name for name in required if name in state and state[name].shape != own[name].shape]
@@ -653,7 +659,8 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
     fitting = {name: state[name] for name in own if name in state}
     encoder.load_state_dict(fitting, strict=False)
     used = {prefix + name for name in fitting}
-    return LoadReport(str(path), prefix, len(fitting), [name for name in tensors if name not in used], note)
+    rest = [n for n in tensors if n not in used and not n.startswith(f"{prefix}{encoder.last_norm}.")]
+    return LoadReport(str(path), prefix, len(fitting), rest, note)
 
 
 def read_weights(path: str | Path) -> dict:
@@ -718,18 +725,35 @@ def fit_stem(state: dict[str, Tensor], in_channels: int) -> str:
     return f", stem of {kernel.shape[1]} channels summed to {in_channels}"
 
 
-def fit_whitening(state: dict[str, Tensor], encoder: Encoder) -> str:
-    """Turn the last BatchNorm in `state` into the encoder's whitening layer, if it has one."""
-    norm, name = encoder.get_submodule(encoder.last_norm), encoder.last_norm
-    if not isinstance(norm, Whitening) or {f"{name}.running_var", f"{name}.running_mean"} - set(state):
-        return ""
-    shape = (norm.num_groups, norm.group_size)
-    variance = state.pop(f"{name}.running_var")
-    if variance.numel() == state[f"{name}.running_mean"].numel() == norm.num_features:
-        state[f"{name}.running_mean"] = state[f"{name}.running_mean"].reshape(shape)
+def fit_last_norm(state: dict[str, Tensor], encoder: Encoder) -> str:
+    """Change the last norm in `state`, BatchNorm or IterNorm, to the encoder's; returns what to say of it.
+
+    IterNorm may have the shapes of its authors' code: an affine of (1, C, 1, 1), a mean of (G, C / G, 1).
+    """
+    name, note = encoder.last_norm, ""
+    norm = encoder.get_submodule(name)
+    own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    channels = encoder.channels["layer4"]
+    if "running_wm" in own and "running_mean" in own:
+        matrix, mean = own["running_wm"], own["running_mean"]
+        square = matrix.dim() == 3 and matrix.shape[1] == matrix.shape[2]
+        if not square or not len(matrix) * matrix.shape[1] == mean.numel() == channels:
+            return ""
+        state.update({f"{name}.{key}": own[key].flatten() for key in ("weight", "bias") if key in own})
+        if isinstance(norm, IterNorm) and matrix.shape == norm.running_wm.shape:
+            state[f"{name}.running_mean"] = mean.view(matrix.shape[:2])
+        elif f"{encoder.last_conv}.weight" in state:
+            fold_whitening(state, encoder.last_conv, name, matrix)
+            note = f", whitening of {name} folded into {encoder.last_conv}"
+    if not isinstance(norm, Whitening) or f"{name}.running_var" not in state:
+        return note
+    mean, variance = state.get(f"{name}.running_mean"), state.pop(f"{name}.running_var")
+    if mean is not None and mean.numel() == variance.numel() == channels:
+        shape = (norm.num_groups, norm.group_size)
+        state[f"{name}.running_mean"] = mean.reshape(shape)
         covariance = torch.diag_embed(variance.reshape(shape))
         if isinstance(norm, ZCAWhitening):
             state[f"{name}.running_cov"] = covariance
         else:
             state[f"{name}.running_wm"] = inverse_sqrt(covariance, norm.eps)
-    return f", {name} turned into whitening of its variances"
+    return note + f", {name} turned into whitening of its variances"

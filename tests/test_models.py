@@ -469,6 +469,33 @@ def test_plain_weights_load_into_a_whitened_encoder(tmp_path):
             torch.testing.assert_close(whitened(x)["layer4"], plain(x)["layer4"], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_published_iternorm_is_folded_or_taken_over(tmp_path, groups):
+    """In the shapes of its authors' code, as mmselfsup checkpoints of the paper have them."""
+    torch.manual_seed(0)
+    source = randomise_norms(Encoder("resnet18", whitening="iternorm", group_size=512 // groups)).eval()
+    name = source.last_norm
+    matrix = torch.randn(groups, 512 // groups, 512 // groups) / 60
+    state = source.state_dict() | {
+        f"{name}.running_wm": matrix + matrix.mT,
+        f"{name}.running_mean": torch.randn(groups, 512 // groups),
+        f"{name}.weight": torch.rand(512),
+    }
+    source.load_state_dict(state)
+    published = {f"backbone.{key}": value for key, value in state.items()}
+    for key in ("weight", "bias"):
+        published[f"backbone.{name}.{key}"] = state[f"{name}.{key}"].view(1, -1, 1, 1)
+    published[f"backbone.{name}.running_mean"] = state[f"{name}.running_mean"][..., None]
+    torch.save({"meta": {}, "state_dict": published}, tmp_path / "paper.pth")
+    x = torch.randn(2, 1, 64, 64)
+    same = Encoder("resnet18", whitening="iternorm", group_size=512 // groups)
+    for encoder in (same, Encoder("resnet18"), Encoder("resnet18", whitening="zca", eps=1e-9)):
+        report = load_encoder_weights(encoder.eval(), tmp_path / "paper.pth")
+        assert report.left_out == [] and ("folded" in report.note) == (encoder is not same)
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(x)["layer4"], source(x)["layer4"], atol=1e-4, rtol=1e-4)
+
+
 class Evil:
     def __reduce__(self):
         return print, ("this code must not run",)
