@@ -7,8 +7,8 @@
     python data.py show --root data/ct --list train.txt --out page.png --views
 
 The datasets and intensities of training are in reading.py, the layout of a set on disk and the readers of
-single files in layout.py, NIfTI volumes in volumes.py, the phantom in phantom.py, pictures in pictures.py;
-their public names can be imported from here too.
+single files in layout.py, NIfTI volumes in volumes.py and slicing.py, the phantom in phantom.py, pictures in
+pictures.py; their public names can be imported from here too.
 """
 
 import argparse
@@ -46,7 +46,8 @@ from layout import (
 from phantom import BTCV_ORGANS, phantom_case, phantom_spacing
 from pictures import ORGAN_COLORS, contact_sheet, outlined, views_page
 from reading import BatchReader, Intensity, SegmentationDataset, SliceDataset, fit
-from volumes import read_volume, slice_volumes, write_labels
+from slicing import slice_volumes
+from volumes import read_volume, write_labels
 
 __all__ = [
     "BTCV_ORGANS",
@@ -124,7 +125,7 @@ def make_phantom(args):
     cases = [f"phantom{index:03d}" for index in range(args.cases)]
     list(in_threads(lambda case: write_phantom_case(out, case, args), cases, "phantom"))
     names = {case: [f"{case}/{index:03d}.png" for index in range(args.slices)] for case in cases}
-    lists = dict(zip(("train", "val", "test"), split_cases(cases)))
+    lists = split_cases(cases)
     lists["unlabelled"] = [case for case in cases if case not in lists["val"] + lists["test"]]
     spacing = phantom_spacing(args.slices, args.size)
     write_text(out / "spacing.json", json.dumps({case: spacing for case in cases}, indent=1))
@@ -227,7 +228,11 @@ def parse(argv):
     sub.add_argument("--labels", help="the same with labels; without: slices for pretraining only")
     sub.add_argument("--out", required=True, help="folder of the new set")
     sub.add_argument("--label-map", help='JSON {"source id": target id}; ids not listed become 0')
-    sub.add_argument("--classes", help="JSON list of class names, background first")
+    sub.add_argument("--classes", help="JSON list of class names, background first; or btcv: its 13 organs")
+    sub.add_argument(
+        "--split", help="JSON {train: [case ...], val: ..., test: ...}, or fractions: 0.7,0.1,0.2"
+    )
+    sub.add_argument("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help="processes")
     sub.add_argument(
         "--axis", type=int, choices=(0, 1, 2), default=2, help="0 sagittal, 1 coronal, 2 axial slices"
     )

@@ -181,7 +181,7 @@ def check_config(cfg: Config) -> None:
 
 def encoder_path(cfg: Config) -> Path | None:
     """The weights file; None for a random encoder."""
-    return None if cfg.encoder == "random" else Path(cfg.encoder.removeprefix("torchvision:"))
+    return None if cfg.encoder == "random" else Path(cfg.encoder.removeprefix("torchvision:")).expanduser()
 
 
 def encoder_facts(path: Path | None) -> dict:

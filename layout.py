@@ -436,14 +436,20 @@ def packed_at(root):
 # ---- Writing a set -------------------------------------------------------------------------------
 
 
-def split_cases(cases):
-    """60/20/20 by case in a fixed random order -> train, val, test; of two cases none is for val."""
+def split_cases(cases, val=None, test=None):
+    """{"train", "val", "test"}: cases, drawn in a fixed random order. Without numbers for val and test 20 %
+    of the cases, at least one; of two cases none is for val."""
     count = len(cases)
     order = [cases[i] for i in np.random.default_rng(0).permutation(count)]
     held_out = max(1, round(0.2 * count)) if count > 1 else 0
-    val = held_out if count > 2 else 0
-    train = count - held_out - val
-    return sorted(order[:train]), sorted(order[train : train + val]), sorted(order[train + val :])
+    test = held_out if test is None else test
+    val = (held_out if count > 2 else 0) if val is None else val
+    train = count - test - val
+    return {
+        "train": sorted(order[:train]),
+        "val": sorted(order[train : train + val]),
+        "test": sorted(order[train + val :]),
+    }
 
 
 def write_lists(root, lists):

@@ -230,8 +230,8 @@ def test_split_cases():
     for count, sizes in ((2, (1, 0, 1)), (3, (1, 1, 1)), (5, (3, 1, 1)), (40, (24, 8, 8))):
         cases = [f"case{index}" for index in range(count)]
         parts = split_cases(cases)
-        assert tuple(map(len, parts)) == sizes
-        assert sorted(sum(parts, [])) == sorted(cases)
+        assert tuple(map(len, parts.values())) == sizes
+        assert sorted(sum(parts.values(), [])) == sorted(cases)
 
 
 # ---- Datasets ------------------------------------------------------------------------------------
@@ -745,18 +745,19 @@ def test_slice_folders(tmp_path, nibabel, capsys):
     ],
 )
 def test_pairing(tmp_path, images, labels):
-    from volumes import pair_volumes
+    from slicing import pair_volumes
 
     for folder, names in (("images", images), ("labels", labels)):
         for name in names.split():
             put(tmp_path / folder / f"{name}.nii.gz", b"")
     pairs = pair_volumes(tmp_path / "images", tmp_path / "labels")
-    assert [case for case, _, _ in pairs] == images.split()
-    assert [label.name for _, _, label in pairs] == [f"{name}.nii.gz" for name in labels.split()]
+    assert [pair.image.name for pair in pairs] == [f"{name}.nii.gz" for name in images.split()]
+    assert [pair.case for pair in pairs] == [name.removesuffix("_0000") for name in images.split()]
+    assert [pair.labels.name for pair in pairs] == [f"{name}.nii.gz" for name in labels.split()]
 
 
 def test_ambiguous_or_hopeless_pairing_is_refused(tmp_path):
-    from volumes import pair_volumes
+    from slicing import pair_volumes
 
     for name in ("images/a_1", "images/b_1", "labels/c_1", "other/c_7"):
         put(tmp_path / f"{name}.nii.gz", b"")
@@ -765,6 +766,101 @@ def test_ambiguous_or_hopeless_pairing_is_refused(tmp_path):
     (tmp_path / "images/b_1.nii.gz").unlink()
     with pytest.raises(DataError, match="no image has the number"):
         pair_volumes(tmp_path / "images", tmp_path / "other")
+
+
+def nnunet_folder(nibabel, root, labels, cases=5):
+    """A raw data set of nnU-Net, two channels a case, with ids 0 to 3 in its labels."""
+    for number in range(1, cases + 1):
+        voxels = np.random.default_rng(number).integers(0, 4, (6, 5, 4)).astype(np.int16)
+        for channel in ("_0000", "_0001"):
+            save_volume(nibabel, root / f"imagesTr/ct_{number:03d}{channel}.nii.gz", voxels * 100)
+        save_volume(nibabel, root / f"labelsTr/ct_{number:03d}.nii.gz", voxels)
+    (root / "dataset.json").write_text(json.dumps({"labels": labels, "channel_names": {"0": "CT"}}))
+    return ("slice", "--images", root / "imagesTr", "--labels", root / "labelsTr", "--out", root / "out")
+
+
+@pytest.mark.parametrize(
+    ("labels", "ignored"),
+    [
+        ({"background": 0, "liver": 1, "spleen": 2, "aorta": 3}, False),
+        ({"0": "background", "1": "liver", "2": "spleen", "3": "aorta"}, False),
+        ({"background": 0, "liver": 1, "spleen": 2, "ignore": 3}, True),
+    ],
+)
+def test_nnunet_folders_bring_their_class_names(tmp_path, nibabel, capsys, labels, ignored):
+    code, output, error = run(capsys, *nnunet_folder(nibabel, tmp_path, labels))
+    assert code == 0, error
+    assert "other channels (left out): 5" in output and "paired 5 of 5" in output
+    names = ["background", "liver", "spleen", "aorta"]
+    assert data.class_names(tmp_path / "out") == names[: 3 if ignored else 4]
+    volume = data.read_volume(tmp_path / "labelsTr/ct_002.nii.gz").array
+    masks = [read_mask(tmp_path / f"out/masks/ct_002/{index:04d}.png") for index in range(len(volume))]
+    assert np.array_equal(np.stack(masks), np.where(volume == 3, 255 if ignored else 3, volume))
+
+
+def test_a_dataset_json_that_cannot_be_used_is_refused(tmp_path, nibabel, capsys):
+    for labels in ({"background": 0, "organs": [1, 2]}, {"background": 0, "liver": 5}, ["liver"]):
+        code, _, error = run(capsys, *nnunet_folder(nibabel, tmp_path, labels, cases=2))
+        assert code == 2 and one_line_of(error) and "dataset.json" in error
+
+
+def test_a_split_is_a_file_of_names_or_numbers_or_three_fractions(tmp_path, nibabel, capsys):
+    labels = {"background": 0, "liver": 1, "spleen": 2, "aorta": 3}
+    argv = nnunet_folder(nibabel, tmp_path, labels, cases=10)
+    split = tmp_path / "split.json"
+
+    def cases_of(split):
+        return sorted({*map(case_of, read_list(tmp_path / f"out/{split}.txt"))})
+
+    split.write_text('{"train": ["ct_001", 2, "case0003"], "test": [10]}')
+    code, _, error = run(capsys, *argv, "--split", split)
+    assert code == 0, error
+    assert cases_of("train") == ["ct_001", "ct_002", "ct_003"] and cases_of("test") == ["ct_010"]
+    assert not (tmp_path / "out/val.txt").exists() and len(cases_of("unlabelled")) == 9
+    assert run(capsys, *argv, "--split", "0.5,0.2,0.3")[0] == 0
+    assert [len(cases_of(part)) for part in ("train", "val", "test")] == [5, 2, 3]
+    for bad in (
+        '{"train": [1], "test": [1]}',
+        '{"train": [1]}',
+        '{"train": [99], "test": [1]}',
+        '{"tset": [1]}',
+    ):
+        split.write_text(bad)
+        code, _, error = run(capsys, *argv, "--split", split)
+        assert code == 2 and one_line_of(error) and "split.json" in error, error
+    for bad in ("0.5,0.5", "0.5,0.2,0.2", "0,0.5,0.5", "1,0,0"):
+        code, _, error = run(capsys, *argv, "--split", bad)
+        assert code == 2 and one_line_of(error) and bad in error, error
+
+
+def test_the_published_btcv_split():
+    """Test cases as listed by TransUNet and those who follow it."""
+    from slicing import read_split
+
+    numbers = [*range(1, 11), *range(21, 41)]
+    split = read_split("configs/btcv_split.json", [f"img{number:04d}" for number in numbers])
+    test = [1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38]
+    assert split["test"] == [f"img{number:04d}" for number in test]
+    assert len(split["train"]) == 18 and not split["val"] and not {*split["train"]} & {*split["test"]}
+
+
+def test_slicing_goes_on_where_it_was_and_past_a_bad_volume(tmp_path, nibabel, capsys):
+    argv = nnunet_folder(nibabel, tmp_path, {"background": 0, "liver": 1, "spleen": 2, "aorta": 3})
+    bad = tmp_path / "imagesTr/ct_003_0000.nii.gz"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:50])
+    code, _, error = run(capsys, *argv)
+    assert code == 2 and one_line_of(error) and "ct_003_0000" in error and "1 of 5" in error
+    assert not list((tmp_path / "out").glob("*.txt"))
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/images").rglob("*.png")}
+    assert {path.parent.name for path in made} == {f"ct_{number:03d}" for number in (1, 2, 4, 5)}
+    bad.write_bytes(whole)
+    assert run(capsys, *argv)[0] == 0
+    assert all(path.stat().st_mtime_ns == at for path, at in made.items())
+    assert (tmp_path / "out/images/ct_003/0000.png").exists()
+    save_volume(nibabel, tmp_path / "labelsTr/ct_001.nii.gz", np.zeros((6, 5, 4), np.int16))
+    assert run(capsys, *argv)[0] == 0
+    assert not read_mask(tmp_path / "out/masks/ct_001/0000.png").any()
 
 
 def test_one_case_is_divided_into_blocks(tmp_path, nibabel, capsys):
