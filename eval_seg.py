@@ -7,9 +7,9 @@
     python eval_seg.py --compare runs/x-linear runs/x-finetune runs/random-linear    # one table
 
 An evaluation leaves in run.out: config.yaml, metrics.jsonl, model.pth (the best on the validation cases, with
-all that --predict needs), results.json, cases.csv and predictions.png. The same command again prints its
-table; after a stop it goes on from the last validation or, if it was asked to stop (SIGTERM, SIGUSR1,
-Ctrl-C; exit code 75), from the last step.
+all that --predict needs), results.json, cases.csv, table.md and predictions.png. The same command again
+prints its table; after a stop it goes on from the last validation or, if it was asked to stop (SIGTERM,
+SIGUSR1, Ctrl-C; exit code 75), from the last step.
 
 Under torchrun a batch is divided among the processes and gradients are averaged; BatchNorm normalises each
 process's share (no SyncBatchNorm: shares of 4 crops and more do without). Cases are divided for scoring.
@@ -469,12 +469,13 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
         }
         report.draw_predictions(folder / "predictions.png", sets["test"], scores, intensity, classes)
         write_whole(folder / "cases.csv", report.cases_csv(results))
+        write_whole(folder / "table.md", report.organ_table(results) + "\n")
         # results.json comes last: it marks the run as finished.
         write_whole(folder / "results.json", json.dumps(results, indent=1))
         for name in ("checkpoint.pth", "checkpoint.pth.previous"):
             (folder / name).unlink(missing_ok=True)
         process.say(report.organ_table(results))
-        process.say(f"{folder}: results.json, cases.csv, predictions.png, model.pth")
+        process.say(f"{folder}: results.json, cases.csv, table.md, predictions.png, model.pth")
     process.barrier()
 
 

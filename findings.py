@@ -20,7 +20,7 @@ from config import ConfigError
 from data import Intensity, SegmentationDataset, class_names
 from layout import read_stored
 from pictures import contact_sheet, gray_tile
-from report import TILE, painted, percent
+from report import TILE, painted, percent, table
 
 GROUPS = {  # of the organs of BTCV
     "large organs": ("spleen", "right kidney", "left kidney", "liver", "stomach"),
@@ -115,9 +115,8 @@ def tables(cells: Path, protocol: dict) -> str:
 
 
 def markdown(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]], title: str) -> str:
-    lines = [heading, ("---",) + ("--:",) * (len(heading) - 1), *rows]
-    body = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
-    return "\n".join([f"**{title}**", "", *body]) if len(body) > 2 else ""
+    rows = [heading, *rows]
+    return f"**{title}**\n\n{table(rows)}" if len(rows) > 1 else ""
 
 
 def spread(values: list[float]) -> str:

@@ -85,6 +85,23 @@ def dataset_dice(counts: Tensor) -> dict[str, float | list[float | None] | None]
     }
 
 
+def sign_flip_test(differences: list[float], draws: int = 100_000) -> float:
+    """Two-sided p of paired differences: how often their mean is as far from 0 if each sign is a coin's toss.
+
+    Fisher's randomisation test: no assumption on the distribution. All 2^n signs for n <= 16, else random
+    ones (fixed seed). The smallest p that n pairs can give is 2^(1 - n).
+    """
+    values = torch.tensor(differences, dtype=torch.float64)
+    if (n := len(values)) <= 16:
+        signs = 1 - 2 * (torch.arange(2**n)[:, None] >> torch.arange(n) & 1).double()
+    else:
+        generator = torch.Generator().manual_seed(0)
+        signs = 1 - 2 * torch.randint(2, (draws, n), generator=generator).double()
+        signs[0] = 1  # what was observed is one of the possibilities
+    means = (signs @ values).abs()
+    return float((means >= means[0] * (1 - 1e-9)).double().mean())
+
+
 # ----------------------------------------------------------------------------------------- Hausdorff distance
 
 

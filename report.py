@@ -139,28 +139,43 @@ def millimetres(value: float | None) -> str:
 
 
 def organ_table(results: dict) -> str:
-    """One line per organ: Dice in percent and HD95 in mm, means over cases; the mean over organs last."""
-    rows = [("organ", "Dice %", "HD95 mm", "cases")]
+    """One line per organ: Dice in percent and HD95 in mm, mean +- standard deviation over the cases with a
+    value, and their number; below the mean over organs, its deviation that of the cases' own means."""
+    cases, distances = results["cases"], results["hd95_cases"]
+    rows = [("organ", "Dice %", "+-", "HD95 mm", "+-", "cases")]
     for organ, dice in results["dice"].items():
-        cases = sum(case[organ] is not None for case in results["cases"].values())
-        rows.append((organ, percent(dice), millimetres(results["hd95_organs"][organ]), str(cases)))
-    rows.append(
-        ("mean", percent(results["mean_dice"]), millimetres(results["hd95"]), str(len(results["cases"])))
-    )
+        found = defined(case[organ] for case in cases.values())
+        apart = defined(case[organ] for case in distances.values())
+        hd95 = results["hd95_organs"][organ]
+        deviations = percent(deviation(found)), millimetres(deviation(apart))
+        rows.append((organ, percent(dice), deviations[0], millimetres(hd95), deviations[1], str(len(found))))
+    means = [[metrics.mean_or_none(case.values()) for case in kind.values()] for kind in (cases, distances)]
+    means = [deviation(defined(values)) for values in means]
+    row = ("mean", percent(results["mean_dice"]), percent(means[0]))
+    rows.append((*row, millimetres(results["hd95"]), millimetres(means[1]), str(len(cases))))
     whole = results["dataset_dice"]
     below = f"all slices as one image (mmseg): {percent(whole['mean'])} %"
     below += f", with background {percent(whole['mean_with_background'])} %"
-    return f"{aligned(rows)}\n{below}"
+    return f"{table(rows)}\n\n{below}"
 
 
-def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Columns, the first to the left, the others to the right; lines under the heading."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def defined(values) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def deviation(values: list[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table that reads well as text, too: a heading and rows, the first column to the left."""
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [
-        "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])])
-        for row in rows
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        for row in (rows[0], rule, *rows[1:])
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def cases_csv(results: dict) -> str:
@@ -238,17 +253,20 @@ def read_results(folder: str | Path, whole: bool = True) -> dict:
 
 
 def is_comparable(results: dict) -> bool:
-    texts = [results["mode"], results["encoder"], results["config"]["data"]["root"]]
+    texts = [results["mode"], results["encoder"], results["config"]["data"]["root"], *results["cases"]]
     numbers = [results["label_fraction"], *(results["effective_rank"][kind] for kind in ("pooled", "dense"))]
-    return all(map(is_text, texts)) and all(map(is_number, numbers)) and is_score(results["mean_dice"])
+    scores = [results["mean_dice"], *(dice for case in results["cases"].values() for dice in case.values())]
+    return all(map(is_text, texts)) and all(map(is_number, numbers)) and all(map(is_score, scores))
 
 
 def has_organs(results: dict) -> bool:
     organs = results["dice"]
-    columns = [organs, results["hd95_organs"], *results["cases"].values()]
+    cases = [*results["cases"].values(), *results["hd95_cases"].values()]
+    columns = [organs, results["hd95_organs"], *cases]
     if not all(isinstance(column, dict) for column in columns):
         return False
     scores = [column[organ] for column in columns for organ in organs]
+    scores += [value for case in cases for value in case.values()]
     scores += [results["hd95"], *(results["dataset_dice"][kind] for kind in ("mean", "mean_with_background"))]
     sha256 = results["encoder_sha256"]
     return all(map(is_text, organs)) and all(map(is_score, scores)) and (sha256 is None or is_text(sha256))
@@ -267,7 +285,8 @@ def is_score(value) -> bool:
 
 
 def compare(folders: list[str]) -> str:
-    """One line per encoder: linear and fine-tuned mean Dice and the frozen encoder's effective rank.
+    """Means: one line per encoder, linear and fine-tuned mean Dice and the frozen encoder's effective rank.
+    Differences: of each mode against the first encoder given, over the test cases.
 
     Runs of one encoder, mode and label fraction that differ in anything else (the seed) are averaged, with
     their standard deviation. Raises ConfigError for folders without results and for mixed data sets.
@@ -283,7 +302,35 @@ def compare(folders: list[str]) -> str:
         ranks = [mean(run["effective_rank"][kind] for run in own) for kind in ("pooled", "dense")]
         rows.append((label, *map(spread, scores), " / ".join(f"{rank:.1f}" for rank in ranks)))
     pictures = [f"{folder}/predictions.png" for folder in folders]
-    return "\n".join([aligned(rows), "", "pictures (image | truth | prediction):", *pictures])
+    parts = [table(rows), differences(runs), "pictures (image | truth | prediction):", *pictures]
+    return "\n".join(part for part in parts if part)
+
+
+def differences(runs: list[dict]) -> str:
+    """The table of paired comparisons; empty if there is nothing to compare.
+
+    A case counts with its mean Dice over organs, averaged over seeds; p is metrics.sign_flip_test's.
+    """
+    rows = [("Dice, percentage points", "difference", "+- over cases", "cases better", "p")]
+    for mode in ("linear", "finetune"):
+        cases = {}  # {encoder: {case: Dice of each seed}}
+        for run in runs:
+            if run["mode"] == mode:
+                own = cases.setdefault(encoder_label(run), {})
+                for case, dice in run["cases"].items():
+                    own.setdefault(case, []).append(metrics.mean_or_none(dice.values()))
+        base = next(iter(cases), None)
+        for label in list(cases)[1:]:
+            pairs = [
+                (metrics.mean_or_none(seeds), metrics.mean_or_none(cases[base].get(case, ())))
+                for case, seeds in cases[label].items()
+            ]
+            gains = [mine - other for mine, other in pairs if mine is not None and other is not None]
+            if gains:
+                better = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
+                row = (f"{mode}: {label} - {base}", f"{100 * mean(gains):+.1f}", percent(deviation(gains)))
+                rows.append((*row, better, f"{metrics.sign_flip_test(gains):.2g}"))
+    return f"\n{table(rows)}\n" if len(rows) > 1 else ""
 
 
 def encoder_label(run: dict) -> str:

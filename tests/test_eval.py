@@ -120,7 +120,8 @@ def test_repeating_prints_the_table_and_another_config_is_refused(linear, phanto
     evaluate(phantom, out, "data.workers=1")  # does not decide what is computed
     printed = capsys.readouterr().out
     assert "finished already" in printed and all(organ in printed for organ in data.BTCV_ORGANS[1:])
-    assert printed.splitlines()[-2].split()[:2] == ["mean", f"{100 * results['mean_dice']:.1f}"]
+    assert printed.splitlines()[-3].split()[1:4:2] == ["mean", f"{100 * results['mean_dice']:.1f}"]
+    assert (out / "table.md").read_text() in printed
     assert (out / "results.json").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match=r"optim\.steps: .* holds a run with 4, not 5"):
         evaluate(phantom, out, "optim.steps=5")
@@ -367,12 +368,15 @@ def test_compare_groups_by_encoder_and_averages_over_seeds(tmp_path, capsys):
         folders[-1].mkdir()
         rank = {"pooled": 10.0 + seed, "dense": 20.0}
         content = {"encoder": encoder, "mode": mode, "seed": seed, "mean_dice": dice, "effective_rank": rank}
+        content["cases"] = {f"case{i}": {"liver": dice + 0.01 * i, "spleen": None} for i in range(4)}
         content |= {"label_fraction": 1.0, "config": {"data": {"root": "data/phantom"}}}
         (folders[-1] / "results.json").write_text(json.dumps(content))
     run("--compare", *folders)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split() == ["random", "25.0", "+-", "7.1", "(n=2)", "50.0", "10.3", "/", "20.0"]
-    assert lines[3].split() == ["runs/x", "45.6", "-", "10.0", "/", "20.0"]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[2] == ["random", "25.0 +- 7.1 (n=2)", "50.0", "10.3 / 20.0"]
+    assert cells[3] == ["runs/x", "45.6", "-", "10.0 / 20.0"]
+    assert cells[7] == ["linear: runs/x - random", "+20.6", "0.0", "4 of 4", "0.12"]
     assert sum("predictions.png" in line for line in lines) == 4
     with pytest.raises(ConfigError, match="no results.json"):
         run("--compare", tmp_path)

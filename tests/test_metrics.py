@@ -175,3 +175,18 @@ def test_dice_and_hd95_equal_monai_where_the_truth_is_not_empty():
         assert metrics.hd95(prediction, truth, spacing) == pytest.approx(expected, rel=1e-5, abs=1e-5)
         counts = metrics.dice_counts(prediction.long(), truth.long(), 2)
         assert metrics.case_dice(counts)[1] == pytest.approx(float(monai.compute_dice(**pair)), rel=1e-6)
+
+
+def test_sign_flip_p_values_by_hand():
+    """Of 2^n equally likely signs, those whose sum is as large."""
+    assert metrics.sign_flip_test([1.0, 2.0, 3.0]) == 2 / 8  # +++ and ---
+    assert metrics.sign_flip_test([1.0, 2.0, -3.0]) == 1.0
+    assert metrics.sign_flip_test([1.0, 1.0, 1.0, -1.0]) == (2 + 8) / 16  # sums of 4 and of 2
+    assert metrics.sign_flip_test([0.5] * 16) == 2 / 2**16
+
+
+def test_sign_flips_by_chance_agree_with_the_t_test():
+    """For normal differences the two have nearly the same p: n = 40, t = 2 has p = 0.0525 (tables)."""
+    values = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    values = (values - values.mean()) / values.std() + 2 / 40**0.5
+    assert metrics.sign_flip_test(values.tolist()) == pytest.approx(0.0525, abs=0.01)
