@@ -118,6 +118,8 @@ optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 
   weight_decay: 0.0001
 eval:
   every: 200                # steps between validations
+  window: null              # px; slices are segmented in windows of this side; null: whole
+  overlap: 0.5              # of neighbouring windows, share of their side
 log:
   every: 20                 # steps between lines of metrics.jsonl
 """
@@ -134,6 +136,7 @@ NULLABLE = {
     "data.std": float,
     "model.arch": str,
     "optim.lr": float,
+    "eval.window": int,
 }
 # What may differ when a run is repeated in its folder: none of it decides what is computed.
 FREE_KEYS = ("run.out", "run.device", "run.compile", "run.timeout", "data.workers", "cache", "log.")
@@ -155,7 +158,9 @@ def check_config(cfg: Config) -> None:
     check_positive(cfg, "label_fraction", "cache_gb", "eval.every", "log.every")
     check_positive(cfg, "run.timeout_minutes")
     check_positive(cfg, "optim.steps", "optim.batch_size", "optim.lr", "optim.encoder_lr_factor")
-    check_fraction(cfg, "label_fraction", "augment.flip")
+    check_fraction(cfg, "label_fraction", "augment.flip", "eval.overlap")
+    check(cfg, "eval.overlap", cfg.eval.overlap < 1, "0 or more, below 1")
+    check(cfg, "eval.window", cfg.eval.window is None or cfg.eval.window >= 32, "32 px or more, or null")
     check(cfg, "seed", 0 <= cfg.seed < 2**31, "0 to 2147483647")
     for name in ("data.workers", "optim.weight_decay", *(f"augment.{n}" for n in PHOTOMETRIC)):
         check(cfg, name, cfg.flat()[name] >= 0, "0 or more")
@@ -428,25 +433,27 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     def batches_of(split: str, prepare) -> Batches:
         return Batches(sets[split], positions[split], prepare, cfg, process)
 
-    # The linear decoder takes frozen features, the fine-tuned model images: augmented, then normalised.
+    # The linear decoder takes frozen features of whole slices, the fine-tuned model images: augmented, then
+    # normalised. What is cut into windows is images, so the whole model is scored then.
+    scored_features = cfg.mode == "linear" and cfg.eval.window is None
+    batches = {split: batches_of(split, to_features if scored_features else to_images) for split in sets}
     if cfg.mode == "linear":
         trained, augment = model.decoder, no_augmentation
-        batches = {split: batches_of(split, to_features) for split in sets}
-        keep_features(cfg, [batches[split] for split in ("train", "val") if split in sets], process)
+        batches["train"] = batches_of("train", to_features)
+        kept = ("train", "val") if scored_features else ("train",)
+        keep_features(cfg, [batches[split] for split in kept if split in sets], process)
     else:
         trained, augment = model, crop_augmentation(cfg, sets["train"].size, intensity, encoder, process)
-        batches = {split: batches_of(split, to_images) for split in sets}
         batches["train"] = batches_of("train", intensity.to_unit)
+    scored = trained if scored_features else model
     if process.is_main:
         split = "val" if "val" in sets else "train"
-        collapse = collapse_measures(
-            batches[split] if cfg.mode == "linear" else batches_of(split, to_features)
-        )
+        collapse = collapse_measures(batches[split] if scored_features else batches_of(split, to_features))
 
     def validate() -> float | None:
         if "val" not in sets:
             return None
-        return report.mean_dice(report.score(trained, batches["val"], process, "validation"))
+        return report.mean_dice(report.score(scored, batches["val"], process, "validation"))
 
     def keep() -> None:
         if process.is_main:
@@ -455,7 +462,7 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     best = train(cfg, process, trained, batches["train"], augment, validate, keep, stop)
     process.barrier()
     model.load_state_dict(read_weights(folder / "model.pth")["state"])
-    scores = report.score(trained, batches["test"], process, "test cases", full=True)
+    scores = report.score(scored, batches["test"], process, "test cases", full=True)
     if process.is_main:
         results = report.summary(scores, classes) | {
             "val_dice": best,

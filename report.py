@@ -23,7 +23,7 @@ from config import ConfigError
 from data import Intensity
 from pictures import ORGAN_COLORS, contact_sheet, gray_tile, tile_size
 from runtime import Process, progress, written_whole
-from segmenter import Batches, at_size, chunks
+from segmenter import Batches, chunks, segmentation_logits
 
 PICTURE_CASES = 4
 TILE = 288  # px, longer side of a slice in the picture
@@ -60,8 +60,9 @@ def score(model, batches: Batches, process: Process, desc: str, full=False) -> d
             predictions = []
             for inputs, masks in batches.of(plan):
                 with process.autocast():
-                    logits = model(inputs)
-                predictions.append(at_size(logits, masks.shape[1:]).argmax(1).to(torch.uint8).cpu())
+                    size = tuple(masks.shape[1:])
+                    logits = segmentation_logits(model, inputs, size, batches.window, batches.overlap)
+                predictions.append(logits.argmax(1).to(torch.uint8).cpu())
                 bar.update(len(inputs))
             positions = [batches.positions[i] for i in rows]
             scores[case] = score_case(dataset, case, positions, torch.cat(predictions), full)

@@ -6,6 +6,7 @@ save_model, load_model  model.pth: the weights with all that is needed to use th
 segment, predict        labels of slices and volumes
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from torch.utils.data import DataLoader
 
 from config import Config, ConfigError
 from data import DataError, Intensity, read_volume, write_labels
-from layout import IGNORE, read_stored, write_png
+from layout import IGNORE, MAX_SIDE, read_stored, write_png
 from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, is_sound, read_weights, upsample
 from runtime import Process, ignore_stop_signals, make_run_folder, progress, written_whole
+
+SMALLEST_WINDOW = 64  # px
 
 
 class LinearProbe(nn.Module):
@@ -99,6 +102,52 @@ def at_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return logits.float() if logits.shape[2:] == size else upsample(logits.float(), size)
 
 
+def segmentation_logits(
+    model: nn.Module, inputs: Tensor, size: tuple[int, int], window: int | None, overlap: float
+) -> Tensor:
+    """Logits (N, K, H, W) at `size`, of whole slices or, with a window (px), the mean over such windows.
+
+    What a device has no memory for is tried again in smaller batches, then in smaller windows. Only images
+    can be divided into windows: of features the window must be None.
+    """
+    try:
+        if window is None or window >= max(inputs.shape[2:]):
+            return at_size(model(inputs), size)
+        return windowed_logits(model, inputs, window, overlap)
+    except torch.OutOfMemoryError:
+        pass  # what follows must not happen in here: the error holds on to the memory
+    if len(inputs) > 1:
+        halves = [segmentation_logits(model, half, size, window, overlap) for half in inputs.tensor_split(2)]
+        return torch.cat(halves)
+    smaller = min(window or MAX_SIDE, *inputs.shape[2:]) // 2
+    if smaller < SMALLEST_WINDOW or inputs.shape[2:] != size:
+        raise DataError(f"no memory for a slice of {size[0]} x {size[1]} px")
+    return segmentation_logits(model, inputs, size, smaller, overlap)
+
+
+def windowed_logits(model: nn.Module, images: Tensor, window: int, overlap: float) -> Tensor:
+    """Logits (N, K, H, W) of images (N, C, H, W): the mean over all windows that hold a pixel."""
+    height, width = images.shape[2:]
+    total, count = None, images.new_zeros(height, width)
+    for top in window_starts(height, window, overlap):
+        for left in window_starts(width, window, overlap):
+            place = (..., slice(top, top + window), slice(left, left + window))
+            part = at_size(model(images[place]), images[place].shape[2:])
+            if total is None:
+                total = part.new_zeros(*part.shape[:2], height, width)
+            total[place] += part
+            count[place] += 1
+    return total / count
+
+
+def window_starts(length: int, window: int, overlap: float) -> list[int]:
+    """Where windows begin that cover `length` px evenly, neighbours sharing `overlap` of a window or more."""
+    if window >= length:
+        return [0]
+    gaps = math.ceil((length - window) / max(1, window * (1 - overlap)))
+    return [round(i * (length - window) / gaps) for i in range(gaps + 1)]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Batches of slices, or of their frozen features
 # ---------------------------------------------------------------------------------------------------------
@@ -116,6 +165,7 @@ class Batches:
     def __init__(self, dataset, positions: list[int], prepare, cfg: Config, process: Process):
         self.dataset, self.positions, self.prepare, self.process = dataset, positions, prepare, process
         self.workers, self.batch_size = cfg.data.workers, cfg.optim.batch_size
+        self.window, self.overlap = cfg.eval.window, cfg.eval.overlap
         self.inputs = self.masks = None
 
     def __len__(self) -> int:
@@ -207,7 +257,7 @@ def slices_and_volumes(source: Path) -> tuple[list[Path], list[Path]]:
 
 @torch.no_grad()
 def segment(model, about: Description, stored: Tensor, kind: str, path: Path, cfg: Config, process: Process):
-    """Labels (S, H, W) uint8 of slices (S, H, W) in stored values, each slice whole."""
+    """Labels (S, H, W) uint8 of slices (S, H, W) in stored values."""
     if kind != about.stored:
         raise DataError(f"{path}: holds {kind} values, the model was trained on {about.stored} ones")
     intensity = Intensity(**about.normalisation)
@@ -215,6 +265,7 @@ def segment(model, about: Description, stored: Tensor, kind: str, path: Path, cf
     for some in stored.split(cfg.optim.batch_size):
         unit = intensity.to_unit(some[:, None].to(process.device))
         with process.autocast():
-            logits = model(network_input(unit, intensity, about.in_channels))
-        labels.append(at_size(logits, some.shape[1:]).argmax(1).to(torch.uint8).cpu())
+            images = network_input(unit, intensity, about.in_channels)
+            logits = segmentation_logits(model, images, some.shape[1:], cfg.eval.window, cfg.eval.overlap)
+        labels.append(logits.argmax(1).to(torch.uint8).cpu())
     return torch.cat(labels).numpy()

@@ -16,6 +16,7 @@ import data
 import eval_seg
 import report
 import runtime
+import segmenter
 from config import ConfigError
 from data import DataError
 from models import Encoder, WeightsError
@@ -353,6 +354,53 @@ def test_values_of_another_kind_than_trained_on_are_refused(linear, tmp_path):
 
 
 # ---- Several runs ---------------------------------------------------------------------------------------
+
+
+class Smooth(torch.nn.Module):
+    """A model whose logits depend on the pixel alone, and that runs out of memory above `limit` pixels."""
+
+    def __init__(self, limit=10**9):
+        super().__init__()
+        self.limit, self.sizes = limit, []
+
+    def forward(self, images):
+        self.sizes.append(tuple(images.shape))
+        if images[:, 0].numel() > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.cat([images, 2 * images, images.square()], dim=1)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (100, 70), (64, 200)])
+@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.75])
+def test_windows_cover_every_pixel_and_average_to_the_same(size, overlap):
+    images, model = torch.randn(2, 1, *size), Smooth()
+    logits = segmenter.segmentation_logits(model, images, size, 64, overlap)
+    torch.testing.assert_close(logits, Smooth()(images))
+    assert all(max(shape[2:]) <= 64 for shape in model.sizes) and len(model.sizes) > 1
+    starts = segmenter.window_starts(size[1], 64, overlap)
+    assert starts[0] == 0 and starts[-1] == max(0, size[1] - 64)
+    assert all(b - a <= max(1, 64 * (1 - overlap)) + 0.5 for a, b in zip(starts, starts[1:]))
+
+
+def test_what_does_not_fit_into_memory_is_divided():
+    images, model = torch.randn(4, 1, 256, 256), Smooth(limit=130**2)
+    logits = segmenter.segmentation_logits(model, images, (256, 256), None, 0.5)
+    torch.testing.assert_close(logits, Smooth()(images))
+    assert model.sizes[-1] == (1, 1, 128, 128)
+    with pytest.raises(DataError, match="no memory for a slice of 256 x 256 px"):
+        segmenter.segmentation_logits(Smooth(limit=100), images, (256, 256), None, 0.5)
+
+
+@pytest.mark.parametrize("mode", [[], FINETUNE], ids=["linear", "finetune"])
+def test_a_window_as_large_as_the_slice_changes_nothing(phantom, tmp_path, mode):
+    whole = evaluate(phantom, tmp_path / "whole", *mode)
+    windowed = evaluate(phantom, tmp_path / "windowed", *mode, "eval.window=48")
+    assert windowed["dice"] == whole["dice"]
+
+
+def test_a_smaller_window_is_used(linear, phantom, tmp_path):
+    smaller = evaluate(phantom, tmp_path / "smaller", "eval.window=32")
+    assert smaller["dataset_dice"] != linear[1]["dataset_dice"]
 
 
 def test_compare_groups_by_encoder_and_averages_over_seeds(tmp_path, capsys):
