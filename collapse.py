@@ -4,8 +4,10 @@ import heapq
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -14,11 +16,14 @@ from config import Config
 from data import Intensity, SliceDataset
 from losses import effective_rank_of, singular_values
 from models import Encoder, MoCo
+from pictures import contact_sheet, gray_tile, tile_size
 from runtime import Process
 from structure import dense_structure
 
 MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
 STRUCTURED = 128  # slices (at most) whose dense structure it estimates
+PANEL = 8  # slices whose features are drawn
+TILE = 256  # px, longer side of a slice there
 
 
 class CollapseMonitor:
@@ -76,11 +81,47 @@ class CollapseMonitor:
         encoder.set_output_stride(pretraining_stride)
         return dense_structure(torch.cat(maps).flatten(2).mT.float())
 
+    @torch.no_grad()
+    def draw_features(self, model: MoCo, path: Path) -> None:
+        """A panel of slices and their dense features at output stride 8 as colours (feature_colors)."""
+        encoder = model.query.encoder.eval()
+        pretraining_stride = encoder.output_stride
+        encoder.set_output_stride(8)
+        count = min(PANEL, len(self.slices))
+        chosen = [len(self.slices) * (2 * i + 1) // (2 * count) for i in range(count)]
+        maps = torch.cat([self.maps(encoder, self.slices[i][None]) for i in chosen])
+        encoder.set_output_stride(pretraining_stride)
+        tiles, captions = [], []
+        for i, colors in zip(chosen, feature_colors(maps)):
+            unit = self.intensity.to_unit(self.slices[i][0])
+            shown = (unit - unit.min()) / (unit.max() - unit.min()).clamp(min=1e-6)
+            tiles.append(gray_tile(shown.numpy(), TILE))
+            picture = Image.fromarray((255 * colors).round().byte().numpy())
+            tiles.append(np.asarray(picture.resize(tile_size(unit.shape, TILE), Image.Resampling.NEAREST)))
+            captions += [self.slices.dataset.names[self.slices.indices[i]], "features"]
+        with runtime.written_whole(path) as file:
+            contact_sheet(tiles, captions, columns=4).save(file, format="PNG")
+
     def maps(self, encoder: Encoder, stored: Tensor) -> Tensor:
         """layer4 (n, C, h, w) of whole slices (n, 1, H, W) in stored values, scaled to the views' size."""
         x = self.intensity.normalise(self.intensity.to_unit(stored.to(self.process.device)))
         x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         return encoder(x.expand(-1, self.channels, -1, -1))["layer4"]
+
+
+def feature_colors(maps: Tensor) -> Tensor:
+    """Dense features (N, C, h, w) as colours (N, h, w, 3) in [0, 1]; like features have like colours.
+
+    The first three principal components, one projection for all maps, each from its 1st to 99th percentile.
+    """
+    vectors = maps.movedim(1, -1).flatten(0, 2).double().cpu()
+    centred = vectors - vectors.mean(dim=0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
+    axes *= axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()  # svd leaves the sign open
+    components = centred @ axes.T
+    low, high = (components.quantile(q, dim=0) for q in (0.01, 0.99))
+    colors = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return colors.view(len(maps), *maps.shape[2:], -1)
 
 
 def describe_collapse(measured: dict) -> str:

@@ -8,8 +8,8 @@
 Any setting below can stand in the config file or behind the command as section.key=value. A run that was
 stopped goes on when the same command is given again. Results, in run.out: encoder.pth (a torchvision ResNet
 without fc), encoder.json, both also for encoder_best (which the label-free measure of structure picks),
-metrics.jsonl, config.yaml, checkpoint.pth; curves.png and spectrum.png if matplotlib is installed,
-TensorBoard files if tensorboard is.
+metrics.jsonl, config.yaml, checkpoint.pth, features.png (dense features as colours); curves.png and
+spectrum.png if matplotlib is installed, TensorBoard files if tensorboard is.
 """
 
 import argparse
@@ -261,6 +261,7 @@ def pretrain(
     model.average_running_statistics()
     if process.is_main:
         draw(folder, process)
+        monitor.draw_features(model, folder / "features.png")
         export(folder, "encoder", cfg, model, intensity, dataset, step, journal.latest)
     process.say(f"encoder: {folder / 'encoder.pth'}")
     process.barrier()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import eval_seg
 import train_moco
@@ -84,6 +85,8 @@ def test_abdomen1k_then_btcv_as_they_come(abdomen1k, btcv, tmp_path):
 def test_the_papers_setting_runs(abdomen1k, tmp_path):
     pretrain(abdomen1k, tmp_path, "paper.yaml")
     assert (tmp_path / "encoder.pth").is_file()
+    with Image.open(tmp_path / "features.png") as page:
+        assert page.width > 1000 and page.height > 1000  # eight slices and their features
 
 
 def test_imagenet_weights_are_a_baseline(btcv, tmp_path, monkeypatch):
