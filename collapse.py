@@ -1,6 +1,7 @@
 """How far the features of a pretraining run have collapsed: measured while it runs, and drawn at its end."""
 
 import heapq
+import importlib.util
 import json
 from pathlib import Path
 
@@ -22,6 +23,12 @@ from structure import dense_structure
 
 MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
 STRUCTURED = 128  # slices (at most) whose dense structure it estimates
+KINDS = {  # of features, as their columns in metrics.jsonl end
+    "": "pooled",
+    "_dense": "dense",
+    "_whitened": "pooled, whitened",
+    "_whitened_dense": "dense, whitened",
+}
 PANEL = 8  # slices whose features are drawn
 TILE = 256  # px, longer side of a slice there
 
@@ -82,15 +89,17 @@ class CollapseMonitor:
         return dense_structure(torch.cat(maps).flatten(2).mT.float())
 
     @torch.no_grad()
-    def draw_features(self, model: MoCo, path: Path) -> None:
+    def features_page(self, model: MoCo) -> Image.Image:
         """A panel of slices and their dense features at output stride 8 as colours (feature_colors)."""
-        encoder = model.query.encoder.eval()
+        encoder, training = model.query.encoder, model.training
+        encoder.eval()
         pretraining_stride = encoder.output_stride
         encoder.set_output_stride(8)
         count = min(PANEL, len(self.slices))
         chosen = [len(self.slices) * (2 * i + 1) // (2 * count) for i in range(count)]
         maps = torch.cat([self.maps(encoder, self.slices[i][None]) for i in chosen])
         encoder.set_output_stride(pretraining_stride)
+        encoder.train(training)
         tiles, captions = [], []
         for i, colors in zip(chosen, feature_colors(maps)):
             unit = self.intensity.to_unit(self.slices[i][0])
@@ -99,8 +108,7 @@ class CollapseMonitor:
             picture = Image.fromarray((255 * colors).round().byte().numpy())
             tiles.append(np.asarray(picture.resize(tile_size(unit.shape, TILE), Image.Resampling.NEAREST)))
             captions += [self.slices.dataset.names[self.slices.indices[i]], "features"]
-        with runtime.written_whole(path) as file:
-            contact_sheet(tiles, captions, columns=4).save(file, format="PNG")
+        return contact_sheet(tiles, captions, columns=4)
 
     def maps(self, encoder: Encoder, stored: Tensor) -> Tensor:
         """layer4 (n, C, h, w) of whole slices (n, 1, H, W) in stored values, scaled to the views' size."""
@@ -133,32 +141,31 @@ def describe_collapse(measured: dict) -> str:
     )
 
 
+def show(board, step: int, measured: dict, page: Image.Image) -> None:
+    """The panel of features and the spectrum (if matplotlib is installed) as pictures on a TensorBoard."""
+    board.add_image("features", np.asarray(page), step, dataformats="HWC")
+    if importlib.util.find_spec("matplotlib"):
+        board.add_figure("spectrum", spectrum_figure({"step": step, **measured}), step)
+
+
 def draw(folder: Path, process: Process) -> None:
     """curves.png and spectrum.png from metrics.jsonl."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         process.say("no curves.png and spectrum.png: pip install matplotlib")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [row for row in rows if "loss" in row]
     ranks = [row for row in rows if "effective_rank" in row]
-    names = {
-        "": "pooled",
-        "_dense": "dense",
-        "_whitened": "pooled, whitened",
-        "_whitened_dense": "dense, whitened",
-    }
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
     steps = [row["step"] for row in losses]
     for name in ("global", "local") if any(row["local"] for row in losses) else ("global",):
         axes[0].plot(steps, [row[name] for row in losses], label=name)
     axes[1].plot(steps, [row["accuracy"] for row in losses])
-    for name, label in names.items():
+    for name, label in KINDS.items():
         if f"effective_rank{name}" in ranks[0]:
             axes[2].plot(
                 [r["step"] for r in ranks], [r[f"effective_rank{name}"] for r in ranks], "o-", label=label
@@ -170,11 +177,18 @@ def draw(folder: Path, process: Process) -> None:
     axes[0].legend()
     axes[2].legend()
     figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)
+    spectrum_figure(ranks[0], ranks[-1]).savefig(folder / "spectrum.png", dpi=110)
+    process.say(f"pictures: {folder / 'curves.png'} {folder / 'spectrum.png'}")
 
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for row, style in ((ranks[0], ":"), (ranks[-1], "-")):
-        for i, (name, label) in enumerate(names.items()):
+
+def spectrum_figure(*rows: dict):
+    """The singular values of one measurement, or of the first (dotted) and the last: a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for row, style in zip(rows, (":", "-") if len(rows) > 1 else ("-",), strict=True):
+        for i, (name, label) in enumerate(KINDS.items()):
             if f"spectrum{name}" in row:
                 values = torch.tensor(row[f"spectrum{name}"])
                 axis.plot(
@@ -188,6 +202,4 @@ def draw(folder: Path, process: Process) -> None:
     )
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    figure.savefig(folder / "spectrum.png", dpi=110)
-    plt.close(figure)
-    process.say(f"pictures: {folder / 'curves.png'} {folder / 'spectrum.png'}")
+    return figure

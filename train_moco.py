@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import config
 import runtime
-from collapse import CollapseMonitor, describe_collapse, draw
+from collapse import CollapseMonitor, describe_collapse, draw, show
 from config import (
     Config,
     ConfigError,
@@ -198,6 +198,11 @@ def pretrain(
                 except OSError as error:
                     runtime.warn(f"step {step}: no {name}.pth written ({error}); training goes on")
         journal.collapse(step, measured)
+        if board := journal.log.board:
+            try:
+                show(board, step, measured, monitor.features_page(model))
+            except OSError as error:
+                runtime.warn(f"step {step}: no pictures for TensorBoard ({error}); training goes on")
 
     if due.measuring(step) and not process.from_main(lambda: journal.knows_collapse(step)):
         measure_collapse()
@@ -261,7 +266,8 @@ def pretrain(
     model.average_running_statistics()
     if process.is_main:
         draw(folder, process)
-        monitor.draw_features(model, folder / "features.png")
+        with runtime.written_whole(folder / "features.png") as file:
+            monitor.features_page(model).save(file, format="PNG")
         export(folder, "encoder", cfg, model, intensity, dataset, step, journal.latest)
     process.say(f"encoder: {folder / 'encoder.pth'}")
     process.barrier()

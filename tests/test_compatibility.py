@@ -89,6 +89,17 @@ def test_the_papers_setting_runs(abdomen1k, tmp_path):
         assert page.width > 1000 and page.height > 1000  # eight slices and their features
 
 
+def test_tensorboard_gets_numbers_and_pictures(abdomen1k, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("matplotlib")
+    pretrain(abdomen1k, tmp_path, "abdomen1k.yaml")
+    board = accumulator.EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert {"features", "spectrum"} <= {*board.Tags()["images"]}
+    assert {"loss", "local", "lr", "effective_rank", "dse"} <= {*board.Tags()["scalars"]}
+    assert [event.step for event in board.Images("spectrum")] == [0, 2]
+
+
 def test_imagenet_weights_are_a_baseline(btcv, tmp_path, monkeypatch):
     torch.manual_seed(0)
     weights = tmp_path / "home/.cache/torch/hub/checkpoints/resnet50-0676ba61.pth"
