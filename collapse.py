@@ -81,24 +81,17 @@ class CollapseMonitor:
 
     def structure(self, encoder: Encoder) -> dict[str, float]:
         """DSE, its three terms, and the share of variance between images."""
-        pretraining_stride = encoder.output_stride
-        encoder.set_output_stride(8)
         some = range(0, len(self.slices), -(-len(self.slices) // STRUCTURED))
-        maps = [self.maps(encoder, stored) for stored in DataLoader(Subset(self.slices, some), batch_size=32)]
-        encoder.set_output_stride(pretraining_stride)
-        return dense_structure(torch.cat(maps).flatten(2).mT.float())
+        return dense_structure(self.fine_maps(encoder, some).flatten(2).mT.float())
 
     @torch.no_grad()
     def features_page(self, model: MoCo) -> Image.Image:
         """A panel of slices and their dense features at output stride 8 as colours (feature_colors)."""
         encoder, training = model.query.encoder, model.training
         encoder.eval()
-        pretraining_stride = encoder.output_stride
-        encoder.set_output_stride(8)
         count = min(PANEL, len(self.slices))
         chosen = [len(self.slices) * (2 * i + 1) // (2 * count) for i in range(count)]
-        maps = torch.cat([self.maps(encoder, self.slices[i][None]) for i in chosen])
-        encoder.set_output_stride(pretraining_stride)
+        maps = self.fine_maps(encoder, chosen)
         encoder.train(training)
         tiles, captions = [], []
         for i, colors in zip(chosen, feature_colors(maps)):
@@ -109,6 +102,14 @@ class CollapseMonitor:
             tiles.append(np.asarray(picture.resize(tile_size(unit.shape, TILE), Image.Resampling.NEAREST)))
             captions += [self.slices.dataset.names[self.slices.indices[i]], "features"]
         return contact_sheet(tiles, captions, columns=4)
+
+    def fine_maps(self, encoder: Encoder, rows) -> Tensor:
+        """layer4 (n, C, h, w) of the slices `rows` at output stride 8, as a decoder will see it."""
+        pretraining_stride = encoder.output_stride
+        encoder.set_output_stride(8)
+        maps = [self.maps(encoder, stored) for stored in DataLoader(Subset(self.slices, rows), batch_size=32)]
+        encoder.set_output_stride(pretraining_stride)
+        return torch.cat(maps)
 
     def maps(self, encoder: Encoder, stored: Tensor) -> Tensor:
         """layer4 (n, C, h, w) of whole slices (n, 1, H, W) in stored values, scaled to the views' size."""

@@ -3,6 +3,7 @@
 LinearProbe             frozen encoder and linear decoder; its rival, DeepLabV3Plus, is in models.py
 Batches                 slices, or their frozen features computed once, in any order
 save_model, load_model  model.pth: the weights with all that is needed to use them
+segmentation_logits     of whole slices, or of windows of them
 segment, predict        labels of slices and volumes
 """
 
@@ -132,7 +133,8 @@ def windowed_logits(model: nn.Module, images: Tensor, window: int, overlap: floa
     for top in window_starts(height, window, overlap):
         for left in window_starts(width, window, overlap):
             place = (..., slice(top, top + window), slice(left, left + window))
-            part = at_size(model(images[place]), images[place].shape[2:])
+            view = images[place]
+            part = at_size(model(view), view.shape[2:])
             if total is None:
                 total = part.new_zeros(*part.shape[:2], height, width)
             total[place] += part

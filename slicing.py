@@ -115,9 +115,9 @@ def volume_files(path):
 def first_channels(files):
     """Without CASE_0001, CASE_0002 ... where there is a CASE_0000."""
     first = {case_name(path) for path in files if stem_of(path).endswith("_0000")}
-    others = [p for p in files if re.fullmatch(r"(.*)_0\d\d[1-9]", stem_of(p)) and stem_of(p)[:-5] in first]
-    print_names("other channels (left out)", [path.name for path in others])
-    return [path for path in files if path not in set(others)]
+    others = {p for p in files if re.fullmatch(r"(.*)_0\d\d[1-9]", stem_of(p)) and stem_of(p)[:-5] in first}
+    print_names("other channels (left out)", sorted(path.name for path in others))
+    return [path for path in files if path not in others]
 
 
 def stem_of(path):

@@ -133,7 +133,7 @@ def test_weights_go_strictly_into_torchvision(exported):
     model = getattr(torchvision.models, encoder.arch)(weights=None)
     model.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
     model.fc = torch.nn.Identity()
-    model.load_state_dict(state)
+    assert model.load_state_dict(state, strict=True) == ([], [])  # nothing missing, nothing left over
     model.avgpool = torch.nn.Identity()
     shape = (2, encoder.channels["layer4"], 2, 2)
     same_function(encoder, lambda x: model.eval()(x).view(shape))
