@@ -304,12 +304,12 @@ def read_protocol(path: str, overrides: list[str]) -> dict:
 
 def check_same_protocol(path: Path, protocol: dict) -> None:
     """Write the protocol into the folder; ConfigError if what is there was made under another one. New
-    methods, variants and seeds may be added."""
+    methods, variants and seeds may be added, and settings of run (precision, device) are the machine's."""
     text = yaml.safe_dump(protocol, sort_keys=False)
     if path.is_file():
         before = yaml.safe_load(path.read_text())
         for name in ("data", "phantom", "pretrain", "linear", "finetune"):
-            if before.get(name) != protocol.get(name):
+            if without_machine(before.get(name)) != without_machine(protocol.get(name)):
                 raise ConfigError(f"{name}: not that of {path}; choose another --out")
         for group in ("methods", "variants"):
             for name, own in before[group].items():
@@ -317,6 +317,10 @@ def check_same_protocol(path: Path, protocol: dict) -> None:
                     raise ConfigError(f"{group}.{name}: not that of {path}; choose another name or --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
+
+
+def without_machine(settings: dict | None) -> dict:
+    return {name: value for name, value in (settings or {}).items() if not name.startswith("run.")}
 
 
 if __name__ == "__main__":

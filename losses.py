@@ -167,7 +167,7 @@ def sample_regions(feature_map: Tensor, points: Tensor) -> Tensor:
     sampled = F.grid_sample(
         feature_map, locations, mode="bilinear", padding_mode="border", align_corners=False
     )
-    return sampled[:, :, 0].transpose(1, 2)
+    return sampled[:, :, 0].transpose(1, 2).contiguous()  # else a Linear copies its weight for each image
 
 
 # ---------------------------------------------------------------------------------------------------------
