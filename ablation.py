@@ -53,24 +53,33 @@ class Ablation:
         self.running, self.stopping = set(), threading.Event()
 
     def run(self, methods: list[str], seeds: list[int]) -> None:
-        """All cells of these methods: first those that decide about learning rates, then one step after the
-        other, so that what is there can be compared at any time."""
+        """All cells of these methods: those that decide about learning rates, then seed by seed, so that what
+        is there can be compared at any time, and the variants last. A cell is measured in one go: encoders
+        are too large to be kept with the results."""
         self.make_data()
         main = [name for name in methods if name in self.protocol["methods"]]
         first = self.protocol["seeds"][0]
         trained = [name for name in main if self.methods[name] is not None]
+        tuning = [Cell(name, rate, first) for rate in self.protocol["rates"] for name in trained]
+        self.all(self.linear, tuning)
+        for seed in seeds:
+            self.all(self.everything, [self.chosen(name, seed) for name in main])
         self.all(
-            self.linear, [Cell(name, rate, first) for rate in self.protocol["rates"] for name in trained]
+            self.variant, [self.chosen(name, first) for name in methods if name in self.protocol["variants"]]
         )
-        cells = [self.chosen(name, seed) for seed in seeds for name in main]
-        variants = [self.chosen(name, first) for name in methods if name in self.protocol["variants"]]
-        self.all(self.linear, cells + variants)
+
+    def everything(self, cell: Cell) -> None:
+        self.linear(cell)
         for fraction in self.protocol["fractions"]:
-            self.all(lambda cell: self.evaluate(cell, "finetune", fraction), cells)  # noqa: B023 (used at once)
-        looked_at = [cell for cell in cells if cell.seed == first]
-        self.all(self.position_cues, looked_at + variants)
-        self.all(self.evaluate_snapshots, looked_at)
-        self.all(self.predict, looked_at)
+            self.evaluate(cell, "finetune", fraction)
+        if cell.seed == self.protocol["seeds"][0]:
+            self.position_cues(cell)
+            self.evaluate_snapshots(cell)
+            self.predict(cell)
+
+    def variant(self, cell: Cell) -> None:
+        self.linear(cell)
+        self.position_cues(cell)
 
     def chosen(self, method: str, seed: int) -> Cell:
         """The method's cell at the learning rate that was best on the validation cases with the first seed; a
