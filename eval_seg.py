@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import report
+from checkpoints import load_checkpoint, load_optimizer, save_checkpoint
 from config import (
     Config,
     ConfigError,
@@ -40,24 +41,10 @@ from config import (
     load_config,
 )
 from data import DataError, Intensity, SegmentationAugment, SegmentationDataset, class_names, default_window
+from files import write_whole
 from losses import effective_rank, segmentation_loss
 from models import Encoder, WeightsError, load_encoder_weights, read_weights
-from runtime import (
-    STOP_MARKER,
-    MetricsLog,
-    Process,
-    StopRequest,
-    leave,
-    load_checkpoint,
-    load_optimizer,
-    make_run_folder,
-    progress,
-    run_script,
-    save_checkpoint,
-    start_process,
-    warn,
-    write_whole,
-)
+from runtime import MetricsLog, Process, make_run_folder, progress, start_process, warn
 from segmenter import (
     Batches,
     Description,
@@ -69,6 +56,7 @@ from segmenter import (
     predict,
     save_model,
 )
+from stopping import STOP_MARKER, StopRequest, leave, run_script
 from structure import dense_structure
 
 DEFAULTS = """

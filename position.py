@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 import config
 import runtime
+from checkpoints import load_checkpoint
 from config import ConfigError
 from data import Intensity, SliceDataset, TwoViews
+from files import write_whole
 from losses import at_least_float32, local_nce_per_image
 from models import MoCo
+from stopping import run_script
 from train_moco import build_model, value_range
 
 IMAGES = 256  # slices (at most) and images of noise
@@ -34,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for run in parser.parse_args(argv).runs:
         found = position_cues(Path(run))
-        runtime.write_whole(Path(run) / "position.json", json.dumps(found) + "\n")
+        write_whole(Path(run) / "position.json", json.dumps(found) + "\n")
         print(json.dumps({"run": run, **found}))
     return 0
 
@@ -47,7 +50,7 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     Raises:
         ConfigError: no checkpoint of a run with local features.
     """
-    state = runtime.load_checkpoint(folder)
+    state = load_checkpoint(folder)
     if state is None:
         raise ConfigError(f"{folder}: holds no checkpoint.pth of a pretraining run")
     cfg = config.to_config(state["config"])
@@ -116,4 +119,4 @@ def local_task(
 
 
 if __name__ == "__main__":
-    runtime.run_script(main, ())
+    run_script(main, ())

@@ -21,8 +21,9 @@ from torch import Tensor
 import metrics
 from config import ConfigError
 from data import Intensity
+from files import written_whole
 from pictures import ORGAN_COLORS, contact_sheet, gray_tile, tile_size
-from runtime import Process, progress, written_whole
+from runtime import Process, progress
 from segmenter import Batches, chunks, segmentation_logits
 
 PICTURE_CASES = 4

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import config
 import runtime
+from checkpoints import load_checkpoint, load_optimizer, save_checkpoint
 from collapse import CollapseMonitor, describe_collapse, draw, show
 from config import (
     Config,
@@ -42,8 +43,10 @@ from config import (
     check_range,
 )
 from data import BatchReader, DataError, Intensity, SliceDataset, TwoViews, default_window
+from files import write_whole, written_whole
 from models import ARCHITECTURES, LAYERS, Encoder, MoCo, WeightsError, load_encoder_weights, slices
 from runtime import Process
+from stopping import STOP_MARKER, StopRequest, batch_loader, leave, naming_lost_workers, run_script
 
 DEFAULTS = """
 seed: 0
@@ -140,14 +143,14 @@ def main(argv: list[str] | None = None) -> int:
     if len(counts := set(process.everyone(len(dataset)))) > 1:
         raise DataError(f"{cfg.data.list}: not the same for all processes, {sorted(counts)} slices")
     reader = BatchReader(dataset, cfg.data.workers)
-    with runtime.StopRequest(process.rank) as stop, runtime.naming_lost_workers(reader):
+    with StopRequest(process.rank) as stop, naming_lost_workers(reader):
         code = pretrain(cfg, process, dataset, reader, stop)
     process.close()
     return code
 
 
 def pretrain(
-    cfg: Config, process: Process, dataset: SliceDataset, reader: BatchReader, stop: runtime.StopRequest
+    cfg: Config, process: Process, dataset: SliceDataset, reader: BatchReader, stop: StopRequest
 ) -> int:
     """The whole run, from where its folder says it is; returns the exit code."""
     torch.manual_seed(cfg.seed)
@@ -165,8 +168,8 @@ def pretrain(
         process.say(f"{folder} holds this run, finished after {step} steps; nothing to do")
         return 0
     if process.is_main:
-        (folder / runtime.STOP_MARKER).unlink(missing_ok=True)
-        runtime.write_whole(folder / "config.yaml", cfg.as_yaml())
+        (folder / STOP_MARKER).unlink(missing_ok=True)
+        write_whole(folder / "config.yaml", cfg.as_yaml())
     monitor = CollapseMonitor(cfg, dataset, intensity, process)
     process.say(
         f"{len(dataset)} slices of {dataset.size[0]} x {dataset.size[1]} px; {total_steps} steps, "
@@ -183,7 +186,7 @@ def pretrain(
     trained = distributed(model, guard, shape, process) if process.world > 1 else model
     offset = process.rank * local_batch  # global index of this process's first sample
     order = StepBatches(len(dataset), cfg.optim.batch_size, cfg.seed, process, step, total_steps)
-    loader = runtime.batch_loader(reader, order, cfg.data.workers, process, cfg.run.timeout_minutes)
+    loader = batch_loader(reader, order, cfg.data.workers, process, cfg.run.timeout_minutes)
 
     journal = Journal(cfg, process, steps_per_epoch, total_steps, step)
     readback = runtime.Readback(process.device)
@@ -260,13 +263,13 @@ def pretrain(
         if stopping or last or due.by_step(step) or any(found["save"] for found in news):
             save(folder, cfg, model, optimizer, guard, step, dataset, process)
         if stopping:
-            return runtime.leave(folder, step, process.everyone(stop.reason), process)
+            return leave(folder, step, process.everyone(stop.reason), process)
     journal.close()
 
     model.average_running_statistics()
     if process.is_main:
         draw(folder, process)
-        with runtime.written_whole(folder / "features.png") as file:
+        with written_whole(folder / "features.png") as file:
             monitor.features_page(model).save(file, format="PNG")
         export(folder, "encoder", cfg, model, intensity, dataset, step, journal.latest)
     process.say(f"encoder: {folder / 'encoder.pth'}")
@@ -621,7 +624,7 @@ class Journal:
             for step, found in self.bad.items()
         ]
         if self.process.is_main:
-            runtime.write_whole(folder / "bad_steps.json", json.dumps(rows, indent=1) + "\n")
+            write_whole(folder / "bad_steps.json", json.dumps(rows, indent=1) + "\n")
         slices = ", ".join(rows[-1]["slices"][:4]) + (" ..." if len(rows[-1]["slices"]) > 4 else "")
         first, last = rows[0]["step"], rows[-1]["step"]
         return (
@@ -692,9 +695,7 @@ def resume(
 
     The main process reads, and tells the others. Raises ConfigError if the run was another one.
     """
-    state, complete = process.from_main(
-        lambda: (runtime.load_checkpoint(folder), (folder / "encoder.json").exists())
-    )
+    state, complete = process.from_main(lambda: (load_checkpoint(folder), (folder / "encoder.json").exists()))
     if state is None:
         return 0, False
     try:
@@ -702,7 +703,7 @@ def resume(
         changed = cfg.first_difference(before, ignore=FREE)
         if changed is None:
             model.load_state_dict(state["model"])
-            runtime.load_optimizer(optimizer, state["optimizer"])
+            load_optimizer(optimizer, state["optimizer"])
             statistics = state["running_statistics"]
             if len(statistics) == process.world:  # else the model's, which are the mean, have to do
                 model.set_running_statistics(statistics[process.rank])
@@ -740,7 +741,7 @@ def save(
             "slices": len(dataset),
         }
         try:
-            runtime.save_checkpoint(folder, state)
+            save_checkpoint(folder, state)
         except OSError as error:
             runtime.warn(
                 f"step {step}: no checkpoint written ({error}); the last one stays, training goes on"
@@ -759,7 +760,7 @@ def export(
     folder: Path, name: str, cfg: Config, model: MoCo, intensity: Intensity, dataset, step: int, metrics: dict
 ) -> None:
     """NAME.pth, a torchvision ResNet's weights without fc, and NAME.json, which says what they are."""
-    with runtime.written_whole(folder / f"{name}.pth") as file:
+    with written_whole(folder / f"{name}.pth") as file:
         torch.save(model.query.encoder.export_state_dict(), file)
     card = {
         "arch": cfg.model.arch,
@@ -772,8 +773,8 @@ def export(
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
         "sha256": hashlib.sha256((folder / f"{name}.pth").read_bytes()).hexdigest(),
     }
-    runtime.write_whole(folder / f"{name}.json", json.dumps(card, indent=2) + "\n")
+    write_whole(folder / f"{name}.json", json.dumps(card, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    runtime.run_script(main, expected=(DataError, WeightsError, NotFinite))
+    run_script(main, expected=(DataError, WeightsError, NotFinite))

@@ -15,8 +15,8 @@ from PIL import Image
 import data
 import eval_seg
 import report
-import runtime
 import segmenter
+import stopping
 from config import ConfigError
 from data import DataError
 from models import Encoder, WeightsError
@@ -503,7 +503,7 @@ def test_an_evaluation_that_is_stopped_goes_on_where_it_was(phantom, tmp_path, m
         self.reason = "SIGTERM" if next(steps) == 2 else ""
         return bool(self.reason)
 
-    monkeypatch.setattr(runtime.StopRequest, "__bool__", asked)
+    monkeypatch.setattr(stopping.StopRequest, "__bool__", asked)
     arguments = [*TINY, f"data.root={phantom}", f"run.out={out}", "encoder=random", *settings]
     assert eval_seg.main(arguments) == 75
     assert json.loads((out / "stopped.json").read_text()) == {"step": 3, "reason": "SIGTERM"}
