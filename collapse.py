@@ -46,9 +46,7 @@ class CollapseMonitor:
     def __init__(self, cfg: Config, dataset: SliceDataset, intensity: Intensity, process: Process):
         self.intensity, self.process, self.size = intensity, process, cfg.data.size
         self.channels = cfg.model.in_channels
-        if cfg.data.val and (Path(cfg.data.root) / cfg.data.val).is_file():
-            place = (cfg.data.root, cfg.data.val, cfg.data.images, cfg.data.hu_offset)
-            dataset = SliceDataset(*place, dataset.size, cfg.run.skip_bad)
+        dataset = validation_slices(cfg, dataset.size) or dataset
         by_case = heapq.nsmallest(MONITORED, zip(dataset.cases, dataset.names, range(len(dataset))))
         self.slices = Subset(dataset, [index for _, _, index in by_case])
 
@@ -116,6 +114,14 @@ class CollapseMonitor:
         x = self.intensity.normalise(self.intensity.to_unit(stored.to(self.process.device)))
         x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         return encoder(x.expand(-1, self.channels, -1, -1))["layer4"]
+
+
+def validation_slices(cfg: Config, size: tuple[int, int] | None = None) -> SliceDataset | None:
+    """Those of data.val, if there is such a list."""
+    if not cfg.data.val or not (Path(cfg.data.root) / cfg.data.val).is_file():
+        return None
+    place = (cfg.data.root, cfg.data.val, cfg.data.images, cfg.data.hu_offset)
+    return SliceDataset(*place, size, cfg.run.skip_bad)
 
 
 def feature_colors(maps: Tensor) -> Tensor:

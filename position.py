@@ -19,11 +19,13 @@ from torch import Tensor, nn
 import config
 import runtime
 from checkpoints import load_checkpoint
+from collapse import validation_slices
 from config import ConfigError
 from data import Intensity, SliceDataset, TwoViews
 from files import write_whole
 from losses import at_least_float32, local_nce_per_image
 from models import MoCo
+from segmenter import network_input
 from stopping import run_script
 from train_moco import build_model, value_range
 
@@ -63,9 +65,8 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     model.load_state_dict(state["model"])
     model.eval()
 
-    has_val = cfg.data.val and (Path(cfg.data.root) / cfg.data.val).is_file()
-    names = cfg.data.val if has_val else cfg.data.list
-    dataset = SliceDataset(cfg.data.root, names, cfg.data.images, cfg.data.hu_offset)
+    place = (cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
+    dataset = validation_slices(cfg) or SliceDataset(*place)
     rows = range(0, len(dataset), -(-len(dataset) // IMAGES))
     views = TwoViews(cfg.data.size, **cfg.augment, value_range=value_range(cfg, intensity, dataset.stored))
     unit = intensity.to_unit(torch.stack([dataset[i] for i in rows]))
@@ -76,7 +77,7 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     for border in ("zeros", "reflect"):
         set_borders(model, border)
         for name, pair in pairs.items():
-            seen = [intensity.normalise(v).expand(-1, cfg.model.in_channels, -1, -1) for v in pair]
+            seen = [network_input(view, intensity, cfg.model.in_channels) for view in pair]
             place = (view.to(process.device) for view in (*seen, query_box, key_box))
             found[name + (", reflected" if border == "reflect" else "")] = local_task(model, *place)
     return found

@@ -16,7 +16,8 @@ from config import ConfigError
 from data import DataError
 from models import Encoder, WeightsError
 from runtime import seeded
-from train_moco import DEFAULTS, NULLABLE, StepBatches, learning_rate
+from schedule import StepBatches, learning_rate
+from train_moco import DEFAULTS, NULLABLE
 
 
 @pytest.fixture(scope="module")
