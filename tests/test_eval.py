@@ -17,6 +17,7 @@ import eval_seg
 import report
 import segmenter
 import stopping
+import supervised
 from config import ConfigError
 from data import DataError
 from models import Encoder, WeightsError
@@ -158,13 +159,13 @@ def test_linear_training_fits_what_it_is_given(phantom, tmp_path):
 
 def test_finetuning_goes_on_after_a_stop_with_the_same_losses(phantom, tmp_path, monkeypatch):
     whole = evaluate(phantom, tmp_path / "whole", *FINETUNE)
-    save = eval_seg.save_checkpoint
+    save = supervised.save_checkpoint
 
     def save_and_stop(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(eval_seg, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(supervised, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(phantom, tmp_path / "stopped", *FINETUNE)
     monkeypatch.undo()
@@ -210,7 +211,7 @@ def test_batches_depend_on_seed_and_step_only_and_every_epoch_sees_every_slice()
 
     def batch(step, world):
         processes = [Process(rank, world, torch.device("cpu"), "fp32") for rank in range(world)]
-        return [row for process in processes for row in eval_seg.training_rows(step, 10, cfg, process)]
+        return [row for process in processes for row in supervised.training_rows(step, 10, cfg, process)]
 
     for step in range(5):
         assert batch(step, 1) == batch(step, 2) == batch(step, 3)
@@ -224,11 +225,11 @@ def test_label_fractions_are_nested_whole_cases():
     class Set:
         cases = [f"case{i // 4}" for i in range(40)]
 
-    shares = [eval_seg.training_positions(Set, fraction, seed=1) for fraction in (0.01, 0.25, 0.5, 1.0)]
+    shares = [supervised.training_positions(Set, fraction, seed=1) for fraction in (0.01, 0.25, 0.5, 1.0)]
     assert [len(share) for share in shares] == [4, 8, 20, 40]  # 0.25 of 10 cases rounds to 2
     for small, large in zip(shares, shares[1:]):
         assert set(small) < set(large)
-    assert shares[2] != eval_seg.training_positions(Set, 0.5, seed=2)
+    assert shares[2] != supervised.training_positions(Set, 0.5, seed=2)
 
 
 def test_slices_are_stacked_in_the_order_of_their_numbers():
