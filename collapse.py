@@ -1,4 +1,4 @@
-"""How far features have collapsed: during pretraining, drawn at its end, and of the encoder that is evaluated.
+"""How far features have collapsed: during pretraining, drawn at its end, and of an encoder under evaluation.
 
 CollapseMonitor     of the encoder that is trained, on slices of the validation list
 frozen_collapse     of a frozen one, on the features that its evaluation computes anyway
