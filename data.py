@@ -188,8 +188,10 @@ def show_masks(dataset, slices, captions, args):
         mask = fit(own, dataset.size, 0, nearest=True).numpy()
         highest = max(highest, mask[mask != IGNORE].max(initial=0))
         tiles.append(outlined(image.numpy(), mask, side=256))
-    named = (Path(args.root) / "classes.json").exists()
-    names = class_names(args.root, None if named else int(highest) + 1) if highest else ()
+    names = class_names(args.root, int(highest) + 1) if highest else []
+    if highest and (Path(args.root) / "classes.json").exists():
+        own = class_names(args.root)
+        names = own + names[len(own) :]  # data.py check calls labels without a name bad
     return contact_sheet(tiles, captions, names)
 
 

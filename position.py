@@ -50,7 +50,7 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     The slices are the validation cases' or, without such, the first ones; the noise is new in each view.
 
     Raises:
-        ConfigError: no checkpoint of a run with local features.
+        ConfigError: no checkpoint of a run with local features, and views of more than 32 px.
     """
     state = load_checkpoint(folder)
     if state is None:
@@ -58,6 +58,8 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     cfg = config.to_config(state["config"])
     if not cfg.local.weight:
         raise ConfigError(f"{folder}: was pretrained without local features (local.weight = 0)")
+    if cfg.data.size <= 32:
+        raise ConfigError(f"{folder}: its views of {cfg.data.size} px are too small to reflect their borders")
     card = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     intensity = Intensity(**card["normalisation"])
     process = runtime.start_process(cfg.run)

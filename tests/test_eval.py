@@ -425,7 +425,9 @@ def test_compare_groups_by_encoder_and_averages_over_seeds(tmp_path, capsys):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[2] == ["random", "25.0 +- 7.1 (n=2)", "50.0", "10.3 / 20.0"]
     assert cells[3] == ["runs/x", "45.6", "-", "10.0 / 20.0"]
-    assert cells[7] == ["linear: runs/x - random", "+20.6", "0.0", "4 of 4", "0.12"]
+    assert cells[5] == ["Dice %", "linear: random", "linear: runs/x", "finetune: random"]
+    assert cells[7:9] == [["liver", "26.5", "47.1", "51.5"], ["spleen", "-", "-", "-"]]
+    assert cells[12] == ["linear: runs/x - random", "+20.6", "0.0", "4 of 4", "0.12"]
     assert sum("predictions.png" in line for line in lines) == 4
     with pytest.raises(ConfigError, match="no results.json"):
         run("--compare", tmp_path)
