@@ -26,7 +26,8 @@ import yaml
 
 import findings
 from config import ConfigError, OneLineParser, from_yaml, read_yaml, to_config
-from runtime import STOPPED, run_script, write_whole
+from files import write_whole
+from stopping import STOPPED, run_script
 
 
 @dataclass(frozen=True)

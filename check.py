@@ -231,9 +231,11 @@ def print_labels(summary, names):
     """One line a label: name, voxels, slices and cases that hold it."""
     if not summary.voxels.any():
         return
-    known = {*range(len(names or ())), *np.flatnonzero(summary.voxels).tolist()}
+    seen = np.flatnonzero(summary.voxels).tolist()
+    known = {*range(len(names or ())), *seen}
+    names = names or class_names("", 1 + max({0, 1, *seen} - {IGNORE}))
     print(f"{'label':>5}  {'name':26}{'voxels':>12}{'slices':>8}{'cases':>7}")
     for label in sorted(known):
-        name = "ignored" if label == IGNORE else names[label] if names else ""
+        name = "ignored" if label == IGNORE else names[label]
         voxels, slices = summary.voxels[label], summary.slices[label]
         print(f"{label:5}  {name[:25]:26}{voxels:12}{slices:8}{len(summary.cases[label]):7}")

@@ -1,4 +1,10 @@
-"""How far the features of a pretraining run have collapsed: measured while it runs, and drawn at its end."""
+"""How far features have collapsed: during pretraining, drawn at its end, and of an encoder under evaluation.
+
+CollapseMonitor     of the encoder that is trained, on slices of the validation list
+frozen_collapse     of a frozen one, on the features that its evaluation computes anyway
+feature_colors      dense features to look at
+draw, show          pictures in the run's folder, and on a TensorBoard
+"""
 
 import heapq
 import importlib.util
@@ -15,14 +21,16 @@ from torch.utils.data import DataLoader, Subset
 import runtime
 from config import Config
 from data import Intensity, SliceDataset
-from losses import effective_rank_of, singular_values
+from losses import effective_rank, effective_rank_of, singular_values
 from models import Encoder, MoCo
 from pictures import contact_sheet, gray_tile, tile_size
 from runtime import Process
+from segmenter import Batches, chunks
 from structure import dense_structure
 
 MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
-STRUCTURED = 128  # slices (at most) whose dense structure it estimates
+STRUCTURED = 128  # slices (at most) whose dense structure is estimated
+FROZEN_POSITIONS, STRUCTURE_POSITIONS = 4096, 64  # dense vectors of a frozen encoder: in all, of each slice
 KINDS = {  # of features, as their columns in metrics.jsonl end
     "": "pooled",
     "_dense": "dense",
@@ -46,9 +54,7 @@ class CollapseMonitor:
     def __init__(self, cfg: Config, dataset: SliceDataset, intensity: Intensity, process: Process):
         self.intensity, self.process, self.size = intensity, process, cfg.data.size
         self.channels = cfg.model.in_channels
-        if cfg.data.val and (Path(cfg.data.root) / cfg.data.val).is_file():
-            place = (cfg.data.root, cfg.data.val, cfg.data.images, cfg.data.hu_offset)
-            dataset = SliceDataset(*place, dataset.size, cfg.run.skip_bad)
+        dataset = validation_slices(cfg, dataset.size) or dataset
         by_case = heapq.nsmallest(MONITORED, zip(dataset.cases, dataset.names, range(len(dataset))))
         self.slices = Subset(dataset, [index for _, _, index in by_case])
 
@@ -116,6 +122,42 @@ class CollapseMonitor:
         x = self.intensity.normalise(self.intensity.to_unit(stored.to(self.process.device)))
         x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         return encoder(x.expand(-1, self.channels, -1, -1))["layer4"]
+
+
+def validation_slices(cfg: Config, size: tuple[int, int] | None = None) -> SliceDataset | None:
+    """Those of data.val, if there is such a list."""
+    if not cfg.data.val or not (Path(cfg.data.root) / cfg.data.val).is_file():
+        return None
+    place = (cfg.data.root, cfg.data.val, cfg.data.images, cfg.data.hu_offset)
+    return SliceDataset(*place, size, cfg.run.skip_bad)
+
+
+@torch.no_grad()
+def frozen_collapse(batches: Batches) -> dict[str, dict]:
+    """How far the frozen encoder's features have collapsed, from batches of (n, D, h, w).
+
+    effective_rank: pooled: of the slices' mean vectors; dense: of single positions, the same number of each
+    slice by chance. structure: structure.py's measures, also of some positions by chance.
+    """
+    count = min(len(batches), MONITORED)
+    rows = [len(batches) * i // count for i in range(count)]
+    structured = set(rows[:: -(-count // STRUCTURED)])
+    pooled, dense, structure = [], [], []
+    plan = chunks(rows, batches.batch_size)
+    for some, (features, _) in zip(
+        plan, runtime.progress(batches.process, "effective rank", batches.of(plan), len(plan))
+    ):
+        vectors = features.float().flatten(2).mT.cpu()  # (n, h w, D)
+        chosen = torch.randperm(vectors.shape[1], generator=torch.Generator().manual_seed(len(dense)))
+        pooled.append(vectors.mean(dim=1))
+        dense.append(vectors[:, chosen[: max(1, FROZEN_POSITIONS // count)]].flatten(0, 1))
+        mine = [i for i, row in enumerate(some) if row in structured]
+        structure.append(vectors[mine][:, chosen[:STRUCTURE_POSITIONS]])
+    ranks = {"pooled": effective_rank(torch.cat(pooled)), "dense": effective_rank(torch.cat(dense))}
+    return {
+        "effective_rank": ranks | {"slices": count},
+        "structure": dense_structure(torch.cat(structure)),
+    }
 
 
 def feature_colors(maps: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 
 from augment import SegmentationAugment, TwoViews
 from check import check_set
+from files import write_whole
 from layout import (
     IGNORE,
     DataError,
@@ -41,7 +42,6 @@ from layout import (
     split_folder,
     write_lists,
     write_png,
-    write_text,
 )
 from phantom import BTCV_ORGANS, phantom_case, phantom_spacing
 from pictures import ORGAN_COLORS, contact_sheet, outlined, views_page
@@ -96,7 +96,7 @@ def pack(args):
         "stored": dataset.stored,
         "spacing": read_spacing(args.root),
     }
-    write_text(about, json.dumps(content | {"names": [*dataset.names], "cases": [*dataset.cases]}))
+    write_whole(about, json.dumps(content | {"names": [*dataset.names], "cases": [*dataset.cases]}))
     size = f"{dataset.size[0]} x {dataset.size[1]}"
     print(f"{array}: {len(dataset)} slices of {size} px; cases: {len(set(dataset.cases))}")
     return 0
@@ -119,7 +119,7 @@ def make_phantom(args):
     elif out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: not empty, and not a phantom; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "phantom.json", json.dumps(about | {"complete": False}))
+    write_whole(out / "phantom.json", json.dumps(about | {"complete": False}))
     remove_lists(out)
 
     cases = [f"phantom{index:03d}" for index in range(args.cases)]
@@ -128,10 +128,10 @@ def make_phantom(args):
     lists = split_cases(cases)
     lists["unlabelled"] = [case for case in cases if case not in lists["val"] + lists["test"]]
     spacing = phantom_spacing(args.slices, args.size)
-    write_text(out / "spacing.json", json.dumps({case: spacing for case in cases}, indent=1))
-    write_text(out / "classes.json", json.dumps(BTCV_ORGANS, indent=1))
+    write_whole(out / "spacing.json", json.dumps({case: spacing for case in cases}, indent=1))
+    write_whole(out / "classes.json", json.dumps(BTCV_ORGANS, indent=1))
     write_lists(out, {split: sum((names[case] for case in part), []) for split, part in lists.items()})
-    write_text(out / "phantom.json", json.dumps(about | {"complete": True}))
+    write_whole(out / "phantom.json", json.dumps(about | {"complete": True}))
     parts = ", ".join(f"{len(part)} {split}" for split, part in lists.items())
     print(f"{out}: {args.cases} cases of {args.slices} slices of {args.size} px (cases: {parts})")
     return 0
@@ -188,8 +188,10 @@ def show_masks(dataset, slices, captions, args):
         mask = fit(own, dataset.size, 0, nearest=True).numpy()
         highest = max(highest, mask[mask != IGNORE].max(initial=0))
         tiles.append(outlined(image.numpy(), mask, side=256))
-    named = (Path(args.root) / "classes.json").exists()
-    names = class_names(args.root, None if named else int(highest) + 1) if highest else ()
+    names = class_names(args.root, int(highest) + 1) if highest else []
+    if highest and (Path(args.root) / "classes.json").exists():
+        own = class_names(args.root)
+        names = own + names[len(own) :]  # data.py check calls labels without a name bad
     return contact_sheet(tiles, captions, names)
 
 

@@ -16,17 +16,14 @@ process's share (no SyncBatchNorm: shares of 4 crops and more do without). Cases
 """
 
 import argparse
-import hashlib
 import json
-import math
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import report
+from collapse import frozen_collapse
 from config import (
     Config,
     ConfigError,
@@ -36,40 +33,24 @@ from config import (
     check_fraction,
     check_positive,
     check_range,
-    config_errors,
     load_config,
 )
-from data import DataError, Intensity, SegmentationAugment, SegmentationDataset, class_names, default_window
-from losses import effective_rank, segmentation_loss
-from models import Encoder, WeightsError, load_encoder_weights, read_weights
-from runtime import (
-    STOP_MARKER,
-    MetricsLog,
-    Process,
-    StopRequest,
-    leave,
-    load_checkpoint,
-    load_optimizer,
-    make_run_folder,
-    progress,
-    run_script,
-    save_checkpoint,
-    start_process,
-    warn,
-    write_whole,
-)
+from data import DataError, Intensity, SegmentationAugment, SegmentationDataset, class_names
+from encoder_file import build_encoder, check_same_encoder, encoder_facts, encoder_path, normalisation, sha256
+from files import write_whole
+from models import Encoder, WeightsError, read_weights
+from runtime import Process, make_run_folder, start_process
 from segmenter import (
     Batches,
     Description,
-    at_size,
     build_model,
-    chunks,
     frozen_features,
     network_input,
     predict,
     save_model,
 )
-from structure import dense_structure
+from stopping import STOP_MARKER, StopRequest, run_script
+from supervised import Stopped, generator, train, training_positions
 
 DEFAULTS = """
 seed: 0
@@ -141,8 +122,6 @@ NULLABLE = {
 # What may differ when a run is repeated in its folder: none of it decides what is computed.
 FREE_KEYS = ("run.out", "run.device", "run.compile", "run.timeout", "data.workers", "cache", "log.")
 PHOTOMETRIC = ("brightness", "contrast", "gamma", "noise")
-RANK_SLICES, RANK_POSITIONS = 2048, 4096  # the effective rank looks at no more slices and feature vectors
-STRUCTURE_SLICES, STRUCTURE_POSITIONS = 128, 64  # the dense structure: slices, and positions of each
 
 
 def check_config(cfg: Config) -> None:
@@ -177,205 +156,6 @@ def check_config(cfg: Config) -> None:
         check(cfg, "data.window", cfg.data.window in (None, "auto"), "[low, high], auto or null")
     if isinstance(cfg.data.classes, int):
         check(cfg, "data.classes", 2 <= cfg.data.classes <= 255, "2 to 255, the background included")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The encoder, and the normalisation that travels with it
-# ---------------------------------------------------------------------------------------------------------
-
-
-def encoder_path(cfg: Config) -> Path | None:
-    """The weights file; None for a random encoder."""
-    return None if cfg.encoder == "random" else Path(cfg.encoder.removeprefix("torchvision:")).expanduser()
-
-
-def encoder_facts(path: Path | None) -> dict:
-    """What encoder.json beside our encoder.pth says: {"arch", "normalisation": {...}}; {} without one."""
-    sidecar = path and path.with_suffix(".json")
-    if sidecar is None or not sidecar.is_file():
-        return {}
-    try:
-        facts = json.loads(sidecar.read_text(encoding="utf-8"))
-        window, mean, std = (facts["normalisation"][name] for name in ("window", "mean", "std"))
-        Intensity(window, mean + 0.0, std + 0.0)
-        return {"arch": str(facts["arch"]), "window": window, "mean": mean, "std": std}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise WeightsError(f"{sidecar}: does not describe an encoder; restore it or remove it") from None
-
-
-def agreed(cfg: Config, name: str, facts: dict):
-    """A value that config and encoder may both give, in which case they must agree; None if neither does.
-
-    Raises ConfigError with both values.
-    """
-    section, key = name.split(".")
-    given = cfg[section][key]
-    if key not in facts:
-        return given
-    left_open = "auto" if key == "window" else None
-    if given not in (left_open, facts[key]):
-        raise ConfigError(f"{name}: {given!r} contradicts {facts[key]!r} of {encoder_path(cfg)}")
-    return facts[key]
-
-
-def normalisation(cfg: Config, facts: dict, stored: str) -> Intensity:
-    """The encoder's own normalisation, else the config's, else the default for the kind of stored values."""
-    window = agreed(cfg, "data.window", facts)
-    if window == "auto":
-        window = default_window(stored)
-    values = {name: agreed(cfg, f"data.{name}", facts) for name in ("mean", "std")}
-    return Intensity(window, **{name: value for name, value in values.items() if value is not None})
-
-
-def build_encoder(cfg: Config, facts: dict, process: Process) -> Encoder:
-    """The encoder with its initial weights, at the evaluation's output stride."""
-    path = encoder_path(cfg)
-    arch = agreed(cfg, "model.arch", facts) or "resnet50"
-    with config_errors():
-        encoder = Encoder(arch, cfg.model.in_channels)
-        encoder.set_output_stride(cfg.model.output_stride)
-    if path:
-        process.say(str(load_encoder_weights(encoder, path)))
-    return encoder
-
-
-def training_rows(step: int, count: int, cfg: Config, process: Process) -> list[int]:
-    """This process's share of the slices of a step: the global batch depends on (seed, step) only.
-
-    Epochs are permutations of range(count), put end to end and cut into batches.
-    """
-    size = cfg.optim.batch_size
-    share = size // process.world
-    first = step * size + process.rank * share
-    return [epoch_order(cfg.seed, at // count, count)[at % count] for at in range(first, first + share)]
-
-
-def generator(seed: int, number: int) -> torch.Generator:
-    """A CPU generator for a pair of numbers, such as seed and step."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
-
-
-@lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
-    return torch.randperm(count, generator=generator(seed, epoch)).tolist()
-
-
-def training_positions(dataset, fraction: float, seed: int) -> list[int]:
-    """The slices of a share of the cases, at least one: the first of a seeded order, so that shares nest."""
-    cases = sorted(set(dataset.cases))
-    order = torch.randperm(len(cases), generator=generator(seed, 0)).tolist()
-    chosen = {cases[i] for i in order[: max(1, round(fraction * len(cases)))]}
-    return [i for i, case in enumerate(dataset.cases) if case in chosen]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    """Asked to stop; everything is saved. Holds the exit code."""
-
-
-def train(
-    cfg: Config,
-    process: Process,
-    trained: nn.Module,
-    batches: Batches,
-    augment,
-    validate,
-    keep,
-    stop: StopRequest,
-):
-    """Train the decoder of a LinearProbe, or a whole DeepLabV3Plus; returns the best validation Dice.
-
-    Args:
-        augment: (inputs, masks, step) -> inputs, masks.
-        validate: () -> mean Dice of the validation cases, None without any.
-        keep: () -> None, called when the model is the best so far.
-
-    Raises Stopped.
-    """
-    folder = Path(cfg.run.out)
-    optimizer = torch.optim.SGD(
-        parameter_groups(cfg, trained), momentum=0.9, weight_decay=cfg.optim.weight_decay
-    )
-    start, best = 0, None
-    if state := process.from_main(lambda: load_checkpoint(folder)):
-        try:
-            trained.load_state_dict(state["trained"])
-            load_optimizer(optimizer, state["optimizer"])
-            start, best, encoder = state["step"], state["best"], state["encoder_sha256"]
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-            raise ConfigError(f"run.out: the checkpoint in {folder} is not one of this program") from None
-        check_same_encoder(cfg, encoder)
-        process.say(f"going on from step {start}")
-    log = MetricsLog(folder, process, done=start)
-    network = torch.compile(trained) if cfg.run.compile else trained
-    if process.world > 1:
-        network = DistributedDataParallel(network)
-
-    trained.train()
-    losses = []
-    steps = range(start, cfg.optim.steps)
-    plan = [training_rows(step, len(batches), cfg, process) for step in steps]
-    bar = progress(process, f"training ({cfg.mode})", steps, cfg.optim.steps, start)
-    for step, (inputs, masks) in zip(bar, batches.of(plan)):
-        torch.manual_seed(cfg.seed * 1_000_003 + step * process.world + process.rank)  # for dropout
-        inputs, masks = augment(inputs, masks, step)
-        with process.autocast():
-            logits = network(inputs)  # (n, K, h, w)
-        loss = segmentation_loss(at_size(logits, masks.shape[1:]), masks)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * (1 - step / cfg.optim.steps) ** 0.9
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-
-        done, row = step + 1, {}
-        last = done == cfg.optim.steps
-        if last or done % cfg.log.every == 0:
-            row = {"step": done, "loss": mean_loss(losses, done), "lr": optimizer.param_groups[-1]["lr"]}
-            losses = []
-            bar.set_postfix(loss=f"{row['loss']:.3f}", val_dice=report.percent(best))
-        if last or done % cfg.eval.every == 0:
-            dice = validate()
-            trained.train()
-            row |= {"step": done, "val_dice": dice}
-        if row:
-            log.write(row)
-        if "val_dice" in row and (dice is None or best is None or dice > best):
-            best = dice
-            keep()
-        looking = process.world == 1 or done % cfg.log.every == 0  # asking all processes takes time
-        stopping = not last and looking and any(process.everyone(bool(stop)))
-        if process.is_main and not last and ("val_dice" in row or stopping):
-            state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": done, "best": best, "encoder_sha256": sha256(encoder_path(cfg))}
-            try:
-                save_checkpoint(folder, state)
-            except OSError as error:
-                warn(f"step {done}: no checkpoint written ({error}); training goes on")
-        if stopping:
-            raise Stopped(leave(folder, done, process.everyone(stop.reason), process))
-    return best
-
-
-def parameter_groups(cfg: Config, trained: nn.Module) -> list[dict]:
-    """The encoder, if it is trained, at its own rate; then everything else."""
-    encoder = [p for name, p in trained.named_parameters() if name.startswith("encoder.")]
-    others = [p for name, p in trained.named_parameters() if not name.startswith("encoder.")]
-    groups = [(encoder, cfg.optim.lr * cfg.optim.encoder_lr_factor), (others, cfg.optim.lr)]
-    return [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
-
-
-def mean_loss(losses: list[Tensor], step: int) -> float:
-    """Mean since the last log line (waits for the device); ConfigError if training has diverged."""
-    value = float(torch.stack(losses).mean())
-    if not math.isfinite(value):
-        raise ConfigError(f"optim.lr: the loss is {value} at step {step}; a lower rate may help")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -448,7 +228,7 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     scored = trained if scored_features else model
     if process.is_main:
         split = "val" if "val" in sets else "train"
-        collapse = collapse_measures(batches[split] if scored_features else batches_of(split, to_features))
+        collapse = frozen_collapse(batches[split] if scored_features else batches_of(split, to_features))
 
     def validate() -> float | None:
         if "val" not in sets:
@@ -509,20 +289,6 @@ def finished(cfg: Config, folder: Path) -> dict | None:
     return content
 
 
-def check_same_encoder(cfg: Config, before: str | None) -> None:
-    if before != sha256(encoder_path(cfg)):
-        raise ConfigError(
-            f"encoder: {cfg.encoder} has changed since the run in {cfg.run.out}; remove that run"
-        )
-
-
-def sha256(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def open_sets(cfg: Config, num_classes: int) -> dict[str, SegmentationDataset]:
     """The train, val (if there is one) and test slices with their masks."""
     data = cfg.data
@@ -568,34 +334,6 @@ def crop_augmentation(
         return network_input(unit, intensity, encoder.in_channels), masks
 
     return augment
-
-
-@torch.no_grad()
-def collapse_measures(batches: Batches) -> dict[str, dict]:
-    """How far the frozen encoder's features have collapsed, from batches of (n, D, h, w).
-
-    effective_rank: pooled: of the slices' mean vectors; dense: of single positions, the same number of each
-    slice by chance. structure: structure.py's measures, also of some positions by chance.
-    """
-    count = min(len(batches), RANK_SLICES)
-    rows = [len(batches) * i // count for i in range(count)]
-    structured = set(rows[:: -(-count // STRUCTURE_SLICES)])
-    pooled, dense, structure = [], [], []
-    plan = chunks(rows, batches.batch_size)
-    for some, (features, _) in zip(
-        plan, progress(batches.process, "effective rank", batches.of(plan), len(plan))
-    ):
-        vectors = features.float().flatten(2).mT.cpu()  # (n, h w, D)
-        chosen = torch.randperm(vectors.shape[1], generator=generator(0, len(dense)))
-        pooled.append(vectors.mean(dim=1))
-        dense.append(vectors[:, chosen[: max(1, RANK_POSITIONS // count)]].flatten(0, 1))
-        mine = [i for i, row in enumerate(some) if row in structured]
-        structure.append(vectors[mine][:, chosen[:STRUCTURE_POSITIONS]])
-    ranks = {"pooled": effective_rank(torch.cat(pooled)), "dense": effective_rank(torch.cat(dense))}
-    return {
-        "effective_rank": ranks | {"slices": count},
-        "structure": dense_structure(torch.cat(structure)),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from files import write_whole, written_whole
+
 IGNORE = 255  # the mask value of pixels that neither train nor count
 MAX_SIDE = 8192  # px; a header that claims more is refused before any memory is allocated
 MAX_SPACING = 1000  # mm between voxels
@@ -160,16 +162,8 @@ def one_line(message, longest=200):
 
 def write_png(path, array):
     """uint8 or uint16 (H, W) to a greyscale PNG, complete or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    Image.fromarray(array).save(temporary, format="PNG", compress_level=3)
-    os.replace(temporary, path)
-
-
-def write_text(path, text):
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path, sync=False) as file:  # of thousands
+        Image.fromarray(array).save(file, format="PNG", compress_level=3)
 
 
 def read_json(path, kind):
@@ -456,7 +450,7 @@ def write_lists(root, lists):
     """{"train": names, ...} to root/train.txt ...; an empty list is not written."""
     for split, names in lists.items():
         if names:
-            write_text(root / f"{split}.txt", "\n".join(names) + "\n")
+            write_whole(root / f"{split}.txt", "\n".join(names) + "\n")
 
 
 def remove_lists(root):

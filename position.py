@@ -18,10 +18,15 @@ from torch import Tensor, nn
 
 import config
 import runtime
+from checkpoints import load_checkpoint
+from collapse import validation_slices
 from config import ConfigError
 from data import Intensity, SliceDataset, TwoViews
+from files import write_whole
 from losses import at_least_float32, local_nce_per_image
 from models import MoCo
+from segmenter import network_input
+from stopping import run_script
 from train_moco import build_model, value_range
 
 IMAGES = 256  # slices (at most) and images of noise
@@ -34,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for run in parser.parse_args(argv).runs:
         found = position_cues(Path(run))
-        runtime.write_whole(Path(run) / "position.json", json.dumps(found) + "\n")
+        write_whole(Path(run) / "position.json", json.dumps(found) + "\n")
         print(json.dumps({"run": run, **found}))
     return 0
 
@@ -45,14 +50,16 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     The slices are the validation cases' or, without such, the first ones; the noise is new in each view.
 
     Raises:
-        ConfigError: no checkpoint of a run with local features.
+        ConfigError: no checkpoint of a run with local features, and views of more than 32 px.
     """
-    state = runtime.load_checkpoint(folder)
+    state = load_checkpoint(folder)
     if state is None:
         raise ConfigError(f"{folder}: holds no checkpoint.pth of a pretraining run")
     cfg = config.to_config(state["config"])
     if not cfg.local.weight:
         raise ConfigError(f"{folder}: was pretrained without local features (local.weight = 0)")
+    if cfg.data.size <= 32:
+        raise ConfigError(f"{folder}: its views of {cfg.data.size} px are too small to reflect their borders")
     card = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     intensity = Intensity(**card["normalisation"])
     process = runtime.start_process(cfg.run)
@@ -60,9 +67,8 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     model.load_state_dict(state["model"])
     model.eval()
 
-    has_val = cfg.data.val and (Path(cfg.data.root) / cfg.data.val).is_file()
-    names = cfg.data.val if has_val else cfg.data.list
-    dataset = SliceDataset(cfg.data.root, names, cfg.data.images, cfg.data.hu_offset)
+    place = (cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
+    dataset = validation_slices(cfg) or SliceDataset(*place)
     rows = range(0, len(dataset), -(-len(dataset) // IMAGES))
     views = TwoViews(cfg.data.size, **cfg.augment, value_range=value_range(cfg, intensity, dataset.stored))
     unit = intensity.to_unit(torch.stack([dataset[i] for i in rows]))
@@ -73,7 +79,7 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     for border in ("zeros", "reflect"):
         set_borders(model, border)
         for name, pair in pairs.items():
-            seen = [intensity.normalise(v).expand(-1, cfg.model.in_channels, -1, -1) for v in pair]
+            seen = [network_input(view, intensity, cfg.model.in_channels) for view in pair]
             place = (view.to(process.device) for view in (*seen, query_box, key_box))
             found[name + (", reflected" if border == "reflect" else "")] = local_task(model, *place)
     return found
@@ -116,4 +122,4 @@ def local_task(
 
 
 if __name__ == "__main__":
-    runtime.run_script(main, ())
+    run_script(main, ())

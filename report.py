@@ -21,8 +21,10 @@ from torch import Tensor
 import metrics
 from config import ConfigError
 from data import Intensity
+from files import written_whole
+from metrics import mean_or_none
 from pictures import ORGAN_COLORS, contact_sheet, gray_tile, tile_size
-from runtime import Process, progress, written_whole
+from runtime import Process, progress
 from segmenter import Batches, chunks, segmentation_logits
 
 PICTURE_CASES = 4
@@ -105,7 +107,7 @@ def natural_order(name: str) -> list:
 def mean_dice(scores: dict[str, CaseScore]) -> float | None:
     """Over cases, then over organs, without background."""
     cases = {case: dict(enumerate(metrics.case_dice(one.counts)[1:])) for case, one in scores.items()}
-    return metrics.mean_or_none(metrics.mean_over_cases(cases).values())
+    return mean_or_none(metrics.mean_over_cases(cases).values())
 
 
 def summary(scores: dict[str, CaseScore], classes: list[str]) -> dict:
@@ -116,11 +118,11 @@ def summary(scores: dict[str, CaseScore], classes: list[str]) -> dict:
     dice, hd95 = metrics.mean_over_cases(cases), metrics.mean_over_cases(distances)
     whole = metrics.dataset_dice(sum(one.counts for one in scores.values()))
     return {
-        "mean_dice": metrics.mean_or_none(dice.values()),
+        "mean_dice": mean_or_none(dice.values()),
         "dice": dice,
         "cases": cases,
         "dataset_dice": whole | {"classes": dict(zip(classes, whole["classes"]))},
-        "hd95": metrics.mean_or_none(hd95.values()),
+        "hd95": mean_or_none(hd95.values()),
         "hd95_organs": hd95,
         "hd95_cases": distances,
     }
@@ -150,7 +152,7 @@ def organ_table(results: dict) -> str:
         hd95 = results["hd95_organs"][organ]
         deviations = percent(deviation(found)), millimetres(deviation(apart))
         rows.append((organ, percent(dice), deviations[0], millimetres(hd95), deviations[1], str(len(found))))
-    means = [[metrics.mean_or_none(case.values()) for case in kind.values()] for kind in (cases, distances)]
+    means = [[mean_or_none(case.values()) for case in kind.values()] for kind in (cases, distances)]
     means = [deviation(defined(values)) for values in means]
     row = ("mean", percent(results["mean_dice"]), percent(means[0]))
     rows.append((*row, millimetres(results["hd95"]), millimetres(means[1]), str(len(cases))))
@@ -255,6 +257,7 @@ def read_results(folder: str | Path, whole: bool = True) -> dict:
 
 def is_comparable(results: dict) -> bool:
     texts = [results["mode"], results["encoder"], results["config"]["data"]["root"], *results["cases"]]
+    texts += [organ for case in results["cases"].values() for organ in case]
     numbers = [results["label_fraction"], *(results["effective_rank"][kind] for kind in ("pooled", "dense"))]
     scores = [results["mean_dice"], *(dice for case in results["cases"].values() for dice in case.values())]
     return all(map(is_text, texts)) and all(map(is_number, numbers)) and all(map(is_score, scores))
@@ -287,6 +290,7 @@ def is_score(value) -> bool:
 
 def compare(folders: list[str]) -> str:
     """Means: one line per encoder, linear and fine-tuned mean Dice and the frozen encoder's effective rank.
+    Organs: one line per organ, mean Dice of each mode and encoder.
     Differences: of each mode against the first encoder given, over the test cases.
 
     Runs of one encoder, mode and label fraction that differ in anything else (the seed) are averaged, with
@@ -302,9 +306,30 @@ def compare(folders: list[str]) -> str:
         scores = [[run["mean_dice"] for run in own if run["mode"] == mode] for mode in ("linear", "finetune")]
         ranks = [mean(run["effective_rank"][kind] for run in own) for kind in ("pooled", "dense")]
         rows.append((label, *map(spread, scores), " / ".join(f"{rank:.1f}" for rank in ranks)))
-    pictures = [f"{folder}/predictions.png" for folder in folders]
-    parts = [table(rows), differences(runs), "pictures (image | truth | prediction):", *pictures]
+    pictures = [
+        "\npictures (image | truth | prediction):",
+        *(f"{folder}/predictions.png" for folder in folders),
+    ]
+    parts = [table(rows), organs_side_by_side(runs), differences(runs), *pictures]
     return "\n".join(part for part in parts if part)
+
+
+def organs_side_by_side(runs: list[dict]) -> str:
+    """The table of organs; a value is the mean over cases, then over seeds."""
+    columns = {}  # {"mode: encoder": [the cases of each seed]}
+    for mode in ("linear", "finetune"):
+        for run in runs:
+            if run["mode"] == mode:
+                columns.setdefault(f"{mode}: {encoder_label(run)}", []).append(run["cases"].values())
+    rows = [("Dice %", *columns)]
+    every_case = (case for run in runs for case in run["cases"].values())
+    for organ in dict.fromkeys(organ for case in every_case for organ in case):
+        means = [
+            mean_or_none(mean_or_none(case.get(organ) for case in cases) for cases in seeds)
+            for seeds in columns.values()
+        ]
+        rows.append((organ, *map(percent, means)))
+    return f"\n{table(rows)}"
 
 
 def differences(runs: list[dict]) -> str:
@@ -319,11 +344,11 @@ def differences(runs: list[dict]) -> str:
             if run["mode"] == mode:
                 own = cases.setdefault(encoder_label(run), {})
                 for case, dice in run["cases"].items():
-                    own.setdefault(case, []).append(metrics.mean_or_none(dice.values()))
+                    own.setdefault(case, []).append(mean_or_none(dice.values()))
         base = next(iter(cases), None)
         for label in list(cases)[1:]:
             pairs = [
-                (metrics.mean_or_none(seeds), metrics.mean_or_none(cases[base].get(case, ())))
+                (mean_or_none(seeds), mean_or_none(cases[base].get(case, ())))
                 for case, seeds in cases[label].items()
             ]
             gains = [mine - other for mine, other in pairs if mine is not None and other is not None]
@@ -331,7 +356,7 @@ def differences(runs: list[dict]) -> str:
                 better = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
                 row = (f"{mode}: {label} - {base}", f"{100 * mean(gains):+.1f}", percent(deviation(gains)))
                 rows.append((*row, better, f"{metrics.sign_flip_test(gains):.2g}"))
-    return f"\n{table(rows)}\n" if len(rows) > 1 else ""
+    return f"\n{table(rows)}" if len(rows) > 1 else ""
 
 
 def encoder_label(run: dict) -> str:

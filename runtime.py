@@ -1,26 +1,14 @@
-"""What surrounds a run, for both scripts: processes and devices, logs, checkpoints, exits.
+"""What surrounds a run, for both scripts: processes and devices, the run's folder and its log.
 
-Nothing here knows the method. A script does
-
-    process = start_process(cfg.run)
-
-and is started by `run_script(main)`, which turns errors of the user's making into one line and exit code 2.
+Nothing here knows the method. How a script ends is in stopping.py, its checkpoints are in checkpoints.py.
 """
 
-import errno
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import pickle
-import re
-import signal
 import sys
-import warnings
-import zipfile
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,10 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Config, ConfigError
+from files import write_whole
 
 # ---------------------------------------------------------------------------------------------------------
 # Processes, device and precision
@@ -176,168 +164,7 @@ class Readback:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Stopping: signals, lost processes, and what the shell is told
-# ---------------------------------------------------------------------------------------------------------
-
-STOPPED = 75  # EX_TEMPFAIL: stopped on request, everything is saved, the same command goes on
-
-
-class StopRequest:
-    """True once somebody wants this process to stop: SIGTERM, SIGUSR1 (SLURM's warning before a preemption),
-    SIGINT (Ctrl-C), or the death of the torchrun that started it. Within a `with` block; `reason` says which.
-
-    A second SIGINT ends the process at once.
-    """
-
-    def __init__(self, rank: int = 0):
-        self.rank, self.reason, self.before = rank, "", {}
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-    def __enter__(self) -> "StopRequest":
-        for name in STOP_SIGNALS:
-            self.before[name] = signal.signal(name, self.note)
-            signal.siginterrupt(name, False)  # or system calls under way would fail
-        return self
-
-    def __exit__(self, *error) -> None:
-        for name, handler in self.before.items():
-            signal.signal(name, handler)
-
-    def note(self, number: int, frame) -> None:
-        self.reason = self.reason or signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if self.rank == 0:
-                os.write(2, b"\nfinishing this step, then saving; Ctrl-C again: at once\n")
-
-    def __bool__(self) -> bool:
-        if self.launcher not in (None, os.getppid()):
-            self.reason = self.reason or f"the launcher of rank {self.rank} is gone"
-        return bool(self.reason)
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-STOP_MARKER = "stopped.json"  # in run.out after a stop on request, until the next start
-
-
-def leave(folder: Path, step: int, reasons: list[str], process: Process) -> int:
-    """Say why a run that has been saved stops, on the screen and in the marker; returns the exit code.
-
-    reasons: of all processes, "" for those that nobody asked to stop.
-    """
-    reason = next(filter(None, reasons))
-    if process.is_main:
-        write_whole(folder / STOP_MARKER, json.dumps({"step": step, "reason": reason}) + "\n")
-    process.say(f"stopped after step {step} ({reason}); the same command goes on from there")
-    process.barrier()  # nobody leaves, and is missed by torchrun, before all is on disk
-    return stopped_code(reason)
-
-
-def stopped_code(reason: str) -> int:
-    """The exit code after a stop.
-
-    torchrun starts processes that fail again while it has restarts left, which nobody wants after a signal,
-    and swallows the code in any case. launch.sh, which reads the marker, asks for 0 (STOPPED_CODE).
-    """
-    if not reason.startswith("SIG"):
-        return STOPPED
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    used = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    return 0 if used < restarts else int(os.environ.get("STOPPED_CODE", STOPPED))
-
-
-@contextmanager
-def naming_lost_workers(reader):
-    """Within, the death of a reading process is reported with the file that it was reading.
-
-    reader: see `reading.BatchReader`.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = one_line(error)
-        if "DataLoader" not in text:
-            raise
-        named = re.findall(r"pid\(?s?\)? ([\d, ]+)", text)  # none if all are too slow
-        pids = [int(pid) for pid in re.findall(r"\d+", " ".join(named))] or reader.reading[:, 0].tolist()
-        files = [file for pid in pids if (file := reader.being_read(pid))]
-        where = f"; being read: {', '.join(files)}" if files else ""
-        raise RuntimeError(text.rstrip(".") + where) from None
-
-
-def batch_loader(reader, batches, workers: int, process: Process, timeout_minutes: float) -> DataLoader:
-    """reader[batch] for every batch of indices, by worker processes that leave signals to the main one."""
-    return DataLoader(
-        reader,
-        sampler=batches,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=process.device.type == "cuda",
-        worker_init_fn=ignore_stop_signals,
-        timeout=60 * timeout_minutes if workers else 0,
-    )
-
-
-def ignore_stop_signals(worker: int) -> None:
-    for name in STOP_SIGNALS:
-        signal.signal(name, signal.SIG_IGN)
-
-
-def run_script(main, expected: tuple[type[Exception], ...] = ()) -> None:
-    """Run main(); errors that the user can mend become one line on stderr and exit code 2."""
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except (ConfigError, OSError, *expected) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        code = 2
-    except RuntimeError as error:
-        if (reason := outside_cause(error)) is None:
-            raise
-        print(f"error: {reason}", file=sys.stderr)
-        code = 2
-    sys.stdout.flush()
-    readers = multiprocessing.active_children()
-    for reader in readers:
-        reader.kill()
-    if code and (readers or dist.is_initialized()):
-        os._exit(code)  # do not wait for processes that wait in a collective, or for a file
-    sys.exit(code)
-
-
-NO_MEMORY = re.compile("can't allocate memory|Storage size calculation overflowed")
-LOST_PEER = re.compile(r"gloo|nccl|closed by peer|reset by peer|timed out|rendezvous|TCPStore", re.IGNORECASE)
-
-
-def outside_cause(error: RuntimeError) -> str | None:
-    """What to say of an error that other processes, the system or the hardware have caused; else None."""
-    text = one_line(error)
-    if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(text):
-        return f"out of memory; a smaller optim.batch_size or data.size, or optim.accumulate ({text[:160]})"
-    if isinstance(error, dist.DistError) or ("RANK" in os.environ and LOST_PEER.search(text)):
-        rank = os.environ.get("RANK", "0")
-        advice = "the same command goes on from the last checkpoint"
-        return f"rank {rank} has lost another process; {advice} ({text[:160]})"
-    if "DataLoader" in text:
-        return text
-    return None
-
-
-def one_line(error: Exception) -> str:
-    """The message, not endless; of an error raised in a DataLoader worker, that which it was raised with."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if "Original Traceback" in str(error):
-        lines = [lines[-1].split(": ", 1)[-1]]
-    text = " ".join(line.strip() for line in lines)
-    return text if len(text) <= 900 else f"{text[:600]} ... {text[-200:]}"
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Files of a run
+# The run's folder and its log
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -358,123 +185,6 @@ def make_run_folder(path: str | Path, process: Process) -> Path:
             raise ConfigError(f"run.out: cannot write into {folder} ({error.strerror})") from None
     process.barrier()
     return folder
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that nobody ever sees a part of it."""
-    with written_whole(path) as file:
-        file.write(text.encode())
-
-
-@contextmanager
-def written_whole(path: Path):
-    """A binary file to write to, which appears under its name, synced to disk, when all went well.
-
-    Raises OSError, on a full disk for example; nothing is left then of what was written.
-    """
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # as torch.save does
-            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
-        raise
-
-
-def save_checkpoint(folder: Path, state: dict, name: str = "checkpoint.pth") -> None:
-    """Save the state and read it back; only then does it take the place of the one before, which is kept
-    beside it as NAME.previous.
-
-    Raises:
-        OSError: it could not be written whole, on a full disk for example; the one before is in place.
-    """
-    path = folder / name
-    fresh = folder / (name + ".new")
-    with written_whole(fresh) as file:
-        torch.save(state, file)
-    try:
-        check_intact(fresh)
-    except zipfile.BadZipFile as error:
-        fresh.unlink()
-        raise OSError(errno.EIO, f"not as written ({error})", str(fresh)) from None
-    if path.exists():
-        os.replace(path, path.with_name(name + ".previous"))
-    os.replace(fresh, path)
-    sync_folder(folder)
-
-
-def check_intact(path: Path) -> None:
-    """Raise BadZipFile or OSError unless a checkpoint's bytes are as written: torch.load does not look."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"{damaged} is damaged")
-
-
-def sync_folder(folder: Path) -> None:
-    """Names given by os.replace reach the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# What damaged files have made zipfile, pickle and torch.load raise.
-UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-)
-
-
-def load_checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict | None:
-    """The newest readable checkpoint on the CPU, None if there never was one.
-
-    Raises:
-        ConfigError: there are files, but none can be read.
-    """
-    failures = []
-    for path in (folder / name, folder / (name + ".previous")):
-        if not path.exists():
-            continue
-        try:
-            check_intact(path)
-            with warnings.catch_warnings(action="ignore"):  # of odd tensors, which will not fit anyway
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
-            failures.append(f"{path} ({one_line(error)[:100]})")
-            continue
-        if failures:
-            warn(f"cannot read {failures[0]}; going on from {path}")
-        return state
-    if failures:
-        raise ConfigError(f"run.out: cannot read {failures[0]}; remove it to start anew")
-    return None
-
-
-def load_optimizer(optimizer: torch.optim.SGD, state: dict) -> None:
-    """optimizer.load_state_dict(state), which by itself takes momentum of any shape.
-
-    Raises ValueError, KeyError, TypeError or AttributeError for a state of something else.
-    """
-    optimizer.load_state_dict(state)
-    for parameter, own in optimizer.state.items():
-        momentum = own["momentum_buffer"]
-        same = (momentum.shape, momentum.layout, momentum.dtype, momentum.device)
-        if same != (parameter.shape, parameter.layout, parameter.dtype, parameter.device):
-            raise ValueError("the optimiser's momentum does not fit")
 
 
 class MetricsLog:

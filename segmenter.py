@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 
 from config import Config, ConfigError
 from data import DataError, Intensity, read_volume, write_labels
+from files import written_whole
 from layout import IGNORE, MAX_SIDE, read_stored, write_png
 from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, is_sound, read_weights, upsample
-from runtime import Process, ignore_stop_signals, make_run_folder, progress, written_whole
+from runtime import Process, make_run_folder, progress
+from stopping import ignore_stop_signals
 
 SMALLEST_WINDOW = 64  # px
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from files import write_whole
 from layout import (
     IGNORE,
     DataError,
@@ -24,7 +25,6 @@ from layout import (
     split_cases,
     write_lists,
     write_png,
-    write_text,
 )
 from phantom import BTCV_ORGANS
 from volumes import import_nibabel, read_volume
@@ -46,7 +46,7 @@ def slice_volumes(args):
         (out / folder).mkdir(parents=True, exist_ok=True)
     records = all_cases(pairs, args.axis, label_map, out, args.workers)
 
-    write_text(
+    write_whole(
         out / "spacing.json", json.dumps({case: r["spacing"] for case, r in records.items()}, indent=1)
     )
     print(f"{out}: {sum(record['slices'] for record in records.values())} slices; cases: {len(records)}")
@@ -205,7 +205,7 @@ def write_classes(out, label_map, seen, given_names):
     names = class_names(out, given_names or default)
     if len(names) < count:
         raise DataError(f"{len(names)} class names (background first), but labels up to {count - 1}")
-    write_text(out / "classes.json", json.dumps(names, indent=1))
+    write_whole(out / "classes.json", json.dumps(names, indent=1))
     print(f"class names: {', '.join(names)}")
     named = dict(enumerate(names)) | {IGNORE: "ignored"}
     absent = [f"{id} ({named[label]})" for id, label in (label_map or {}).items() if id not in seen]
@@ -265,7 +265,7 @@ def slice_case(pair, axis, label_map, out):
         masks, record["ids"] = read_masks(pair.labels, axis, shape, pair.image, label_map)
         write_slices(out / "masks" / pair.case, map(np.ascontiguousarray, masks))
         record["labelled"] = np.flatnonzero(masks.any(axis=(1, 2))).tolist()
-    write_text(path, json.dumps(record))
+    write_whole(path, json.dumps(record))
     return record
 
 

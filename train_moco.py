@@ -13,24 +13,17 @@ spectrum.png if matplotlib is installed, TensorBoard files if tensorboard is.
 """
 
 import argparse
-import hashlib
-import json
-import math
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config
 import runtime
-from collapse import CollapseMonitor, describe_collapse, draw, show
+from collapse import CollapseMonitor, draw, show
 from config import (
     Config,
     ConfigError,
@@ -42,8 +35,15 @@ from config import (
     check_range,
 )
 from data import BatchReader, DataError, Intensity, SliceDataset, TwoViews, default_window
+from files import write_whole, written_whole
+from guard import Guard, NotFinite
+from journal import Journal
 from models import ARCHITECTURES, LAYERS, Encoder, MoCo, WeightsError, load_encoder_weights, slices
+from run_state import RunState, averaged_statistics
 from runtime import Process
+from schedule import Due, StepBatches, learning_rate
+from segmenter import network_input
+from stopping import STOP_MARKER, StopRequest, batch_loader, leave, naming_lost_workers, run_script
 
 DEFAULTS = """
 seed: 0
@@ -122,10 +122,6 @@ log:
 
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "decorrelation.eps": float}
 
-# Keys that may change between the parts of an interrupted run: they do not touch what is computed.
-RUN_FREE = ("out", "device", "compile", "save", "max_bad", "skip", "timeout", "deterministic")
-FREE = (*(f"run.{name}" for name in RUN_FREE), "data.workers", "log.")
-
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
@@ -140,14 +136,14 @@ def main(argv: list[str] | None = None) -> int:
     if len(counts := set(process.everyone(len(dataset)))) > 1:
         raise DataError(f"{cfg.data.list}: not the same for all processes, {sorted(counts)} slices")
     reader = BatchReader(dataset, cfg.data.workers)
-    with runtime.StopRequest(process.rank) as stop, runtime.naming_lost_workers(reader):
+    with StopRequest(process.rank) as stop, naming_lost_workers(reader):
         code = pretrain(cfg, process, dataset, reader, stop)
     process.close()
     return code
 
 
 def pretrain(
-    cfg: Config, process: Process, dataset: SliceDataset, reader: BatchReader, stop: runtime.StopRequest
+    cfg: Config, process: Process, dataset: SliceDataset, reader: BatchReader, stop: StopRequest
 ) -> int:
     """The whole run, from where its folder says it is; returns the exit code."""
     torch.manual_seed(cfg.seed)
@@ -160,13 +156,14 @@ def pretrain(
     views = TwoViews(cfg.data.size, **cfg.augment, value_range=value_range(cfg, intensity, dataset.stored))
 
     folder = runtime.make_run_folder(cfg.run.out, process)
-    step, complete = resume(folder, cfg, model, optimizer, guard, dataset, process)
+    state = RunState(folder, cfg, process, dataset, intensity, model, optimizer, guard)
+    step, complete = state.resume()
     if step >= total_steps and complete:
         process.say(f"{folder} holds this run, finished after {step} steps; nothing to do")
         return 0
     if process.is_main:
-        (folder / runtime.STOP_MARKER).unlink(missing_ok=True)
-        runtime.write_whole(folder / "config.yaml", cfg.as_yaml())
+        (folder / STOP_MARKER).unlink(missing_ok=True)
+        write_whole(folder / "config.yaml", cfg.as_yaml())
     monitor = CollapseMonitor(cfg, dataset, intensity, process)
     process.say(
         f"{len(dataset)} slices of {dataset.size[0]} x {dataset.size[1]} px; {total_steps} steps, "
@@ -183,7 +180,7 @@ def pretrain(
     trained = distributed(model, guard, shape, process) if process.world > 1 else model
     offset = process.rank * local_batch  # global index of this process's first sample
     order = StepBatches(len(dataset), cfg.optim.batch_size, cfg.seed, process, step, total_steps)
-    loader = runtime.batch_loader(reader, order, cfg.data.workers, process, cfg.run.timeout_minutes)
+    loader = batch_loader(reader, order, cfg.data.workers, process, cfg.run.timeout_minutes)
 
     journal = Journal(cfg, process, steps_per_epoch, total_steps, step)
     readback = runtime.Readback(process.device)
@@ -192,9 +189,9 @@ def pretrain(
     def measure_collapse() -> None:
         with averaged_statistics(model, process):
             measured = monitor.measure(model)
-            for name in kept_names(cfg, step, measured, journal):
+            for name in journal.names_to_keep(step, measured):
                 try:
-                    export(folder, name, cfg, model, intensity, dataset, step, measured)
+                    state.export(name, step, measured)
                 except OSError as error:
                     runtime.warn(f"step {step}: no {name}.pth written ({error}); training goes on")
         journal.collapse(step, measured)
@@ -216,8 +213,7 @@ def pretrain(
         generator = runtime.seeded("views", cfg.seed, step)
         query_view, key_view, query_box, key_box = views(unit, generator, offset, cfg.optim.batch_size)
         query_view, key_view = (
-            intensity.normalise(view).expand(-1, cfg.model.in_channels, -1, -1)
-            for view in (query_view, key_view)
+            network_input(view, intensity, cfg.model.in_channels) for view in (query_view, key_view)
         )
 
         with process.autocast():
@@ -252,23 +248,23 @@ def pretrain(
         if any(found["bad_in_row"] >= cfg.run.max_bad_steps for found in news):
             step = model.step = journal.before_bad_steps()
             guard.forget_row()
-            save(folder, cfg, model, optimizer, guard, step, dataset, process)
+            state.save(step)
             raise NotFinite(journal.describe_bad_steps(folder, dataset, order))
         stopping = any(found["stop"] for found in news) and not last
         if not stopping and (last or due.measuring(step)):
             measure_collapse()
         if stopping or last or due.by_step(step) or any(found["save"] for found in news):
-            save(folder, cfg, model, optimizer, guard, step, dataset, process)
+            state.save(step)
         if stopping:
-            return runtime.leave(folder, step, process.everyone(stop.reason), process)
+            return leave(folder, step, process.everyone(stop.reason), process)
     journal.close()
 
     model.average_running_statistics()
     if process.is_main:
         draw(folder, process)
-        with runtime.written_whole(folder / "features.png") as file:
+        with written_whole(folder / "features.png") as file:
             monitor.features_page(model).save(file, format="PNG")
-        export(folder, "encoder", cfg, model, intensity, dataset, step, journal.latest)
+        state.export("encoder", step, journal.latest)
     process.say(f"encoder: {folder / 'encoder.pth'}")
     process.barrier()
     return 0
@@ -388,7 +384,7 @@ def build_model(cfg: Config, process: Process) -> MoCo:
         )
 
 
-def distributed(model: MoCo, guard: "Guard", shape: tuple, process: Process) -> DistributedDataParallel:
+def distributed(model: MoCo, guard: Guard, shape: tuple, process: Process) -> DistributedDataParallel:
     """The model with gradients averaged over processes.
 
     DDP arranges gradients anew after its first backward pass, and with more than two processes that changes
@@ -428,43 +424,6 @@ def make_optimizer(cfg: Config, model: MoCo) -> torch.optim.SGD:
     return optimizer
 
 
-class StepBatches:
-    """The indices that this process reads in each step: a share of a batch out of the epoch's permutation.
-
-    The order of an epoch depends on (seed, epoch) only. What is left of an epoch after its last whole batch
-    is not read in that epoch.
-    """
-
-    def __init__(self, size: int, batch: int, seed: int, process: Process, first: int, last: int):
-        self.size, self.batch, self.seed, self.first, self.last = size, batch, seed, first, last
-        share = batch // process.world
-        self.mine = slice(process.rank * share, (process.rank + 1) * share)
-        self.epoch = self.order = None  # of the step asked for last
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first, self.last):
-            yield self.everyones(step)[self.mine]
-
-    def everyones(self, step: int) -> list[int]:
-        """The global batch of a step."""
-        epoch, place = divmod(step, self.size // self.batch)
-        if epoch != self.epoch:
-            self.order = torch.randperm(self.size, generator=runtime.seeded("epoch", self.seed, epoch))
-            self.epoch = epoch
-        return self.order[place * self.batch : (place + 1) * self.batch].tolist()
-
-
-def learning_rate(step: int, steps_per_epoch: int, total_steps: int, optim: Config) -> float:
-    """Linear warm-up over the first epochs, then half a cosine down to 0 at the last step."""
-    warmup = min(round(optim.warmup_epochs * steps_per_epoch), total_steps - 1)
-    if step < warmup:
-        return optim.lr * (step + 1) / warmup
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
-
-
 def over_ranks(terms: dict[str, Tensor], events: dict[str, float], process: Process) -> dict[str, Tensor]:
     """Means of the terms and sums of the events over all processes, scalars on the device: no host waits."""
     row = torch.zeros(len(terms) + len(events), device=process.device)
@@ -477,303 +436,5 @@ def over_ranks(terms: dict[str, Tensor], events: dict[str, float], process: Proc
     return dict(zip((*terms, *events), row))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Bad steps
-# ---------------------------------------------------------------------------------------------------------
-
-
-class NotFinite(ArithmeticError):
-    """Too many steps in a row whose loss or gradient was not finite; the message is one line."""
-
-
-class Guard:
-    """A step whose loss or gradient is not finite changes nothing, on all processes alike.
-
-    Nobody waits for the device to know: fused SGD skips a step by itself (`found_inf`, as for GradScaler),
-    momentum encoder and queue take `ok`, and the running statistics, which the forward passes have
-    moved by then, are put back. After `most` such steps in a row every further one counts as bad, so
-    that a host that learns of it late finds the state from before them.
-    """
-
-    def __init__(self, model: MoCo, optimizer: torch.optim.SGD, most: int):
-        self.optimizer, self.most = optimizer, most
-        counters = [b for b in model.buffers() if b.dtype == torch.int64 and b is not model.queue_pointer]
-        self.moved = [model.running_statistics(), counters]  # by a forward pass
-        device = model.queue.device
-        self.in_row, self.skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-
-    def remember(self) -> None:
-        """Call before the forward passes of a step."""
-        self.before = [joined(tensors) for tensors in self.moved]
-
-    def judge(self, loss: Tensor) -> Tensor:
-        """Whether the step counts, a bool scalar, from its loss (mean over processes) and its gradients."""
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        self.norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        ok = torch.isfinite(loss) & torch.isfinite(self.norm) & (self.in_row < self.most)
-        self.in_row = torch.where(ok, 0, self.in_row + 1)
-        self.skipped += ~ok
-        self.optimizer.found_inf = (~ok).float()
-        return ok
-
-    def put_back(self, ok: Tensor) -> None:
-        """Call after the step."""
-        for tensors, before in zip(self.moved, self.before):
-            kept = torch.where(ok, joined(tensors), before).split([t.numel() for t in tensors])
-            torch._foreach_copy_(tensors, [value.view_as(t) for value, t in zip(kept, tensors)])
-
-    def forget_row(self) -> None:
-        self.skipped -= self.in_row
-        self.in_row.zero_()
-
-    def counts(self) -> dict[str, Tensor]:
-        return {"gradient_norm": self.norm, "bad_in_row": self.in_row, "skipped_steps": self.skipped}
-
-
-def joined(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What a run says of itself
-# ---------------------------------------------------------------------------------------------------------
-
-
-class Journal:
-    """metrics.jsonl, and the progress bar, or lines where there is no terminal."""
-
-    def __init__(self, cfg: Config, process: Process, steps_per_epoch: int, total_steps: int, step: int):
-        self.cfg, self.process, self.steps_per_epoch = cfg, process, steps_per_epoch
-        self.total_steps = total_steps
-        self.log = runtime.MetricsLog(Path(cfg.run.out), process, step, cfg.log.tensorboard)
-        self.bar = runtime.progress(process, "pretrain", total=total_steps, initial=step)
-        self.since, self.clock = step, time.perf_counter()
-        self.rank_text, self.unreadable, self.bad = "", 0, {}
-        self.latest, self.best = {}, -math.inf  # the newest value of every column; the highest DSE so far
-        for row in self.log.before if process.is_main else []:
-            self.remember(row)
-
-    def note(self, step: int, found: dict[str, float]) -> dict[str, float]:
-        """Take in what is known of a step; returns it."""
-        self.bar.update()
-        self.unreadable += int(found["unreadable"])
-        self.bad = self.bad | {step: found} if found["bad_in_row"] else {}
-        if self.bad:
-            self.process.say(f"step {step}: {terms_text(found)}: not finite, skipped")
-        if step % self.cfg.log.every == 0 or step == self.total_steps:
-            now = time.perf_counter()
-            rate = (step - self.since) * self.cfg.optim.batch_size / (now - self.clock)
-            self.since, self.clock = step, now
-            row = {"step": step, "epoch": self.epoch(step)}
-            row |= {name: found[name] for name in (*TERMS, "gradient_norm")}
-            row["lr"] = learning_rate(step - 1, self.steps_per_epoch, self.total_steps, self.cfg.optim)
-            row |= {"images_per_second": round(rate, 1), "skipped_steps": int(found["skipped_steps"])}
-            self.write(row | {"unreadable_slices": self.unreadable})
-            self.say(step, f"{loss_text(found)}{self.rank_text} {rate:.0f} images/s")
-        return found
-
-    def say(self, step: int, text: str) -> None:
-        self.bar.set_postfix_str(text)
-        if self.bar.disable:
-            self.process.say(f"step {step}/{self.total_steps}  {text}")
-
-    def knows_collapse(self, step: int) -> bool:
-        """Whether it was measured before the run was stopped."""
-        return any(row["step"] == step and "effective_rank" in row for row in self.log.before)
-
-    def collapse(self, step: int, measured: dict) -> None:
-        """Take in what CollapseMonitor has measured (nothing, on all processes but the main one)."""
-        if measured:
-            self.write({"step": step, "epoch": self.epoch(step), **measured})
-            self.process.say(f"step {step}: {describe_collapse(measured)}")
-            self.rank_text = f" rank {measured['effective_rank']:.1f}"
-        self.since, self.clock = step, time.perf_counter()
-
-    def write(self, row: dict) -> None:
-        self.log.write(row)
-        self.remember(row)
-
-    def remember(self, row: dict) -> None:
-        self.latest |= row
-        if row["step"]:
-            self.best = max(self.best, row.get("dse") or -math.inf)
-
-    def is_best(self, measured: dict) -> bool:
-        """Whether this encoder's features are better structured than those of all earlier measurements; the
-        untrained one does not count."""
-        return measured["dse"] > self.best
-
-    def epoch(self, step: int) -> float:
-        return round(step / self.steps_per_epoch, 4)
-
-    def before_bad_steps(self) -> int:
-        """The number of steps done before the bad ones."""
-        return min(self.bad) - 1
-
-    def describe_bad_steps(self, folder: Path, dataset: SliceDataset, order: "StepBatches") -> str:
-        """Write the bad steps with their slices to bad_steps.json; returns one line that names the last."""
-        rows = [
-            {
-                "step": step,
-                "terms": {name: str(found[name]) for name in (*TERMS, "gradient_norm")},
-                "slices": [dataset.names[i] for i in order.everyones(step - 1)],
-            }
-            for step, found in self.bad.items()
-        ]
-        if self.process.is_main:
-            runtime.write_whole(folder / "bad_steps.json", json.dumps(rows, indent=1) + "\n")
-        slices = ", ".join(rows[-1]["slices"][:4]) + (" ..." if len(rows[-1]["slices"]) > 4 else "")
-        first, last = rows[0]["step"], rows[-1]["step"]
-        return (
-            f"run.max_bad_steps: steps {first} to {last} were not finite, the last one with "
-            f"{terms_text(self.bad[last])}; its slices: {slices}; all in {folder / 'bad_steps.json'}; "
-            "the checkpoint is from before them"
-        )
-
-    def close(self) -> None:
-        self.bar.close()
-        self.log.close()
-
-
-TERMS = ("loss", "global", "local", "accuracy")
-
-
-def loss_text(found: dict) -> str:
-    return f"loss {found['loss']:.3f}" + (f" local {found['local']:.3f}" if found["local"] else "")
-
-
-def terms_text(found: dict) -> str:
-    named = {name: found[name] for name in ("loss", "global", "local")} | {"gradient": found["gradient_norm"]}
-    return ", ".join(f"{name} {value:.3g}" for name, value in named.items())
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Stopping, going on, and results
-# ---------------------------------------------------------------------------------------------------------
-
-
-class Due:
-    """When to save and to measure: after so many steps; and, as the main process's clock says, by time."""
-
-    def __init__(self, cfg: Config, steps_per_epoch: int, process: Process):
-        self.every = cfg.run.save_steps or steps_per_epoch
-        self.measured = round(cfg.log.rank_every * steps_per_epoch)
-        self.seconds = 60 * cfg.run.save_minutes if process.is_main else 0
-        self.saved = time.monotonic()
-
-    def by_step(self, step: int) -> bool:
-        if step % self.every == 0:
-            self.saved = time.monotonic()
-        return step % self.every == 0
-
-    def by_time(self) -> bool:
-        due = self.seconds and time.monotonic() - self.saved > self.seconds
-        if due:
-            self.saved = time.monotonic()
-        return due
-
-    def measuring(self, step: int) -> bool:
-        return step == 0 or (self.measured > 0 and step % self.measured == 0)
-
-
-@contextmanager
-def averaged_statistics(model: MoCo, process: Process):
-    """Within, all processes have the mean of their running statistics; afterwards each its own again, so that
-    looking at them changes nothing. Gives what each had, (world, n)."""
-    everyone = model.average_running_statistics()
-    yield everyone
-    model.set_running_statistics(everyone[process.rank])
-
-
-def resume(
-    folder: Path, cfg: Config, model: MoCo, optimizer, guard: Guard, dataset: SliceDataset, process: Process
-) -> tuple[int, bool]:
-    """Load the folder's checkpoint, if there is one: the number of steps done, and whether results are there.
-
-    The main process reads, and tells the others. Raises ConfigError if the run was another one.
-    """
-    state, complete = process.from_main(
-        lambda: (runtime.load_checkpoint(folder), (folder / "encoder.json").exists())
-    )
-    if state is None:
-        return 0, False
-    try:
-        before = config.to_config(state["config"])
-        changed = cfg.first_difference(before, ignore=FREE)
-        if changed is None:
-            model.load_state_dict(state["model"])
-            runtime.load_optimizer(optimizer, state["optimizer"])
-            statistics = state["running_statistics"]
-            if len(statistics) == process.world:  # else the model's, which are the mean, have to do
-                model.set_running_statistics(statistics[process.rank])
-            for count, value in zip((guard.in_row, guard.skipped), state["bad_steps"], strict=True):
-                count.fill_(value)
-            step, slices = state["step"], state["slices"]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise ConfigError(f"run.out: the checkpoint in {folder} is not one of this program") from None
-    if changed:
-        old, new = before.flat().get(changed), cfg.flat().get(changed)
-        raise ConfigError(
-            f"{changed}: is {new!r}, but the run in {folder} was started with {old!r}; choose another run.out"
-        )
-    if slices != len(dataset):
-        raise ConfigError(
-            f"data.list: has {len(dataset)} slices, but the run in {folder} was started with {slices}"
-        )
-    return step, complete
-
-
-def save(
-    folder: Path, cfg: Config, model: MoCo, optimizer, guard: Guard, step: int, dataset, process: Process
-) -> None:
-    """Write the checkpoint. Call it on all processes; the main one writes. If it cannot, training goes on."""
-    with averaged_statistics(model, process) as statistics:
-        if not process.is_main:
-            return
-        state = {
-            "config": cfg.plain(),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "running_statistics": statistics,
-            "step": step,
-            "bad_steps": [int(guard.in_row), int(guard.skipped)],
-            "slices": len(dataset),
-        }
-        try:
-            runtime.save_checkpoint(folder, state)
-        except OSError as error:
-            runtime.warn(
-                f"step {step}: no checkpoint written ({error}); the last one stays, training goes on"
-            )
-
-
-def kept_names(cfg: Config, step: int, measured: dict, journal: "Journal") -> list[str]:
-    """The names under which the encoder that has just been measured is kept."""
-    if not measured:
-        return []
-    names = [f"encoder_{step}"] if cfg.log.encoders else []
-    return names + ["encoder_best"] if step and journal.is_best(measured) else names
-
-
-def export(
-    folder: Path, name: str, cfg: Config, model: MoCo, intensity: Intensity, dataset, step: int, metrics: dict
-) -> None:
-    """NAME.pth, a torchvision ResNet's weights without fc, and NAME.json, which says what they are."""
-    with runtime.written_whole(folder / f"{name}.pth") as file:
-        torch.save(model.query.encoder.export_state_dict(), file)
-    card = {
-        "arch": cfg.model.arch,
-        "in_channels": cfg.model.in_channels,
-        "normalisation": intensity.as_dict(),
-        "data": {"slices": len(dataset), "cases": len(set(dataset.cases)), "size": list(dataset.size)},
-        "steps": step,
-        "metrics": {key: value for key, value in metrics.items() if not isinstance(value, list)},
-        "config": cfg.plain(),
-        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
-        "sha256": hashlib.sha256((folder / f"{name}.pth").read_bytes()).hexdigest(),
-    }
-    runtime.write_whole(folder / f"{name}.json", json.dumps(card, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    runtime.run_script(main, expected=(DataError, WeightsError, NotFinite))
+    run_script(main, expected=(DataError, WeightsError, NotFinite))

@@ -15,8 +15,9 @@ from PIL import Image
 import data
 import eval_seg
 import report
-import runtime
 import segmenter
+import stopping
+import supervised
 from config import ConfigError
 from data import DataError
 from models import Encoder, WeightsError
@@ -158,13 +159,13 @@ def test_linear_training_fits_what_it_is_given(phantom, tmp_path):
 
 def test_finetuning_goes_on_after_a_stop_with_the_same_losses(phantom, tmp_path, monkeypatch):
     whole = evaluate(phantom, tmp_path / "whole", *FINETUNE)
-    save = eval_seg.save_checkpoint
+    save = supervised.save_checkpoint
 
     def save_and_stop(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(eval_seg, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(supervised, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(phantom, tmp_path / "stopped", *FINETUNE)
     monkeypatch.undo()
@@ -210,7 +211,7 @@ def test_batches_depend_on_seed_and_step_only_and_every_epoch_sees_every_slice()
 
     def batch(step, world):
         processes = [Process(rank, world, torch.device("cpu"), "fp32") for rank in range(world)]
-        return [row for process in processes for row in eval_seg.training_rows(step, 10, cfg, process)]
+        return [row for process in processes for row in supervised.training_rows(step, 10, cfg, process)]
 
     for step in range(5):
         assert batch(step, 1) == batch(step, 2) == batch(step, 3)
@@ -224,11 +225,11 @@ def test_label_fractions_are_nested_whole_cases():
     class Set:
         cases = [f"case{i // 4}" for i in range(40)]
 
-    shares = [eval_seg.training_positions(Set, fraction, seed=1) for fraction in (0.01, 0.25, 0.5, 1.0)]
+    shares = [supervised.training_positions(Set, fraction, seed=1) for fraction in (0.01, 0.25, 0.5, 1.0)]
     assert [len(share) for share in shares] == [4, 8, 20, 40]  # 0.25 of 10 cases rounds to 2
     for small, large in zip(shares, shares[1:]):
         assert set(small) < set(large)
-    assert shares[2] != eval_seg.training_positions(Set, 0.5, seed=2)
+    assert shares[2] != supervised.training_positions(Set, 0.5, seed=2)
 
 
 def test_slices_are_stacked_in_the_order_of_their_numbers():
@@ -424,7 +425,9 @@ def test_compare_groups_by_encoder_and_averages_over_seeds(tmp_path, capsys):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[2] == ["random", "25.0 +- 7.1 (n=2)", "50.0", "10.3 / 20.0"]
     assert cells[3] == ["runs/x", "45.6", "-", "10.0 / 20.0"]
-    assert cells[7] == ["linear: runs/x - random", "+20.6", "0.0", "4 of 4", "0.12"]
+    assert cells[5] == ["Dice %", "linear: random", "linear: runs/x", "finetune: random"]
+    assert cells[7:9] == [["liver", "26.5", "47.1", "51.5"], ["spleen", "-", "-", "-"]]
+    assert cells[12] == ["linear: runs/x - random", "+20.6", "0.0", "4 of 4", "0.12"]
     assert sum("predictions.png" in line for line in lines) == 4
     with pytest.raises(ConfigError, match="no results.json"):
         run("--compare", tmp_path)
@@ -503,7 +506,7 @@ def test_an_evaluation_that_is_stopped_goes_on_where_it_was(phantom, tmp_path, m
         self.reason = "SIGTERM" if next(steps) == 2 else ""
         return bool(self.reason)
 
-    monkeypatch.setattr(runtime.StopRequest, "__bool__", asked)
+    monkeypatch.setattr(stopping.StopRequest, "__bool__", asked)
     arguments = [*TINY, f"data.root={phantom}", f"run.out={out}", "encoder=random", *settings]
     assert eval_seg.main(arguments) == 75
     assert json.loads((out / "stopped.json").read_text()) == {"step": 3, "reason": "SIGTERM"}

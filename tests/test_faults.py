@@ -23,8 +23,8 @@ import torch
 import data
 import train_moco
 from data import BatchReader, DataError
+from guard import Guard, NotFinite
 from models import Encoder, MoCo
-from train_moco import Guard, NotFinite
 
 ROOT = Path(__file__).parent.parent
 TINY = """

@@ -162,9 +162,8 @@ def test_percentile_interpolates_like_torch_quantile():
 
 @pytest.mark.filterwarnings("ignore")
 def test_dice_and_hd95_equal_monai_where_the_truth_is_not_empty():
-    monai = pytest.importorskip(
-        "monai.metrics", reason="monai is not a dependency; install it to run this comparison"
-    )
+    pytest.importorskip("scipy", reason="monai's distances need scipy")
+    monai = pytest.importorskip("monai.metrics", reason="pip install monai scipy to compare with it")
     for prediction, truth, spacing in random_volumes(30):
         pair = {
             "y_pred": prediction[None, None].float(),

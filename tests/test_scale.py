@@ -253,7 +253,7 @@ def test_packed_file_cut_short_while_in_use(tmp_path):
 def test_every_rank_gets_the_same_number_of_equal_batches(world):
     """Together they read what one process alone reads, and no slice twice in an epoch."""
     from runtime import Process
-    from train_moco import StepBatches
+    from schedule import StepBatches
 
     for batch in (world, 3 * world, 12):
         for size in sorted({batch, batch + 1, 2 * batch - 1, 2 * batch, 13, 17, 97, 101} - {*range(batch)}):
@@ -273,7 +273,7 @@ def test_every_rank_gets_the_same_number_of_equal_batches(world):
 
 def test_lists_of_one_two_and_three_slices():
     from runtime import Process
-    from train_moco import StepBatches
+    from schedule import StepBatches
 
     process = Process(0, 1, torch.device("cpu"), "fp32")
     for size in (1, 2, 3):

@@ -6,15 +6,18 @@ import pytest
 import torch
 import torchvision
 
+import checkpoints
 import config
 import data
 import runtime
+import stopping
 import train_moco
 from config import ConfigError
 from data import DataError
 from models import Encoder, WeightsError
 from runtime import seeded
-from train_moco import DEFAULTS, NULLABLE, StepBatches, learning_rate
+from schedule import StepBatches, learning_rate
+from train_moco import DEFAULTS, NULLABLE
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +256,7 @@ def test_errors_become_one_line_and_exit_code_2(train, tmp_path, capsys):
         return train("run", "optim.lrr=1")
 
     with pytest.raises(SystemExit) as stop:
-        runtime.run_script(main)
+        stopping.run_script(main)
     captured = capsys.readouterr().err
     assert stop.value.code == 2 and captured.count("\n") == 1 and captured.startswith("error: ")
 
@@ -263,14 +266,14 @@ def test_errors_become_one_line_and_exit_code_2(train, tmp_path, capsys):
 
 def test_a_torn_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys):
     for step in (1, 2):
-        runtime.save_checkpoint(tmp_path, {"step": step})
+        checkpoints.save_checkpoint(tmp_path, {"step": step})
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(path.read_bytes()[:100])
-    assert runtime.load_checkpoint(tmp_path)["step"] == 1
+    assert checkpoints.load_checkpoint(tmp_path)["step"] == 1
     assert "cannot read" in capsys.readouterr().err
     (tmp_path / "checkpoint.pth.previous").unlink()
     with pytest.raises(ConfigError, match="cannot read"):
-        runtime.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
 
 
 def test_metrics_are_cut_back(tmp_path):

@@ -1,0 +1,124 @@
+"""What a pretraining run says of itself: metrics.jsonl, the progress bar, and an account of bad steps."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+from collapse import describe_collapse
+from config import Config
+from data import SliceDataset
+from files import write_whole
+from runtime import MetricsLog, Process, progress
+from schedule import StepBatches, learning_rate
+
+
+class Journal:
+    """metrics.jsonl, and the progress bar, or lines where there is no terminal."""
+
+    def __init__(self, cfg: Config, process: Process, steps_per_epoch: int, total_steps: int, step: int):
+        self.cfg, self.process, self.steps_per_epoch = cfg, process, steps_per_epoch
+        self.total_steps = total_steps
+        self.log = MetricsLog(Path(cfg.run.out), process, step, cfg.log.tensorboard)
+        self.bar = progress(process, "pretrain", total=total_steps, initial=step)
+        self.since, self.clock = step, time.perf_counter()
+        self.rank_text, self.unreadable, self.bad = "", 0, {}
+        self.latest, self.best = {}, -math.inf  # the newest value of every column; the highest DSE so far
+        for row in self.log.before if process.is_main else []:
+            self.remember(row)
+
+    def note(self, step: int, found: dict[str, float]) -> dict[str, float]:
+        """Take in what is known of a step; returns it."""
+        self.bar.update()
+        self.unreadable += int(found["unreadable"])
+        self.bad = self.bad | {step: found} if found["bad_in_row"] else {}
+        if self.bad:
+            self.process.say(f"step {step}: {terms_text(found)}: not finite, skipped")
+        if step % self.cfg.log.every == 0 or step == self.total_steps:
+            now = time.perf_counter()
+            rate = (step - self.since) * self.cfg.optim.batch_size / (now - self.clock)
+            self.since, self.clock = step, now
+            row = {"step": step, "epoch": self.epoch(step)}
+            row |= {name: found[name] for name in (*TERMS, "gradient_norm")}
+            row["lr"] = learning_rate(step - 1, self.steps_per_epoch, self.total_steps, self.cfg.optim)
+            row |= {"images_per_second": round(rate, 1), "skipped_steps": int(found["skipped_steps"])}
+            self.write(row | {"unreadable_slices": self.unreadable})
+            self.say(step, f"{loss_text(found)}{self.rank_text} {rate:.0f} images/s")
+        return found
+
+    def say(self, step: int, text: str) -> None:
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            self.process.say(f"step {step}/{self.total_steps}  {text}")
+
+    def knows_collapse(self, step: int) -> bool:
+        """Whether it was measured before the run was stopped."""
+        return any(row["step"] == step and "effective_rank" in row for row in self.log.before)
+
+    def collapse(self, step: int, measured: dict) -> None:
+        """Take in what CollapseMonitor has measured (nothing, on all processes but the main one)."""
+        if measured:
+            self.write({"step": step, "epoch": self.epoch(step), **measured})
+            self.process.say(f"step {step}: {describe_collapse(measured)}")
+            self.rank_text = f" rank {measured['effective_rank']:.1f}"
+        self.since, self.clock = step, time.perf_counter()
+
+    def write(self, row: dict) -> None:
+        self.log.write(row)
+        self.remember(row)
+
+    def remember(self, row: dict) -> None:
+        self.latest |= row
+        if row["step"]:
+            self.best = max(self.best, row.get("dse") or -math.inf)
+
+    def names_to_keep(self, step: int, measured: dict) -> list[str]:
+        """The names under which the encoder just measured is kept: encoder_STEP if log.encoders, encoder_best
+        if its features are better structured than at all earlier measurements, the untrained one left out."""
+        if not measured:
+            return []
+        names = [f"encoder_{step}"] if self.cfg.log.encoders else []
+        return names + ["encoder_best"] if step and measured["dse"] > self.best else names
+
+    def epoch(self, step: int) -> float:
+        return round(step / self.steps_per_epoch, 4)
+
+    def before_bad_steps(self) -> int:
+        """The number of steps done before the bad ones."""
+        return min(self.bad) - 1
+
+    def describe_bad_steps(self, folder: Path, dataset: SliceDataset, order: StepBatches) -> str:
+        """Write the bad steps with their slices to bad_steps.json; returns one line that names the last."""
+        rows = [
+            {
+                "step": step,
+                "terms": {name: str(found[name]) for name in (*TERMS, "gradient_norm")},
+                "slices": [dataset.names[i] for i in order.everyones(step - 1)],
+            }
+            for step, found in self.bad.items()
+        ]
+        if self.process.is_main:
+            write_whole(folder / "bad_steps.json", json.dumps(rows, indent=1) + "\n")
+        slices = ", ".join(rows[-1]["slices"][:4]) + (" ..." if len(rows[-1]["slices"]) > 4 else "")
+        first, last = rows[0]["step"], rows[-1]["step"]
+        return (
+            f"run.max_bad_steps: steps {first} to {last} were not finite, the last one with "
+            f"{terms_text(self.bad[last])}; its slices: {slices}; all in {folder / 'bad_steps.json'}; "
+            "the checkpoint is from before them"
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+        self.log.close()
+
+
+TERMS = ("loss", "global", "local", "accuracy")
+
+
+def loss_text(found: dict) -> str:
+    return f"loss {found['loss']:.3f}" + (f" local {found['local']:.3f}" if found["local"] else "")
+
+
+def terms_text(found: dict) -> str:
+    named = {name: found[name] for name in ("loss", "global", "local")} | {"gradient": found["gradient_norm"]}
+    return ", ".join(f"{name} {value:.3g}" for name, value in named.items())

@@ -1,0 +1,71 @@
+"""What belongs to which step of pretraining: the slices, the learning rate, saving and measuring."""
+
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+
+from config import Config
+from runtime import Process, seeded
+
+
+class StepBatches:
+    """The indices that this process reads in each step: a share of a batch out of the epoch's permutation.
+
+    The order of an epoch depends on (seed, epoch) only. What is left of an epoch after its last whole batch
+    is not read in that epoch.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int, process: Process, first: int, last: int):
+        self.size, self.batch, self.seed, self.first, self.last = size, batch, seed, first, last
+        share = batch // process.world
+        self.mine = slice(process.rank * share, (process.rank + 1) * share)
+        self.epoch = self.order = None  # of the step asked for last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.last):
+            yield self.everyones(step)[self.mine]
+
+    def everyones(self, step: int) -> list[int]:
+        """The global batch of a step."""
+        epoch, place = divmod(step, self.size // self.batch)
+        if epoch != self.epoch:
+            self.order = torch.randperm(self.size, generator=seeded("epoch", self.seed, epoch))
+            self.epoch = epoch
+        return self.order[place * self.batch : (place + 1) * self.batch].tolist()
+
+
+def learning_rate(step: int, steps_per_epoch: int, total_steps: int, optim: Config) -> float:
+    """Linear warm-up over the first epochs, then half a cosine down to 0 at the last step."""
+    warmup = min(round(optim.warmup_epochs * steps_per_epoch), total_steps - 1)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
+
+
+class Due:
+    """When to save and to measure: after so many steps; and, as the main process's clock says, by time."""
+
+    def __init__(self, cfg: Config, steps_per_epoch: int, process: Process):
+        self.every = cfg.run.save_steps or steps_per_epoch
+        self.measured = round(cfg.log.rank_every * steps_per_epoch)
+        self.seconds = 60 * cfg.run.save_minutes if process.is_main else 0
+        self.saved = time.monotonic()
+
+    def by_step(self, step: int) -> bool:
+        if step % self.every == 0:
+            self.saved = time.monotonic()
+        return step % self.every == 0
+
+    def by_time(self) -> bool:
+        due = self.seconds and time.monotonic() - self.saved > self.seconds
+        if due:
+            self.saved = time.monotonic()
+        return due
+
+    def measuring(self, step: int) -> bool:
+        return step == 0 or (self.measured > 0 and step % self.measured == 0)

@@ -1,0 +1,176 @@
+"""How a script ends: on request with everything saved, or with one line that says what is wrong.
+
+`run_script(main)` starts a script and turns errors of the user's making into one line and exit code 2. Within
+`StopRequest` signals ask the run to stop, which it does with `leave`.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from config import ConfigError
+from files import write_whole
+from runtime import Process
+
+STOPPED = 75  # EX_TEMPFAIL: stopped on request, everything is saved, the same command goes on
+
+
+class StopRequest:
+    """True once somebody wants this process to stop: SIGTERM, SIGUSR1 (SLURM's warning before a preemption),
+    SIGINT (Ctrl-C), or the death of the torchrun that started it. Within a `with` block; `reason` says which.
+
+    A second SIGINT ends the process at once.
+    """
+
+    def __init__(self, rank: int = 0):
+        self.rank, self.reason, self.before = rank, "", {}
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def __enter__(self) -> "StopRequest":
+        for name in STOP_SIGNALS:
+            self.before[name] = signal.signal(name, self.note)
+            signal.siginterrupt(name, False)  # or system calls under way would fail
+        return self
+
+    def __exit__(self, *error) -> None:
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+    def note(self, number: int, frame) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if self.rank == 0:
+                os.write(2, b"\nfinishing this step, then saving; Ctrl-C again: at once\n")
+
+    def __bool__(self) -> bool:
+        if self.launcher not in (None, os.getppid()):
+            self.reason = self.reason or f"the launcher of rank {self.rank} is gone"
+        return bool(self.reason)
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_MARKER = "stopped.json"  # in run.out after a stop on request, until the next start
+
+
+def leave(folder: Path, step: int, reasons: list[str], process: Process) -> int:
+    """Say why a run that has been saved stops, on the screen and in the marker; returns the exit code.
+
+    reasons: of all processes, "" for those that nobody asked to stop.
+    """
+    reason = next(filter(None, reasons))
+    if process.is_main:
+        write_whole(folder / STOP_MARKER, json.dumps({"step": step, "reason": reason}) + "\n")
+    process.say(f"stopped after step {step} ({reason}); the same command goes on from there")
+    process.barrier()  # nobody leaves, and is missed by torchrun, before all is on disk
+    return stopped_code(reason)
+
+
+def stopped_code(reason: str) -> int:
+    """The exit code after a stop.
+
+    torchrun starts processes that fail again while it has restarts left, which nobody wants after a signal,
+    and swallows the code in any case. launch.sh, which reads the marker, asks for 0 (STOPPED_CODE).
+    """
+    if not reason.startswith("SIG"):
+        return STOPPED
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    used = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return 0 if used < restarts else int(os.environ.get("STOPPED_CODE", STOPPED))
+
+
+@contextmanager
+def naming_lost_workers(reader):
+    """Within, the death of a reading process is reported with the file that it was reading.
+
+    reader: see `reading.BatchReader`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = one_line(error)
+        if "DataLoader" not in text:
+            raise
+        named = re.findall(r"pid\(?s?\)? ([\d, ]+)", text)  # none if all are too slow
+        pids = [int(pid) for pid in re.findall(r"\d+", " ".join(named))] or reader.reading[:, 0].tolist()
+        files = [file for pid in pids if (file := reader.being_read(pid))]
+        where = f"; being read: {', '.join(files)}" if files else ""
+        raise RuntimeError(text.rstrip(".") + where) from None
+
+
+def batch_loader(reader, batches, workers: int, process: Process, timeout_minutes: float) -> DataLoader:
+    """reader[batch] for every batch of indices, by worker processes that leave signals to the main one."""
+    return DataLoader(
+        reader,
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=process.device.type == "cuda",
+        worker_init_fn=ignore_stop_signals,
+        timeout=60 * timeout_minutes if workers else 0,
+    )
+
+
+def ignore_stop_signals(worker: int) -> None:
+    for name in STOP_SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+
+
+def run_script(main, expected: tuple[type[Exception], ...] = ()) -> None:
+    """Run main(); errors that the user can mend become one line on stderr and exit code 2."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except (ConfigError, OSError, *expected) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        code = 2
+    except RuntimeError as error:
+        if (reason := outside_cause(error)) is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        code = 2
+    sys.stdout.flush()
+    readers = multiprocessing.active_children()
+    for reader in readers:
+        reader.kill()
+    if code and (readers or dist.is_initialized()):
+        os._exit(code)  # do not wait for processes that wait in a collective, or for a file
+    sys.exit(code)
+
+
+NO_MEMORY = re.compile("can't allocate memory|Storage size calculation overflowed")
+LOST_PEER = re.compile(r"gloo|nccl|closed by peer|reset by peer|timed out|rendezvous|TCPStore", re.IGNORECASE)
+
+
+def outside_cause(error: RuntimeError) -> str | None:
+    """What to say of an error that other processes, the system or the hardware have caused; else None."""
+    text = one_line(error)
+    if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(text):
+        return f"out of memory; a smaller optim.batch_size or data.size, or optim.accumulate ({text[:160]})"
+    if isinstance(error, dist.DistError) or ("RANK" in os.environ and LOST_PEER.search(text)):
+        rank = os.environ.get("RANK", "0")
+        advice = "the same command goes on from the last checkpoint"
+        return f"rank {rank} has lost another process; {advice} ({text[:160]})"
+    if "DataLoader" in text:
+        return text
+    return None
+
+
+def one_line(error: Exception) -> str:
+    """The message, not endless; of an error raised in a DataLoader worker, that which it was raised with."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "Original Traceback" in str(error):
+        lines = [lines[-1].split(": ", 1)[-1]]
+    text = " ".join(line.strip() for line in lines)
+    return text if len(text) <= 900 else f"{text[:600]} ... {text[-200:]}"

@@ -1,0 +1,152 @@
+"""Training on labelled slices: a linear decoder on frozen features, or a whole network."""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoints import load_checkpoint, load_optimizer, save_checkpoint
+from config import Config, ConfigError
+from encoder_file import check_same_encoder, encoder_path, sha256
+from losses import segmentation_loss
+from report import percent
+from runtime import MetricsLog, Process, progress, warn
+from segmenter import Batches, at_size
+from stopping import StopRequest, leave
+
+
+class Stopped(Exception):
+    """Asked to stop; everything is saved. Holds the exit code."""
+
+
+def train(
+    cfg: Config,
+    process: Process,
+    trained: nn.Module,
+    batches: Batches,
+    augment,
+    validate,
+    keep,
+    stop: StopRequest,
+):
+    """Train the decoder of a LinearProbe, or a whole DeepLabV3Plus; returns the best validation Dice.
+
+    Args:
+        augment: (inputs, masks, step) -> inputs, masks.
+        validate: () -> mean Dice of the validation cases, None without any.
+        keep: () -> None, called when the model is the best so far.
+
+    Raises Stopped.
+    """
+    folder = Path(cfg.run.out)
+    optimizer = torch.optim.SGD(
+        parameter_groups(cfg, trained), momentum=0.9, weight_decay=cfg.optim.weight_decay
+    )
+    start, best = 0, None
+    if state := process.from_main(lambda: load_checkpoint(folder)):
+        try:
+            trained.load_state_dict(state["trained"])
+            load_optimizer(optimizer, state["optimizer"])
+            start, best, encoder = state["step"], state["best"], state["encoder_sha256"]
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            raise ConfigError(f"run.out: the checkpoint in {folder} is not one of this program") from None
+        check_same_encoder(cfg, encoder)
+        process.say(f"going on from step {start}")
+    log = MetricsLog(folder, process, done=start)
+    network = torch.compile(trained) if cfg.run.compile else trained
+    if process.world > 1:
+        network = DistributedDataParallel(network)
+
+    trained.train()
+    losses = []
+    steps = range(start, cfg.optim.steps)
+    plan = [training_rows(step, len(batches), cfg, process) for step in steps]
+    bar = progress(process, f"training ({cfg.mode})", steps, cfg.optim.steps, start)
+    for step, (inputs, masks) in zip(bar, batches.of(plan)):
+        torch.manual_seed(cfg.seed * 1_000_003 + step * process.world + process.rank)  # for dropout
+        inputs, masks = augment(inputs, masks, step)
+        with process.autocast():
+            logits = network(inputs)  # (n, K, h, w)
+        loss = segmentation_loss(at_size(logits, masks.shape[1:]), masks)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (1 - step / cfg.optim.steps) ** 0.9
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+
+        done, row = step + 1, {}
+        last = done == cfg.optim.steps
+        if last or done % cfg.log.every == 0:
+            row = {"step": done, "loss": mean_loss(losses, done), "lr": optimizer.param_groups[-1]["lr"]}
+            losses = []
+            bar.set_postfix(loss=f"{row['loss']:.3f}", val_dice=percent(best))
+        if last or done % cfg.eval.every == 0:
+            dice = validate()
+            trained.train()
+            row |= {"step": done, "val_dice": dice}
+        if row:
+            log.write(row)
+        if "val_dice" in row and (dice is None or best is None or dice > best):
+            best = dice
+            keep()
+        looking = process.world == 1 or done % cfg.log.every == 0  # asking all processes takes time
+        stopping = not last and looking and any(process.everyone(bool(stop)))
+        if process.is_main and not last and ("val_dice" in row or stopping):
+            state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": done, "best": best, "encoder_sha256": sha256(encoder_path(cfg))}
+            try:
+                save_checkpoint(folder, state)
+            except OSError as error:
+                warn(f"step {done}: no checkpoint written ({error}); training goes on")
+        if stopping:
+            raise Stopped(leave(folder, done, process.everyone(stop.reason), process))
+    return best
+
+
+def parameter_groups(cfg: Config, trained: nn.Module) -> list[dict]:
+    """The encoder, if it is trained, at its own rate; then everything else."""
+    encoder = [p for name, p in trained.named_parameters() if name.startswith("encoder.")]
+    others = [p for name, p in trained.named_parameters() if not name.startswith("encoder.")]
+    groups = [(encoder, cfg.optim.lr * cfg.optim.encoder_lr_factor), (others, cfg.optim.lr)]
+    return [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
+
+
+def mean_loss(losses: list[Tensor], step: int) -> float:
+    """Mean since the last log line (waits for the device); ConfigError if training has diverged."""
+    value = float(torch.stack(losses).mean())
+    if not math.isfinite(value):
+        raise ConfigError(f"optim.lr: the loss is {value} at step {step}; a lower rate may help")
+    return value
+
+
+def training_rows(step: int, count: int, cfg: Config, process: Process) -> list[int]:
+    """This process's share of the slices of a step: the global batch depends on (seed, step) only.
+
+    Epochs are permutations of range(count), put end to end and cut into batches.
+    """
+    size = cfg.optim.batch_size
+    share = size // process.world
+    first = step * size + process.rank * share
+    return [epoch_order(cfg.seed, at // count, count)[at % count] for at in range(first, first + share)]
+
+
+def generator(seed: int, number: int) -> torch.Generator:
+    """A CPU generator for a pair of numbers, such as seed and step."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+    return torch.randperm(count, generator=generator(seed, epoch)).tolist()
+
+
+def training_positions(dataset, fraction: float, seed: int) -> list[int]:
+    """The slices of a share of the cases, at least one: the first of a seeded order, so that shares nest."""
+    cases = sorted(set(dataset.cases))
+    order = torch.randperm(len(cases), generator=generator(seed, 0)).tolist()
+    chosen = {cases[i] for i in order[: max(1, round(fraction * len(cases)))]}
+    return [i for i, case in enumerate(dataset.cases) if case in chosen]
