@@ -67,8 +67,8 @@ class TwoViews:
         table1, table2 = draw_tables(2, len(batch), generator, offset, total)
         field = self.photometric.noise_field(self.size, generator)
         box1, box2 = (self.boxes(table, *batch.shape[-2:]) for table in (table1, table2))
-        view1 = in_pieces(self.view, batch, box1, table1, field)
-        view2 = in_pieces(self.view, batch, box2, table2, field)
+        view1 = in_pieces(self.view, self.size, batch, box1, table1, field)
+        view2 = in_pieces(self.view, self.size, batch, box2, table2, field)
         return view1, view2, to_device(box1, batch.device), to_device(box2, batch.device)
 
     def view(self, batch, boxes, table, field):
@@ -105,7 +105,7 @@ class SegmentationAugment:
         (table,) = draw_tables(1, len(images), generator, offset, total)
         field = self.photometric.noise_field(self.size, generator)
         boxes = self.boxes(table, *images.shape[-2:])
-        image = in_pieces(self.image, images, boxes, table, field)
+        image = in_pieces(self.image, self.size, images, boxes, table, field)
         shifted = masks.unsqueeze(1).float() + 1  # outside becomes 0, then -1, then 255
         mask = crop(shifted, boxes, self.size, mode="nearest", padding="zeros").squeeze(1).long() - 1
         return image, torch.where(mask < 0, 255, mask)
@@ -139,8 +139,13 @@ def between(uniform, low, high):
     return low + (high - low) * uniform
 
 
-def in_pieces(function, batch, boxes, table, field, rows=16):
-    """function of the whole batch on a GPU; on a CPU of a few images at a time, which stay in its cache."""
+PIECE = 2**17  # px: half a megabyte for each intermediate result, several of which fit a core's cache
+
+
+def in_pieces(function, size, batch, boxes, table, field):
+    """function of the whole batch, which makes images of `size`, on a GPU; on a CPU of so few at a time that
+    they stay in its cache: out of it an addition takes four times as long."""
+    rows = max(1, PIECE // (size[0] * size[1]))
     if batch.device.type != "cpu" or len(batch) <= rows:
         return function(batch, boxes, table, field)
     pieces = zip(batch.split(rows), boxes.split(rows), table.split(rows))
@@ -173,17 +178,32 @@ def crop(batch, boxes, size, mode="bilinear", padding="border"):
     grid = sampling_grid(to_device(boxes, batch.device), size)
     pools = pooling(boxes, batch.shape[-2:], size) if mode == "bilinear" else torch.ones(len(boxes))
     used = pools.unique().int().tolist()  # boxes are on the CPU: nothing to wait for
-    if used == [1]:
-        return F.grid_sample(batch, grid, mode, padding, align_corners=False)
+    if len(used) == 1:
+        return read_averaged(batch, grid, used[0], mode, padding)
     out = batch.new_empty(len(batch), batch.shape[1], *size)
     for pool in used:
         rows = to_device((pools == pool).nonzero().squeeze(1), batch.device)
-        averaged = F.avg_pool2d(batch[rows], pool)
-        # pooling drops the last px of an odd side: stretch the coordinates, from pixel edge -1, accordingly
-        stretch = [whole / (part * pool) for whole, part in zip(batch.shape[:1:-1], averaged.shape[:1:-1])]
-        x, y = ((grid[rows] + 1).unbind(3)[axis] * stretch[axis] - 1 for axis in (0, 1))
-        out[rows] = F.grid_sample(averaged, torch.stack([x, y], dim=3), mode, padding, align_corners=False)
+        out[rows] = read_averaged(batch[rows], grid[rows], pool, mode, padding)
     return out
+
+
+def read_averaged(batch, grid, pool, mode, padding):
+    """The batch averaged over pool x pool px (1, 2 or 4), read at the points of the grid."""
+    whole = batch.shape[:1:-1]
+    for _ in range(pool // 2):
+        batch = halved(batch)
+    # averaging drops the last px of an odd side: stretch the coordinates, from pixel edge -1, accordingly
+    stretch = [full / (part * pool) for full, part in zip(whole, batch.shape[:1:-1])]
+    if stretch != [1, 1]:
+        grid = torch.stack([(grid[..., axis] + 1) * stretch[axis] - 1 for axis in (0, 1)], dim=3)
+    return F.grid_sample(batch, grid, mode, padding, align_corners=False)
+
+
+def halved(x):
+    """Means of 2 x 2 px (on a CPU five times as fast as avg_pool2d)."""
+    h, w = (side // 2 * 2 for side in x.shape[2:])
+    rows = x[:, :, 0:h:2] + x[:, :, 1:h:2]
+    return (rows[..., 0:w:2] + rows[..., 1:w:2]).mul_(0.25)
 
 
 def pooling(boxes, own, size):
@@ -240,22 +260,27 @@ class Photometric:
             return x
         there = to_device(table, x.device)
         uniform = {name: column(there, name)[:, None, None, None] for name in COLUMNS}  # each (N, 1, 1, 1)
-        x = ((x - self.low) / (self.high - self.low)).clamp_(0, 1)
+        scaled = (self.low, self.high) != (0, 1)
+        if scaled:
+            x = (x - self.low) / (self.high - self.low)
+        x = x.clamp(0, 1)  # a copy: the changes below are made in place where they can
         if self.autocontrast:
             x = torch.where(uniform["autocontrast"] < self.autocontrast, autocontrast(x), x)
         if self.equalize:
             x = torch.where(uniform["equalize"] < self.equalize, equalize(x), x)
         if self.gamma:
-            x = x ** between(uniform["gamma"], -self.gamma, self.gamma).exp()
+            exponent = between(uniform["gamma"], -self.gamma, self.gamma).exp()
+            x = x.log_().mul_(exponent).exp_()  # on a CPU five times as fast as a power
         if self.contrast or self.brightness:
             factor = between(uniform["contrast"], 1 - self.contrast, 1 + self.contrast)
             shift = between(uniform["brightness"], -self.brightness, self.brightness)
-            x = x * factor + (0.5 - 0.5 * factor + shift)
+            x = x.mul_(factor).add_(0.5 - 0.5 * factor + shift)
         if self.blur:
             x = blur_or_sharpen(x, between(uniform["blur"], -self.blur, self.blur), self.blur)
         if self.noise:
-            x = x + read_noise(field, table, x) * (self.noise * uniform["noise"])
-        return x.clamp_(0, 1) * (self.high - self.low) + self.low
+            x = x.addcmul_(read_noise(field, table, x), self.noise * uniform["noise"])
+        x = x.clamp_(0, 1)
+        return x * (self.high - self.low) + self.low if scaled else x
 
 
 def blur_or_sharpen(x, amount, largest):
@@ -275,8 +300,8 @@ def blur_or_sharpen(x, amount, largest):
         blurred = padded.narrow(dim, radius, n) * (taps[0] / total)
         for k in range(1, radius + 1):
             pair = padded.narrow(dim, radius - k, n) + padded.narrow(dim, radius + k, n)
-            blurred = blurred + pair * (taps[k] / total)
-    return x + weight * (blurred - x)
+            blurred.addcmul_(pair, taps[k] / total)
+    return torch.lerp(x, blurred, weight)
 
 
 def read_noise(field, table, x):

@@ -54,6 +54,53 @@ def nce_from_logits(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits, dim=-1) - logits[..., 0]
 
 
+def queue_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.2) -> tuple[Tensor, Tensor]:
+    """InfoNCE of each query as in `info_nce`, where keys and queue are unit vectors already.
+
+    Neither a normalised copy of the queue nor a table of (N, 1 + K) logits is made, and the queue may change
+    before the backward pass.
+
+    Args:
+        query: (N, D), any scale.
+        key: (N, D), unit vectors, without gradient.
+        queue: (D, K), unit vectors as columns.
+
+    Returns:
+        The losses (N,), and whether each query is nearer to its key than to all of the queue, (N,) bool.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        query = F.normalize(at_least_float32(query), dim=1) / temperature
+        positive = (query * key).sum(dim=1)  # (N,)
+        negative, largest = LogSumExp.apply(query, queue)  # (N,) each
+        return torch.logaddexp(positive, negative) - positive, positive > largest
+
+
+class LogSumExp(torch.autograd.Function):
+    """log(sum(exp(query @ queue))) over the columns of the queue, and their largest product: (N,) each.
+
+    The gradient, the mean of the columns weighted by their softmax, is computed in the forward pass: to hold
+    (N, D) until the backward pass takes less than to hold (N, K), and the queue is free to move on.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+        products = query @ queue  # (N, K)
+        largest = products.amax(dim=1, keepdim=True)
+        powers = products.sub_(largest).exp_()
+        total = powers.sum(dim=1, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(powers @ queue.mT / total)
+        largest = largest.squeeze(1)
+        ctx.mark_non_differentiable(largest)
+        return largest + total.squeeze(1).log(), largest
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor, _):
+        (mean,) = ctx.saved_tensors
+        return grad[:, None] * mean, None
+
+
 def local_info_nce(
     query: Tensor,
     key: Tensor,

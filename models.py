@@ -27,11 +27,10 @@ from losses import (
     Whitening,
     ZCAWhitening,
     at_least_float32,
-    contrastive_logits,
     inverse_sqrt,
     local_nce_per_image,
     matched_points,
-    nce_from_logits,
+    queue_nce,
     sample_regions,
     world_size,
 )
@@ -389,8 +388,8 @@ class MoCo(nn.Module):
     def compare(self, query_view: Tensor, keys: Keys) -> dict[str, Tensor]:
         """Encode query views (n, C, H, W) and compute the losses against their keys and the queue."""
         projection, regions = self.query(query_view, keys.query_points)
-        logits = contrastive_logits(projection, keys.projection, self.queue, self.temperature)  # (n, 1 + K)
-        terms = {"global": nce_from_logits(logits).mean()}
+        per_query, nearest = queue_nce(projection, keys.projection, self.queue, self.temperature)  # (n,) each
+        terms = {"global": per_query.mean()}
         terms["loss"] = self.weight * terms["global"]
         if self.local is not None:
             per_image = local_nce_per_image(
@@ -400,8 +399,7 @@ class MoCo(nn.Module):
             terms["loss"] = terms["loss"] + self.local["weight"] * terms["local"]
         else:
             terms["local"] = torch.zeros_like(terms["global"])
-        with torch.no_grad():
-            terms["accuracy"] = (logits[:, 0] > logits[:, 1:].amax(dim=1)).float().mean()
+        terms["accuracy"] = nearest.float().mean()
         return terms
 
     @torch.no_grad()
@@ -412,9 +410,12 @@ class MoCo(nn.Module):
         """
         if not self.training:
             return
-        weight = 1 - self.momentum if ok is None else (1 - self.momentum) * ok.to(self.queue.dtype)
-        for key, query in zip(self.key.parameters(), self.query.parameters(), strict=True):
-            key.lerp_(query, weight)
+        keys, queries = list(self.key.parameters()), list(self.query.parameters())
+        weight = 1 - self.momentum
+        if ok is None:
+            torch._foreach_lerp_(keys, queries, weight)
+        else:
+            torch._foreach_lerp_(keys, queries, [weight * ok.to(self.queue.dtype)] * len(keys))
 
     @torch.no_grad()
     def enqueue(self, keys: Keys, ok: Tensor | None = None) -> None:

@@ -14,6 +14,7 @@ from losses import (
     inverse_sqrt,
     local_info_nce,
     matched_points,
+    queue_nce,
     sample_regions,
     segmentation_loss,
     singular_values,
@@ -43,6 +44,23 @@ def test_info_nce_equals_a_double_loop():
 def test_info_nce_does_not_depend_on_scale():
     query, key, queue = randn(4, 6), randn(4, 6, seed=1), randn(6, 9, seed=2)
     torch.testing.assert_close(info_nce(query, key, queue), info_nce(3 * query, key / 7, 100 * queue))
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_the_loss_against_a_queue_of_unit_vectors_is_info_nce(dtype, precision):
+    """Value and gradient, also if the queue moves on before the backward pass."""
+    query = [(5 * randn(6, 16, dtype=dtype)).requires_grad_() for _ in range(2)]
+    key = F.normalize(randn(6, 16, seed=1, dtype=dtype), dim=1)
+    queue = F.normalize(randn(16, 500, seed=2, dtype=dtype), dim=0)
+    expected = info_nce(query[0], key, queue, 0.07)
+    expected.backward()
+    losses, nearest = queue_nce(query[1], key, queue, 0.07)
+    queue[:, :100] = 7
+    losses.mean().backward()
+    torch.testing.assert_close(losses.mean(), expected, rtol=precision, atol=0)
+    torch.testing.assert_close(query[1].grad, query[0].grad, rtol=0, atol=precision)
+    assert not nearest.any()  # by chance, one of 501
+    assert queue_nce(key, key, F.normalize(randn(16, 500, dtype=dtype), dim=0))[1].all()
 
 
 @pytest.mark.parametrize("keep", [None, [True, False, True, False], [False] * 4])
