@@ -24,6 +24,7 @@ from data import (
     read_slice,
 )
 from layout import find_slices, split_cases
+from pictures import class_colors
 
 CT = Path(__file__).parents[2] / "shared" / "ct"
 needs_ct = pytest.mark.skipif(not CT.is_dir(), reason=f"needs the real CT in {CT}")
@@ -417,6 +418,15 @@ def test_every_organ_has_a_color_of_its_own():
     assert colors.shape == (256, 3) and not colors[0].any()
     distances = np.abs(colors[:14, None] - colors[None, :14]).sum(2) + 999 * np.eye(14, dtype=int)
     assert distances.min() > 80
+
+
+def test_an_organ_keeps_its_color_under_another_number_and_spelling():
+    names = ["background", "tumour", "Liver", "kidney_right", "spleen", "liver"]
+    colors = class_colors(names)
+    assert (colors[2:5] == data.ORGAN_COLORS[[6, 2, 1]]).all()
+    assert len({tuple(color) for color in colors[:6]}) == 6  # the second liver and the tumour have others
+    assert (class_colors(data.BTCV_ORGANS) == data.ORGAN_COLORS).all()
+    assert (class_colors([f"class {i}" for i in range(255)]) == data.ORGAN_COLORS).all()
 
 
 # ---- phantom, pack, check, show ------------------------------------------------------------------
