@@ -55,7 +55,8 @@ def slice_volumes(args):
         write_classes(out, label_map, seen, names)
     lists = make_lists(records, split)
     for name, slices in lists.items():
-        print(f"{name}.txt: {len(slices)} slices; cases: {len({one.rpartition('/')[0] for one in slices})}")
+        cases = len({one.rpartition("/")[0] for one in slices})
+        print(f"{name}.txt: " + (f"{len(slices)} slices; cases: {cases}" if slices else "none"))
     write_lists(out, lists)
     return 0
 
