@@ -109,7 +109,10 @@ def volume_files(path):
         file for file in path.iterdir() if re.search(r"\.nii(\.gz)?$", file.name) and file.name[0] != "."
     )
     if not files:
-        raise DataError(f"{path}: no .nii or .nii.gz files there")
+        dicom = (
+            "; DICOM has to be converted first, see docs/COMPATIBILITY.md" if any(path.rglob("*.dcm")) else ""
+        )
+        raise DataError(f"{path}: no .nii or .nii.gz files there{dicom}")
     return files
 
 
