@@ -789,6 +789,13 @@ def nnunet_folder(nibabel, root, labels, cases=5):
     return ("slice", "--images", root / "imagesTr", "--labels", root / "labelsTr", "--out", root / "out")
 
 
+def test_dicom_has_to_be_converted_first(tmp_path, nibabel, capsys):
+    (tmp_path / "scan/series").mkdir(parents=True)
+    (tmp_path / "scan/series/1.dcm").write_bytes(b"DICM")
+    code, _, error = run(capsys, "slice", "--images", tmp_path / "scan", "--out", tmp_path / "out")
+    assert code == 2 and "DICOM has to be converted first" in error
+
+
 @pytest.mark.parametrize(
     ("labels", "ignored"),
     [
@@ -797,13 +804,6 @@ def nnunet_folder(nibabel, root, labels, cases=5):
         ({"background": 0, "liver": 1, "spleen": 2, "ignore": 3}, True),
     ],
 )
-def test_dicom_has_to_be_converted_first(tmp_path, capsys):
-    (tmp_path / "scan/series").mkdir(parents=True)
-    (tmp_path / "scan/series/1.dcm").write_bytes(b"DICM")
-    code, _, error = run(capsys, "slice", "--images", tmp_path / "scan", "--out", tmp_path / "out")
-    assert code == 2 and "DICOM has to be converted first" in error
-
-
 def test_nnunet_folders_bring_their_class_names(tmp_path, nibabel, capsys, labels, ignored):
     code, output, error = run(capsys, *nnunet_folder(nibabel, tmp_path, labels))
     assert code == 0, error
