@@ -235,14 +235,20 @@ def spectrum_figure(*rows: dict):
             if f"spectrum{name}" in row:
                 values = torch.tensor(row[f"spectrum{name}"])
                 axis.plot(
+                    range(1, 1 + len(values)),
                     values / values[0].clamp(min=1e-12),
                     style,
                     color=f"C{i}",
                     label=f"{label}, step {row['step']}",
                 )
     axis.set(
-        yscale="log", ylim=(1e-5, 1.5), xlabel="index", ylabel="singular value / largest", title="Spectrum"
+        xscale="log",
+        yscale="log",
+        ylim=(1e-5, 1.5),
+        xlabel="number",
+        ylabel="singular value / largest",
+        title="Spectrum",
     )
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="lower left")
     return figure

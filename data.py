@@ -44,7 +44,7 @@ from layout import (
     write_png,
 )
 from phantom import BTCV_ORGANS, phantom_case, phantom_spacing
-from pictures import ORGAN_COLORS, contact_sheet, outlined, views_page
+from pictures import ORGAN_COLORS, class_colors, contact_sheet, outlined, views_page
 from reading import BatchReader, Intensity, SegmentationDataset, SliceDataset, fit
 from slicing import slice_volumes
 from volumes import read_volume, write_labels
@@ -177,21 +177,17 @@ def show_views(slices, captions, seed):
 def show_masks(dataset, slices, captions, args):
     """A slice whose mask exists gets its outlines; without classes.json the classes are called by number."""
     folder = split_folder(args.root, args.list, args.masks)
-    tiles, highest = [], 0
-    for image, name in zip(slices[:, 0], captions):
-        path = mask_path(folder, name)
-        own = (
-            torch.from_numpy(read_mask(path))
-            if path.exists()
-            else torch.zeros(dataset.size, dtype=torch.uint8)
-        )
-        mask = fit(own, dataset.size, 0, nearest=True).numpy()
-        highest = max(highest, mask[mask != IGNORE].max(initial=0))
-        tiles.append(outlined(image.numpy(), mask, side=256))
-    names = class_names(args.root, int(highest) + 1) if highest else []
-    if highest and (Path(args.root) / "classes.json").exists():
-        own = class_names(args.root)
-        names = own + names[len(own) :]  # data.py check calls labels without a name bad
+    masks = []
+    for path in (mask_path(folder, name) for name in captions):
+        own = read_mask(path) if path.exists() else np.zeros(dataset.size, np.uint8)
+        masks.append(fit(torch.from_numpy(own), dataset.size, 0, nearest=True).numpy())
+    names = []
+    if highest := max(mask[mask != IGNORE].max(initial=0) for mask in masks):
+        names = class_names(args.root, int(highest) + 1)
+        own = class_names(args.root) if (Path(args.root) / "classes.json").exists() else []
+        names = own + names[len(own) :]  # `data.py check` calls labels without a name bad
+    colors = class_colors(names)
+    tiles = [outlined(image.numpy(), mask, 256, colors) for image, mask in zip(slices[:, 0], masks)]
     return contact_sheet(tiles, captions, names)
 
 

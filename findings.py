@@ -19,7 +19,7 @@ from PIL import Image
 from config import ConfigError
 from data import Intensity, SegmentationDataset, class_names
 from layout import read_stored
-from pictures import contact_sheet, gray_tile
+from pictures import class_colors, contact_sheet, gray_tile
 from report import TILE, painted, percent, table
 
 GROUPS = {  # of the organs of BTCV
@@ -390,14 +390,14 @@ def draw_segmentations(cells: Path, methods: list[str], root: Path, out: Path) -
     masks = {name: folder for name, folder in masks.items() if folder.is_dir()}
     if not masks or not (root / "images").is_dir():
         return
-    tiles, captions = [], []
+    tiles, captions, names = [], [], class_names(root)
+    colors = class_colors(names)
     for slice_name in shown_slices(root):
         stored, _ = read_stored(root / "images" / slice_name, 1024)
         unit = Intensity((-160, 240)).to_unit(torch.from_numpy(stored)).numpy()
         sources = {"truth": root / "masks"} | masks
         tiles += [gray_tile(unit, TILE)]
-        tiles += [painted(unit, np.asarray(Image.open(folder / slice_name))) for folder in sources.values()]
+        shown = (np.asarray(Image.open(folder / slice_name)) for folder in sources.values())
+        tiles += [painted(unit, mask, colors) for mask in shown]
         captions += [slice_name, *sources]
-    contact_sheet(tiles, captions, class_names(root, None), columns=2 + len(masks)).save(
-        out / "segmentations.png"
-    )
+    contact_sheet(tiles, captions, names, columns=2 + len(masks)).save(out / "segmentations.png")

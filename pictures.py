@@ -1,13 +1,16 @@
 """Pictures of slices: the colours of the organs, mask outlines, legends, contact sheets, and augmented pairs.
 
-Pictures are uint8 arrays, grey (H, W) or colour (H, W, 3). An organ has one colour everywhere:
-ORGAN_COLORS[class].
+Pictures are uint8 arrays, grey (H, W) or colour (H, W, 3). An organ has one colour everywhere, whatever its
+number in a data set: class_colors(names)[class].
 """
 
 import colorsys
+import re
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from phantom import BTCV_ORGANS
 
 BACKGROUND = (24, 24, 24)
 TEXT = (235, 235, 235)
@@ -15,8 +18,8 @@ MARGIN = 8  # px between tiles
 
 
 def organ_colors():
-    """(256, 3) uint8: black for 0, thirteen colours that are easy to tell apart, then hues by the golden
-    ratio."""
+    """(256, 3) uint8: black for 0, for the organs of BTCV thirteen colours that are easy to tell apart, then
+    hues by the golden ratio."""
     colors = np.zeros((256, 3), np.uint8)
     colors[1:14] = [
         (230, 25, 75),  # spleen: red
@@ -43,13 +46,33 @@ def organ_colors():
 ORGAN_COLORS = organ_colors()
 
 
+def class_colors(names=()):
+    """(256, 3) uint8: the colours of classes called `names`, background first.
+
+    An organ of BTCV has its colour there, under any number and spelling (Liver, kidney_right); the other
+    classes have what is left of ORGAN_COLORS, in order.
+    """
+    known = {words(organ): number for number, organ in enumerate(BTCV_ORGANS)}
+    numbers = [known.get(words(name)) for name in names[1:]]
+    left = iter(sorted({*range(1, 255)} - {*numbers}))
+    colors = ORGAN_COLORS.copy()
+    for index, number in enumerate(numbers, 1):
+        taken = number is None or number in numbers[: index - 1]
+        colors[index] = ORGAN_COLORS[next(left) if taken else number]
+    return colors
+
+
+def words(name):
+    return frozenset(re.findall("[a-z]+", name.lower()))
+
+
 def gray_tile(unit, side):
     """A slice (H, W) in [0, 1] -> RGB (h, w, 3), its longer side `side` px."""
     picture = Image.fromarray((np.clip(unit, 0, 1) * 255).round().astype(np.uint8))
     return np.asarray(picture.resize(tile_size(unit.shape, side), Image.Resampling.BICUBIC).convert("RGB"))
 
 
-def outlined(unit, mask, side):
+def outlined(unit, mask, side, colors=ORGAN_COLORS):
     """A slice (H, W) in [0, 1] with the outline of each class of its mask (H, W), its longer side `side`
     px."""
     picture = gray_tile(unit, side).copy()
@@ -57,7 +80,7 @@ def outlined(unit, mask, side):
         tile_size(mask.shape, side), Image.Resampling.NEAREST
     )
     edge, labels = outline(np.asarray(large))
-    picture[edge] = ORGAN_COLORS[labels[edge]]
+    picture[edge] = colors[labels[edge]]
     return picture
 
 
@@ -82,7 +105,7 @@ def contact_sheet(tiles, captions, names=(), columns=6):
     width = max(tile.shape[1] for tile in tiles) + MARGIN
     height = max(tile.shape[0] for tile in tiles) + 16 + MARGIN
     rows = -(-len(tiles) // columns)
-    legend = legend_rows(names, columns * width - MARGIN)
+    colors, legend = class_colors(names), legend_rows(names, columns * width - MARGIN)
     page = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN + 22 * len(legend)), BACKGROUND)
     draw = ImageDraw.Draw(page)
     for index, (tile, caption) in enumerate(zip(tiles, captions)):
@@ -92,7 +115,7 @@ def contact_sheet(tiles, captions, names=(), columns=6):
     for row, entries in enumerate(legend):
         for x, index, name in entries:
             y = rows * height + MARGIN + 22 * row
-            draw.rectangle((x, y + 2, x + 12, y + 14), tuple(ORGAN_COLORS[index].tolist()))
+            draw.rectangle((x, y + 2, x + 12, y + 14), tuple(colors[index].tolist()))
             draw.text((x + 17, y), name, TEXT, font(13))
     return page
 

@@ -23,7 +23,7 @@ from config import ConfigError
 from data import Intensity
 from files import written_whole
 from metrics import mean_or_none
-from pictures import ORGAN_COLORS, contact_sheet, gray_tile, tile_size
+from pictures import ORGAN_COLORS, class_colors, contact_sheet, gray_tile, tile_size
 from runtime import Process, progress
 from segmenter import Batches, chunks, segmentation_logits
 
@@ -213,21 +213,21 @@ def prediction_page(rows: list[tuple], classes: list[str]) -> Image.Image:
 
     A row is a caption, the slice in [0, 1], the true and the predicted mask, each (H, W).
     """
-    tiles, captions = [], []
+    tiles, captions, colors = [], [], class_colors(classes)
     for caption, unit, truth, prediction in rows:
-        tiles += [gray_tile(unit, TILE), painted(unit, truth), painted(unit, prediction)]
+        tiles += [gray_tile(unit, TILE), painted(unit, truth, colors), painted(unit, prediction, colors)]
         captions += [caption, "truth", "prediction"]
     return contact_sheet(tiles, captions, classes, columns=3)
 
 
-def painted(unit: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def painted(unit: np.ndarray, mask: np.ndarray, colors: np.ndarray = ORGAN_COLORS) -> np.ndarray:
     """The slice (H, W) in [0, 1] with its organs in their colours, 255 (ignored) in grey; RGB."""
     picture = gray_tile(unit, TILE)
     large = Image.fromarray(mask.astype(np.uint8)).resize(
         tile_size(mask.shape, TILE), Image.Resampling.NEAREST
     )
     labels = np.asarray(large)
-    mixed = 0.35 * picture + 0.65 * ORGAN_COLORS[labels]
+    mixed = 0.35 * picture + 0.65 * colors[labels]
     return np.where(labels[..., None] > 0, mixed, picture).astype(np.uint8)
 
 

@@ -55,7 +55,8 @@ def slice_volumes(args):
         write_classes(out, label_map, seen, names)
     lists = make_lists(records, split)
     for name, slices in lists.items():
-        print(f"{name}.txt: {len(slices)} slices; cases: {len({one.rpartition('/')[0] for one in slices})}")
+        cases = len({one.rpartition("/")[0] for one in slices})
+        print(f"{name}.txt: " + (f"{len(slices)} slices; cases: {cases}" if slices else "none"))
     write_lists(out, lists)
     return 0
 
@@ -108,7 +109,10 @@ def volume_files(path):
         file for file in path.iterdir() if re.search(r"\.nii(\.gz)?$", file.name) and file.name[0] != "."
     )
     if not files:
-        raise DataError(f"{path}: no .nii or .nii.gz files there")
+        dicom = (
+            "; DICOM has to be converted first, see docs/COMPATIBILITY.md" if any(path.rglob("*.dcm")) else ""
+        )
+        raise DataError(f"{path}: no .nii or .nii.gz files there{dicom}")
     return files
 
 

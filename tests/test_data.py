@@ -24,6 +24,7 @@ from data import (
     read_slice,
 )
 from layout import find_slices, split_cases
+from pictures import class_colors
 
 CT = Path(__file__).parents[2] / "shared" / "ct"
 needs_ct = pytest.mark.skipif(not CT.is_dir(), reason=f"needs the real CT in {CT}")
@@ -419,6 +420,15 @@ def test_every_organ_has_a_color_of_its_own():
     assert distances.min() > 80
 
 
+def test_an_organ_keeps_its_color_under_another_number_and_spelling():
+    names = ["background", "tumour", "Liver", "kidney_right", "spleen", "liver"]
+    colors = class_colors(names)
+    assert (colors[2:5] == data.ORGAN_COLORS[[6, 2, 1]]).all()
+    assert len({tuple(color) for color in colors[:6]}) == 6  # the second liver and the tumour have others
+    assert (class_colors(data.BTCV_ORGANS) == data.ORGAN_COLORS).all()
+    assert (class_colors([f"class {i}" for i in range(255)]) == data.ORGAN_COLORS).all()
+
+
 # ---- phantom, pack, check, show ------------------------------------------------------------------
 
 
@@ -777,6 +787,13 @@ def nnunet_folder(nibabel, root, labels, cases=5):
         save_volume(nibabel, root / f"labelsTr/ct_{number:03d}.nii.gz", voxels)
     (root / "dataset.json").write_text(json.dumps({"labels": labels, "channel_names": {"0": "CT"}}))
     return ("slice", "--images", root / "imagesTr", "--labels", root / "labelsTr", "--out", root / "out")
+
+
+def test_dicom_has_to_be_converted_first(tmp_path, nibabel, capsys):
+    (tmp_path / "scan/series").mkdir(parents=True)
+    (tmp_path / "scan/series/1.dcm").write_bytes(b"DICM")
+    code, _, error = run(capsys, "slice", "--images", tmp_path / "scan", "--out", tmp_path / "out")
+    assert code == 2 and "DICOM has to be converted first" in error
 
 
 @pytest.mark.parametrize(

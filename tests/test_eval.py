@@ -189,7 +189,7 @@ def test_two_processes_write_one_result_of_their_common_model(phantom, tmp_path)
     ]
     overrides = [f"data.root={phantom}", f"run.out={tmp_path}/run", "encoder=random", "data.test=train.txt"]
     done = subprocess.run(
-        [*command, *TINY, *overrides], cwd=PROJECT, capture_output=True, text=True, timeout=120
+        [*command, *TINY, *overrides], cwd=PROJECT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results.json") == 1

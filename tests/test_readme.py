@@ -44,6 +44,14 @@ def test_files_that_the_readme_names_exist():
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_tests_that_the_docs_name_exist():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for page in (ROOT / "docs").glob("*.md"):
+        named = set(re.findall(r"\btest_\w+(?!\.py)\b", page.read_text()))
+        missing = [name for name in named if f"def {name}(" not in tests]
+        assert missing == [], page.name
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [((), "bash launch.sh demo"), (("pretrain",), "error: which config?"), (("fly",), "bash launch.sh demo")],

@@ -1,10 +1,12 @@
 """train_moco.py: whole runs on a tiny phantom, going on after a stop, and what it refuses."""
 
+import importlib.util
 import json
 
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import checkpoints
 import config
@@ -76,6 +78,11 @@ def test_a_run_leaves_what_it_promises(train, tmp_path, capsys):
     assert card["arch"] == "resnet18" and card["steps"] == 6
     assert card["normalisation"] == {"window": [-160.0, 240.0], "mean": 0.5, "std": 0.25}
     assert "configuration" not in capsys.readouterr().err
+    pictures = ["features.png"]
+    pictures += ["curves.png", "spectrum.png"] if importlib.util.find_spec("matplotlib") else []
+    for name in pictures:
+        with Image.open(tmp_path / "run" / name) as picture:
+            assert picture.width >= 600
 
     train("run", "log.rank_every=1")  # once more: finished
     assert "nothing to do" in capsys.readouterr().out
