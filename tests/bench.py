@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--split", type=int, default=32, help="model.bn_split")
     parser.add_argument("--bf16", action="store_true", help="on a CPU too")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--busy", action="store_true", help="processor time of one thread (CPU only)")
     parser.add_argument("--only", nargs="+", help="of the parts of the method")
     parser.add_argument("--moco", help="a checkout of facebookresearch/moco")
     parser.add_argument("--solo", help="a checkout of vturrisi/solo-learn")
@@ -135,7 +136,9 @@ def bare_step(args):
 
 
 def step(args) -> tuple[str, dict]:
-    row = over(interleaved({"bare": bare_step(args), "ours": moco_step(args)}, args.rounds), "bare")
+    row = over(
+        interleaved({"bare": bare_step(args), "ours": moco_step(args)}, args.rounds, args.busy), "bare"
+    )
     reached = round(1 / row["ratios"]["ours"], 3)
     row["bare_over_ours"] = reached
     cost = row["milliseconds"]
@@ -146,7 +149,7 @@ def method(args) -> tuple[str, dict]:
     """The step of each method over that of MoCo v2."""
     chosen = {name: options for name, options in METHODS.items() if name in (args.only or METHODS)}
     steps = {name: moco_step(args, **options) for name, options in ({"moco": {}} | chosen).items()}
-    row = over(interleaved(steps, args.rounds), "moco")
+    row = over(interleaved(steps, args.rounds, args.busy), "moco")
     return ", ".join(f"{name} {cost:.3f}" for name, cost in row["ratios"].items()) + " of moco's step", row
 
 

@@ -12,8 +12,6 @@ import torchvision.transforms.v2 as v2
 from bench_timing import device, interleaved, over
 from PIL import Image
 
-import data
-import eval_seg
 from augment import TwoViews
 from reading import BatchReader, SliceDataset
 
@@ -51,7 +49,6 @@ def augment(args) -> tuple[str, dict]:
     On a CPU with one thread and in processor time, so that it is per core; torchvision works slice by slice,
     as in a worker.
     """
-    torch.set_num_threads(1)
     batch = torch.rand(args.batch, 1, args.source, args.source, device=device())
     views = TwoViews(args.size)
     theirs = v2.Compose(
@@ -68,8 +65,7 @@ def augment(args) -> tuple[str, dict]:
         "ours": lambda: views(batch, torch.Generator().manual_seed(next(step))),
         "torchvision": lambda: [theirs(image) for image in batch for _ in range(2)],
     }
-    clock = time.perf_counter if device().type == "cuda" else time.process_time
-    row = over(interleaved(actions, args.rounds, clock), "ours")
+    row = over(interleaved(actions, args.rounds, busy=device().type == "cpu"), "ours")
     each = {name: round(ms / args.batch, 3) for name, ms in row["milliseconds"].items()}
     row["milliseconds_per_slice"] = each
     text = f"two views of a slice {each['ours']} ms, torchvision {each['torchvision']} ms"
@@ -97,7 +93,6 @@ def read(args) -> tuple[str, dict]:
     """A worker's slices per second from a packed set and from 16-bit PNGs of the same slices (files in the
     page cache, one thread, processor time), and what reading a set of 1 and of 8 times as many leaves in
     memory."""
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         packed = write_packed(folder, args.batch, args.source)
@@ -115,7 +110,7 @@ def read(args) -> tuple[str, dict]:
         rows = list(range(args.batch))
         assert torch.equal(readers["packed"][rows][0], readers["png"][rows][0])
         actions = {name: lambda reader=reader: reader[rows] for name, reader in readers.items()}
-        row = over(interleaved(actions, args.rounds, time.process_time), "packed")
+        row = over(interleaved(actions, args.rounds, busy=True), "packed")
         memory = [resident_after(folder, count, args) for count in (8 * args.batch, 64 * args.batch)]
     rate = {name: round(1000 * args.batch / ms, 1) for name, ms in row["milliseconds"].items()}
     row |= {"slices_per_second": rate, "resident_mebibytes_of_8_and_64_batches": memory}
@@ -142,6 +137,9 @@ def resident_after(folder: Path, count: int, args) -> float:
 def linear(args) -> tuple[str, dict]:
     """Seconds of a whole linear evaluation, scoring included, with features in memory, in a file, and
     computed at every step; one after the other."""
+    import data  # here, because it takes seconds
+    import eval_seg
+
     seconds, dice = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "phantom"

@@ -37,7 +37,7 @@ def peers(args, moco_step) -> tuple[str, dict]:
                     steps[label(name, best)] = step
                 except Exception as error:  # of a package that is missing, or does not fit this PyTorch
                     skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        times = interleaved(steps, args.rounds)
+        times = interleaved(steps, args.rounds, args.busy)
     shipped = over({name: own for name, own in times.items() if "best" not in name}, "ours")
     best = over({name: own for name, own in times.items() if "best" in name}, label("ours", True))
     ratios = shipped["ratios"] | best["ratios"]

@@ -16,11 +16,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def interleaved(actions: dict, rounds: int, clock=time.perf_counter) -> dict[str, list[float]]:
+def interleaved(actions: dict, rounds: int, busy: bool = False) -> dict[str, list[float]]:
     """Seconds of each action, round by round: what slows the machine down slows all of them down.
 
-    clock: time.process_time for one thread on a busy machine, which waits but does not count waiting.
+    busy: with one thread, and processor time, which does not count waiting for other processes.
     """
+    clock = time.process_time if busy else time.perf_counter
+    if busy:
+        torch.set_num_threads(1)
     times = {name: [] for name in actions}
     for round_ in range(rounds + WARM_UP):
         for name, action in actions.items():
