@@ -39,7 +39,7 @@ from data import DataError, Intensity, SegmentationAugment, SegmentationDataset,
 from encoder_file import build_encoder, check_same_encoder, encoder_facts, encoder_path, normalisation, sha256
 from files import write_whole
 from models import Encoder, WeightsError, read_weights
-from runtime import Process, make_run_folder, start_process
+from runtime import Process, make_run_folder, start_process, warn
 from segmenter import (
     Batches,
     Description,
@@ -57,8 +57,8 @@ seed: 0
 mode: linear                # linear: frozen encoder, linear decoder | finetune: DeepLabv3+, all trained
 encoder: null               # path of encoder.pth or another checkpoint, torchvision:PATH, or random
 label_fraction: 1.0         # share of the training cases; smaller ones are subsets of larger ones
-cache: auto                 # linear: compute the features once: on | off | auto, if they fit cache_gb
-cache_gb: 4.0               # GiB of memory for features
+cache: auto                 # linear: compute the features once: on | off | auto: beyond cache_gb in a file
+cache_gb: 4.0               # GiB of memory for features; the file is in run.out, and gone at the end
 run:
   out: runs/eval            # folder of the results
   device: auto              # auto | cpu | cuda
@@ -304,14 +304,21 @@ def open_sets(cfg: Config, num_classes: int) -> dict[str, SegmentationDataset]:
 
 
 def keep_features(cfg: Config, all_batches: list[Batches], process: Process) -> None:
-    """Compute frozen features once, if the config or (cache: auto) their size allows to keep them all."""
-    needed = sum(batches.bytes() for batches in all_batches) / 2**30
-    if cfg.cache == "off" or (cfg.cache == "auto" and needed > cfg.cache_gb):
-        if cfg.cache == "auto":
-            process.say(f"features need {needed:.1f} GiB, more than cache_gb: computed again at every step")
+    """Compute frozen features once, unless the config forbids it; with cache: auto what exceeds cache_gb is
+    held in a file, if there is room for it."""
+    if cfg.cache == "off":
         return
-    for batches in all_batches:
-        batches.keep("frozen features")
+    needed, folder = sum(batches.bytes() for batches in all_batches) / 2**30, None
+    if cfg.cache == "auto" and needed > cfg.cache_gb:
+        folder = Path(cfg.run.out)
+        process.say(f"features need {needed:.1f} GiB, more than cache_gb: held in a file in {folder}")
+    try:
+        for batches in all_batches:
+            batches.keep("frozen features", folder)
+    except OSError as error:
+        if folder is None:
+            raise
+        warn(f"no file of features in {folder} ({error.strerror}): computed again at every step")
 
 
 def no_augmentation(inputs: Tensor, masks: Tensor, step: int) -> tuple[Tensor, Tensor]:

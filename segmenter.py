@@ -8,8 +8,10 @@ segment, predict        labels of slices and volumes
 """
 
 import math
+import mmap
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -179,7 +181,8 @@ class Batches:
         """For each list of slices in the plan: inputs, and masks (n, H, W) on the device."""
         if self.inputs is not None:
             for rows in plan:
-                yield self.inputs[rows], self.masks[rows]
+                kept = self.inputs[rows], self.masks[rows]
+                yield tuple(some.to(self.process.device, non_blocking=True) for some in kept)
             return
         loader = DataLoader(
             self.dataset,
@@ -201,16 +204,40 @@ class Batches:
         one, mask = next(self.of([[0]]))
         return len(self) * (one.nbytes + mask.numel())
 
-    def keep(self, desc: str) -> None:
-        """Compute the inputs of all slices once and hold them in memory."""
-        inputs = masks = None
+    def keep(self, desc: str, folder: Path | None = None) -> None:
+        """Compute the inputs of all slices once and hold them in memory, or in files in `folder`.
+
+        The files have no name and end with the process, however that ends. Raises OSError if there is no
+        room for them; nothing is kept then.
+        """
         plan = self.in_order()
-        for rows, (some, mask) in zip(plan, progress(self.process, desc, self.of(plan), len(plan))):
+        batches = progress(self.process, desc, self.of(plan), len(plan))
+        if folder is not None:
+            with TemporaryFile(dir=folder) as inputs, TemporaryFile(dir=folder) as masks:
+                for some, mask in batches:
+                    append(inputs, some)
+                    append(masks, mask.to(torch.uint8))
+                self.inputs = mapped(inputs, some)
+                self.masks = mapped(masks, mask.to(torch.uint8))
+            return
+        inputs = masks = None
+        for rows, (some, mask) in zip(plan, batches):
             if inputs is None:
                 inputs = some.new_empty(len(self), *some.shape[1:])
                 masks = mask.new_empty(len(self), *mask.shape[1:], dtype=torch.uint8)
             inputs[rows], masks[rows] = some, mask.to(torch.uint8)
         self.inputs, self.masks = inputs, masks
+
+
+def append(file, rows: Tensor) -> None:
+    file.write(rows.cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def mapped(file, like: Tensor) -> Tensor:
+    """All rows in a file as a tensor of rows `like` those given, read when they are used."""
+    file.flush()
+    shared = mmap.mmap(file.fileno(), 0)  # shared: not counted as memory of this process
+    return torch.frombuffer(shared, dtype=like.dtype).view(-1, *like.shape[1:])
 
 
 def chunks(rows: list, size: int) -> list[list]:

@@ -1,23 +1,42 @@
-"""Benchmarks, run by hand; ratios within one run, medians of interleaved steps.
+"""Benchmarks, run by hand: every number is a ratio of things done in turn in one run.
 
-    python tests/bench.py method [--arch resnet50 --size 224 --batch 32]    # cost of each part of the method
+    python tests/bench.py step      # the bare compute over our MoCo v2 step
+    python tests/bench.py method    # cost of each part of the method
+    python tests/bench.py run       # train_moco.py on a packed set over the step on data in memory
+    python tests/bench.py peers --moco DIR --solo DIR    # other implementations, as shipped and at their best
+    python tests/bench.py augment   # two views against torchvision.transforms.v2
+    python tests/bench.py read      # a packed set against 16-bit PNG
+    python tests/bench.py linear    # linear evaluation, cached features against none
+    python tests/bench.py startup   # train_moco.py --help, and its first step
+    python tests/bench.py memory    # peak of a step against that of the bare compute
 
-Prints one readable line and one JSON line.
+Each takes --arch, --size, --batch and more, and prints one readable line and one JSON line. On a GPU
+the compute is in bf16, on a CPU in fp32 unless --bf16 is given. docs/PERFORMANCE.md has what they gave.
 """
 
 import argparse
+import copy
 import json
-import os
-import platform
+import multiprocessing
+import re
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from models import Encoder, MoCo
+PROJECT = Path(__file__).parent.parent
+sys.path[:0] = [str(PROJECT), str(Path(__file__).parent)]
+import bench_data  # noqa: E402
+import bench_peers  # noqa: E402
+from bench_timing import device, interleaved, machine, over, quartiles  # noqa: E402
+
+from models import Branch, Encoder, MoCo  # noqa: E402
 
 METHODS = {
     "moco": {},
@@ -33,58 +52,62 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("benchmark", choices=["method"])
+    parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=64, help="of the views, px")
+    parser.add_argument("--source", type=int, default=512, help="of the slices, px")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--output-stride", type=int, default=32)
     parser.add_argument("--queue", type=int, default=512)
-    parser.add_argument("--split", type=int, default=8, help="model.bn_split")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--split", type=int, default=32, help="model.bn_split")
+    parser.add_argument("--bf16", action="store_true", help="on a CPU too")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--busy", action="store_true", help="processor time of one thread (CPU only)")
+    parser.add_argument("--only", nargs="+", help="of the parts of the method")
+    parser.add_argument("--moco", help="a checkout of facebookresearch/moco")
+    parser.add_argument("--solo", help="a checkout of vturrisi/solo-learn")
     args = parser.parse_args()
-    row = method(args)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    row |= {"settings": vars(args), "device": device, "threads": torch.get_num_threads()}
-    print(", ".join(f"{name} {cost:.3f}" for name, cost in row["ratios"].items()), "of moco's step")
-    print(json.dumps(row | {"torch": torch.__version__, "cores": os.cpu_count()}))
+    line, row = BENCHMARKS[args.benchmark](args)
+    print(f"{args.benchmark}: {line}")
+    print(json.dumps({"benchmark": args.benchmark, **row, "settings": vars(args), **machine()}))
 
 
-def method(args) -> dict:
-    """The step (losses, gradients, SGD, momentum encoder, queue) of each method over that of MoCo v2."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {name: make_step(options, args, device) for name, options in METHODS.items()}
-    times = {name: [] for name in steps}
-    for round_ in range(args.rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - start)
-    base = times["moco"]
-    ratios = {name: [a / b for a, b in zip(own, base)] for name, own in times.items()}
-    return {
-        "ratios": {name: round(median(own), 4) for name, own in ratios.items()},
-        "quartiles": {
-            name: [round(sorted(own)[len(own) * q // 4], 4) for q in (1, 3)] for name, own in ratios.items()
-        },
-        "milliseconds": {name: round(1000 * median(own), 2) for name, own in times.items()},
-    }
+# ---------------------------------------------------------------------------------------------------------
+# Steps
+# ---------------------------------------------------------------------------------------------------------
 
 
-def make_step(options: dict, args, device: torch.device):
-    options = dict(options)
-    encoder = Encoder(args.arch, whitening=options.pop("whitening", "none"), output_stride=args.output_stride)
-    moco = MoCo(encoder, queue_size=args.queue, bn_split=args.split, **options)
-    moco = moco.to(device, memory_format=torch.channels_last)
-    parameters = [p for p in moco.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=1e-4, fused=True)
-    views = torch.randn(2, args.batch, 1, args.size, args.size, device=device)
-    box = torch.tensor([[0.1, 0.1, 0.8, 0.9, 0.0]], device=device).expand(args.batch, 5)
+def make_moco(args, local=None, decorrelation=None, whitening="none") -> MoCo:
+    if decorrelation:
+        decorrelation = decorrelation | {"group_size": args.group_size}
+    encoder = Encoder(args.arch, 1, whitening, args.group_size, args.output_stride)
+    moco = MoCo(encoder, queue_size=args.queue, bn_split=args.split, local=local, decorrelation=decorrelation)
+    return moco.to(device(), memory_format=torch.channels_last)
+
+
+def make_optimizer(model) -> torch.optim.SGD:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=1e-4, fused=True)
+
+
+def make_views(args) -> torch.Tensor:
+    return torch.randn(2, args.batch, 1, args.size, args.size, device=device())
+
+
+def precision(args):
+    return torch.autocast(device().type, torch.bfloat16, enabled=args.bf16 or device().type == "cuda")
+
+
+def moco_step(args, **method):
+    """One step of training: momentum encoder, losses, gradients, SGD, queue."""
+    moco = make_moco(args, **method)
+    optimizer = make_optimizer(moco)
+    views = make_views(args)
+    box = torch.tensor([[0.1, 0.1, 0.8, 0.9, 0.0]], device=device()).expand(args.batch, 5)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with precision(args):
             loss = moco(views[0], views[1], box, box)["loss"]
         loss.backward()
         optimizer.step()
@@ -92,6 +115,164 @@ def make_step(options: dict, args, device: torch.device):
 
     return step
 
+
+def bare_step(args):
+    """The compute that no implementation can leave out: query forward and backward, key forward, SGD."""
+    query: Branch = make_moco(args).query
+    key = copy.deepcopy(query).requires_grad_(False)
+    optimizer = make_optimizer(query)
+    views = make_views(args)
+
+    def step() -> None:
+        with precision(args):
+            with torch.no_grad():
+                key(views[1])
+            projection, _ = query(views[0])
+        F.normalize(projection.float(), dim=1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def step(args) -> tuple[str, dict]:
+    row = over(
+        interleaved({"bare": bare_step(args), "ours": moco_step(args)}, args.rounds, args.busy), "bare"
+    )
+    reached = round(1 / row["ratios"]["ours"], 3)
+    row["bare_over_ours"] = reached
+    cost = row["milliseconds"]
+    return f"bare compute {cost['bare']} ms, ours {cost['ours']} ms: {reached} of it reached", row
+
+
+def method(args) -> tuple[str, dict]:
+    """The step of each method over that of MoCo v2."""
+    chosen = {name: options for name, options in METHODS.items() if name in (args.only or METHODS)}
+    steps = {name: moco_step(args, **options) for name, options in ({"moco": {}} | chosen).items()}
+    row = over(interleaved(steps, args.rounds, args.busy), "moco")
+    return ", ".join(f"{name} {cost:.3f}" for name, cost in row["ratios"].items()) + " of moco's step", row
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------
+
+
+def script(root: Path, out: Path, args, *more: str) -> list[str]:
+    return [
+        *(sys.executable, str(PROJECT / "train_moco.py")),
+        *(f"data.root={root}", f"run.out={out}", f"data.size={args.size}", f"model.arch={args.arch}"),
+        *(f"optim.batch_size={args.batch}", f"model.queue_size={args.queue}", "log.tensorboard=false"),
+        *(f"model.output_stride={args.output_stride}", f"model.bn_split={args.split}", "data.workers=0"),
+        *("local.weight=0", "decorrelation.method=none", "run.save_minutes=0", "log.every=1"),
+        f"run.precision={'bf16' if args.bf16 or device().type == 'cuda' else 'fp32'}",
+        *more,
+    ]
+
+
+def run(args) -> tuple[str, dict]:
+    """train_moco.py's steps between its log lines, against steps on data in memory before and after it.
+
+    Both are halved in time: half of the resident steps come before the run, half after it.
+    """
+    resident = moco_step(args)
+    with tempfile.TemporaryDirectory() as folder:
+        root = bench_data.write_packed(Path(folder), 4 * args.batch, args.source)
+        steps = args.rounds + 4
+        command = script(root, Path(folder) / "run", args, f"optim.max_steps={steps}", "log.rank_every=0")
+        command += ["optim.epochs=1000", f"run.save_steps={10 * steps}"]
+        before = interleaved({"resident": resident}, args.rounds // 2)["resident"]
+        subprocess.run(command, check=True, capture_output=True)
+        after = interleaved({"resident": resident}, args.rounds // 2)["resident"]
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "images_per_second" in row]
+    whole = [args.batch / row["images_per_second"] for row in rows[3:-1]]  # the last one saves
+    reached = round(median(before + after) / median(whole), 3)
+    row = {"resident_over_run": reached}
+    for name, own in (("resident", before + after), ("run", whole)):
+        row[name] = {"milliseconds": round(1000 * median(own), 2), "quartiles": quartiles(own)}
+    text = f"resident step {row['resident']['milliseconds']} ms, in a run {row['run']['milliseconds']} ms"
+    return f"{text}: {reached} of its speed reached", row
+
+
+def startup(args) -> tuple[str, dict]:
+    """Seconds until --help is printed, until torch is imported, and until train_moco.py has done a step."""
+    seconds = {"help": [], "import torch": [], "first step": []}
+    with tempfile.TemporaryDirectory() as folder:
+        root = bench_data.write_packed(Path(folder), 4 * args.batch, args.source)
+        for number in range(min(args.rounds, 3)):
+            out = Path(folder) / f"run{number}"
+            first = script(root, out, args, "optim.max_steps=1000", "log.rank_every=0")
+            seconds["help"].append(seconds_until([*first[:2], "--help"]))
+            seconds["import torch"].append(seconds_until([sys.executable, "-c", "import torch"]))
+            seconds["first step"].append(seconds_until(first, "step 1/"))
+    row = {name: {"median": round(median(own), 2), "all": own} for name, own in seconds.items()}
+    return ", ".join(f"{name} {times['median']} s" for name, times in row.items()), {"seconds": row}
+
+
+def seconds_until(command: list[str], text: str | None = None) -> float:
+    """Until a process prints the text, or ends."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if text and text in line:
+            break
+    process.kill() if text else process.wait()
+    elapsed = time.perf_counter() - start
+    process.stdout.close()
+    process.wait()
+    return round(elapsed, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------
+
+
+def memory(args) -> tuple[str, dict]:
+    """The peak of two steps in a process of their own, above what it held before the model was made."""
+    spawn = multiprocessing.get_context("spawn")
+    mib = {}
+    for name, make in (("bare", bare_step), ("moco", moco_step), ("full", full_step)):
+        with spawn.Pool(1) as pool:
+            mib[name] = round(pool.apply(peak, (make, args)) / 2**20, 1)
+    ratios = {name: round(own / mib["bare"], 3) for name, own in mib.items()}
+    text = f"bare {mib['bare']} MiB, MoCo v2 {ratios['moco']} of it, full method {ratios['full']} of it"
+    return text, {"mebibytes": mib, "ratios": ratios}
+
+
+def full_step(args):
+    return moco_step(args, **METHODS["full"])
+
+
+def peak(make, args) -> int:
+    before = 0 if torch.cuda.is_available() else peak_resident()
+    step = make(args)
+    for _ in range(2):
+        step()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident() - before
+
+
+def peak_resident() -> int:
+    """Bytes. (ru_maxrss of a new process would begin with its parent's.)"""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
+    except (OSError, AttributeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+BENCHMARKS = {
+    "step": step,
+    "method": method,
+    "run": run,
+    "peers": lambda args: bench_peers.peers(args, moco_step),
+    "augment": bench_data.augment,
+    "read": bench_data.read,
+    "linear": bench_data.linear,
+    "startup": startup,
+    "memory": memory,
+}
 
 if __name__ == "__main__":
     main()

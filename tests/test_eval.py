@@ -1,8 +1,10 @@
 """eval_seg.py, segmenter.py, report.py: whole evaluations on a tiny phantom, and what each part promises."""
 
 import csv
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +20,11 @@ import report
 import segmenter
 import stopping
 import supervised
-from config import ConfigError
+from config import ConfigError, load_config
 from data import DataError
 from models import Encoder, WeightsError
 from runtime import Process
+from segmenter import Batches
 
 PROJECT = Path(eval_seg.__file__).parent
 TINY = ["model.arch=resnet18", "model.output_stride=16", "data.workers=0", "run.device=cpu"]
@@ -137,9 +140,41 @@ def test_cached_features_change_nothing(linear, phantom, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
 
 
-def test_features_beyond_cache_gb_are_not_kept(phantom, tmp_path, capsys):
-    evaluate(phantom, tmp_path, "cache_gb=0.0001", "optim.steps=1")
-    assert "more than cache_gb" in capsys.readouterr().out
+@pytest.mark.parametrize("full", [False, True])
+def test_features_beyond_cache_gb_are_held_in_a_file(linear, phantom, tmp_path, capsys, monkeypatch, full):
+    """With the same results, and nothing left of it; on a full disk they are computed at every step."""
+    out, cached = linear
+
+    def no_room(file, rows):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if full:
+        monkeypatch.setattr(segmenter, "append", no_room)
+    in_file = evaluate(phantom, tmp_path, "cache_gb=0.0001")
+    assert in_file["cases"] == cached["cases"]
+    assert (tmp_path / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(file.name for file in out.iterdir())
+    captured = capsys.readouterr()
+    assert "more than cache_gb: held in a file" in captured.out
+    assert ("no file of features" in captured.err) == full
+
+
+def test_kept_batches_are_the_computed_ones(phantom, tmp_path):
+    """Values of two bytes too, from files that have no name while they are used."""
+    dataset = data.SegmentationDataset(phantom, "train.txt")
+    cfg = load_config(eval_seg.DEFAULTS, None, ["data.workers=0", "optim.batch_size=4"], eval_seg.NULLABLE)
+    process = Process(0, 1, torch.device("cpu"), "fp32")
+    for dtype in (torch.float32, torch.bfloat16):
+        batches = Batches(
+            dataset, [5, 3, 9, 0, 7], lambda x, dtype=dtype: x[..., ::8].to(dtype), cfg, process
+        )
+        plan = [[4, 0, 4], [2]]
+        computed = list(batches.of(plan))
+        batches.keep("features", tmp_path)
+        assert not list(tmp_path.iterdir())
+        for (inputs, masks), (expected, expected_masks) in zip(batches.of(plan), computed, strict=True):
+            assert torch.equal(inputs, expected) and inputs.dtype == dtype
+            assert torch.equal(masks, expected_masks)
 
 
 def test_a_frozen_encoder_stays_as_it_was(linear, encoder_file, phantom, tmp_path):
