@@ -521,7 +521,7 @@ def test_damaged_and_malicious_encoder_files_are_refused(phantom, encoder_file, 
 def test_the_script_ends_with_one_line_and_code_2(tmp_path):
     (tmp_path / "config.yaml").write_text("mode: linear\nencoder: random\noptim: {lr: -1}\n")
     command = [sys.executable, "eval_seg.py", "--config", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert done.stderr == "error: optim.lr: -1.0 is impossible; wanted a value above 0\n"
 

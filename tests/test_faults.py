@@ -61,7 +61,7 @@ class Run:
                 [str(part) for part in command], stdout=log, stderr=log, env=environment, preexec_fn=preexec
             )
 
-    def wait_for(self, pattern, seconds=120):
+    def wait_for(self, pattern, seconds=600):
         """Until the log holds the pattern, or the run ends; returns the match."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.log.read_text())) and self.process.poll() is None:
@@ -69,7 +69,7 @@ class Run:
             time.sleep(0.01)
         return found or re.search(pattern, self.log.read_text())
 
-    def end(self, seconds=120):
+    def end(self, seconds=600):
         """The exit code."""
         return self.process.wait(seconds)
 
