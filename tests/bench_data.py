@@ -2,8 +2,10 @@
 
 import json
 import re
+import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +143,7 @@ def linear(args) -> tuple[str, dict]:
     import eval_seg
 
     seconds, dice = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         root = Path(folder) / "phantom"
         data.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "8", "--size", str(args.size)])
         caches = {"memory": ["cache=on"], "file": ["cache=auto", "cache_gb=1e-6"], "none": ["cache=off"]}
