@@ -193,6 +193,7 @@ def test_moco_equals_a_naive_re_implementation():
     moco = MoCo(
         Encoder("resnet18"), dim=16, queue_size=20, momentum=0.9, local=local, bn_split=4, seed=5
     ).double()
+    moco.queue = F.normalize(moco.queue, dim=0)  # drawn in float32: unit vectors to its precision only
     naive = NaiveMoCo(moco, lr=0.01)
     optimizer = torch.optim.SGD(moco.query.parameters(), lr=0.01)
     for batch in training_batches(4):  # 32 keys: the queue of 20 wraps around
