@@ -181,8 +181,11 @@ def crop(batch, boxes, size, mode="bilinear", padding="border"):
     if len(used) == 1:
         return read_averaged(batch, grid, used[0], mode, padding)
     out = batch.new_empty(len(batch), batch.shape[1], *size)
-    for pool in used:
-        rows = to_device((pools == pool).nonzero().squeeze(1), batch.device)
+    if batch.device.type == "cpu":  # one by one: to gather whole slices costs more than to read them
+        groups = [(slice(i, i + 1), int(pool)) for i, pool in enumerate(pools)]
+    else:
+        groups = [(to_device((pools == p).nonzero().squeeze(1), batch.device), p) for p in used]
+    for rows, pool in groups:
         out[rows] = read_averaged(batch[rows], grid[rows], pool, mode, padding)
     return out
 

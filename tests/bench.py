@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--split", type=int, default=32, help="model.bn_split")
     parser.add_argument("--bf16", action="store_true", help="on a CPU too")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--busy", action="store_true", help="processor time of one thread (CPU only)")
+    parser.add_argument("--busy", action="store_true", help="what a busy machine spares (CPU only)")
     parser.add_argument("--only", nargs="+", help="of the parts of the method")
     parser.add_argument("--moco", help="a checkout of facebookresearch/moco")
     parser.add_argument("--solo", help="a checkout of vturrisi/solo-learn")

@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
@@ -19,21 +20,39 @@ def device() -> torch.device:
 def interleaved(actions: dict, rounds: int, busy: bool = False) -> dict[str, list[float]]:
     """Seconds of each action, round by round: what slows the machine down slows all of them down.
 
-    busy: with one thread, and processor time, which does not count waiting for other processes.
+    busy: two values of `undisturbed` each, with one thread.
     """
-    clock = time.process_time if busy else time.perf_counter
     if busy:
         torch.set_num_threads(1)
+        for action in [action for action in actions.values() for _ in range(WARM_UP)]:
+            action()
+        halves = [{name: undisturbed(own, -(-rounds // 2)) for name, own in actions.items()} for _ in "12"]
+        return {name: [half[name] for half in halves] for name in actions}
     times = {name: [] for name in actions}
     for round_ in range(rounds + WARM_UP):
         for name, action in actions.items():
             synchronise()
-            start = clock()
+            start = time.perf_counter()
             action()
             synchronise()
             if round_ >= WARM_UP:
-                times[name].append(clock() - start)
+                times[name].append(time.perf_counter() - start)
     return times
+
+
+def undisturbed(action, rounds: int) -> float:
+    """Seconds of an action on a CPU that keeps being taken away: the sum over its operations, each at the
+    lower quartile of how long it took with these shapes. What Python does between them is left out.
+
+    A step of a second is never left alone on such a machine, an operation of some milliseconds often is.
+    """
+    with torch.profiler.profile(record_shapes=True) as profile:
+        for _ in range(rounds):
+            action()
+    found = defaultdict(list)
+    for event in profile.events():
+        found[event.name, str(event.input_shapes)].append(event.self_cpu_time_total)  # microseconds
+    return sum(len(own) * sorted(own)[len(own) // 4] for own in found.values()) / rounds / 1e6
 
 
 def synchronise() -> None:
@@ -42,13 +61,14 @@ def synchronise() -> None:
 
 
 def over(times: dict[str, list[float]], base: str) -> dict:
-    """The times over those of `base`, round by round: medians and quartiles; and milliseconds."""
+    """The times over those of `base`, round by round: medians and quartiles; and milliseconds. For what takes
+    milliseconds the fastest rounds say more on a busy machine."""
     ratios = {name: [a / b for a, b in zip(own, times[base])] for name, own in times.items()}
     return {
         "ratios": {name: round(median(own), 4) for name, own in ratios.items()},
         "quartiles": {name: quartiles(own) for name, own in ratios.items()},
         "milliseconds": {name: round(1000 * median(own), 2) for name, own in times.items()},
-        "fastest_milliseconds": {name: round(1000 * min(own), 2) for name, own in times.items()},
+        "fastest_milliseconds": {name: round(1000 * min(own), 3) for name, own in times.items()},
     }
 
 
