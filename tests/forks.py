@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-SECONDS, BYTES = 120, 2 * 2**30
+SECONDS, BYTES = 30, 2 * 2**30
 
 
 class Server:

@@ -2,7 +2,7 @@
 
 A case is a kind (a command, and which file of its input is mutated) and a number, which seeds the mutation.
 Its command may succeed, or end with exit code 2 and one line (`data.py check` with 1 after naming bad files).
-A traceback, more than 120 s or 2 GB, or results that a failed command leaves as if complete, fail the test.
+A traceback, more than 30 s or 2 GB, or results that a failed command leaves as if complete, fail the test.
 
     python tests/test_corruption.py "png: check" 17        # one case again, with all that it prints
 """
