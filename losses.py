@@ -3,6 +3,7 @@
 Everything here is plain tensors in, tensors out, and needs only torch, so the file can be copied alone:
 
     info_nce, local_info_nce        MoCo's loss and its version for the regions of an image
+    queue_nce                       info_nce of keys and a queue that are unit vectors, without a copy of it
     matched_points, sample_regions  where the regions of two crops lie, and their feature vectors
     ZCAWhitening, IterNorm          feature decorrelation (inverse_sqrt is its heart)
     singular_values, effective_rank how far features have collapsed
