@@ -16,41 +16,8 @@ process's share (no SyncBatchNorm: shares of 4 crops and more do without). Cases
 """
 
 import argparse
-import json
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-import report
-from collapse import frozen_collapse
-from config import (
-    Config,
-    ConfigError,
-    OneLineParser,
-    check,
-    check_choice,
-    check_fraction,
-    check_positive,
-    check_range,
-    load_config,
-)
-from data import DataError, Intensity, SegmentationAugment, SegmentationDataset, class_names
-from encoder_file import build_encoder, check_same_encoder, encoder_facts, encoder_path, normalisation, sha256
-from files import write_whole
-from models import Encoder, WeightsError, read_weights
-from runtime import Process, make_run_folder, start_process, warn
-from segmenter import (
-    Batches,
-    Description,
-    build_model,
-    frozen_features,
-    network_input,
-    predict,
-    save_model,
-)
-from stopping import STOP_MARKER, StopRequest, run_script
-from supervised import Stopped, generator, train, training_positions
+from config import OneLineParser
 
 DEFAULTS = """
 seed: 0
@@ -88,7 +55,7 @@ augment:                    # finetune; see augment.SegmentationAugment
   gamma: 0.1
   noise: 0.02
 model:
-  arch: null                # resnet18 | 26 | 34 | 50 | 101; null: the encoder's, else resnet50
+  arch: null                # resnet18 | 26 | 26_half | 34 | 50 | 101; null: the encoder's, else resnet50
   in_channels: 1            # 3: the slice three times
   output_stride: 8          # 8 | 16 | 32
 optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9
@@ -104,6 +71,60 @@ eval:
 log:
   every: 20                 # steps between lines of metrics.jsonl
 """
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(
+        description=__doc__,
+        epilog=f"settings:\n{DEFAULTS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML over the settings below")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--predict", metavar="INPUT", help="a slice, a NIfTI volume, or a folder of such")
+    parser.add_argument("--out", metavar="DIR", help="where --predict writes masks")
+    parser.add_argument("--compare", metavar="DIR", nargs="+", help="print several runs in one table")
+    parser.add_argument("--folder", action="store_true", help="check the settings, print run.out, and stop")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # answers --help before the imports, which take seconds
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import report
+from collapse import frozen_collapse
+from config import (
+    Config,
+    ConfigError,
+    check,
+    check_choice,
+    check_fraction,
+    check_positive,
+    check_range,
+    load_config,
+)
+from data import DataError, Intensity, SegmentationAugment, SegmentationDataset, class_names
+from encoder_file import build_encoder, check_same_encoder, encoder_facts, encoder_path, normalisation, sha256
+from files import write_whole
+from models import Encoder, WeightsError, read_weights
+from runtime import Process, make_run_folder, start_process, warn
+from segmenter import (
+    Batches,
+    Description,
+    build_model,
+    frozen_features,
+    network_input,
+    predict,
+    save_model,
+)
+from stopping import STOP_MARKER, StopRequest, run_script
+from supervised import Stopped, generator, train, training_positions
 
 NULLABLE = {
     "cache": (str, bool),
@@ -349,18 +370,7 @@ def crop_augmentation(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(
-        description=__doc__,
-        epilog=f"settings:\n{DEFAULTS}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML over the settings below")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--predict", metavar="INPUT", help="a slice, a NIfTI volume, or a folder of such")
-    parser.add_argument("--out", metavar="DIR", help="where --predict writes masks")
-    parser.add_argument("--compare", metavar="DIR", nargs="+", help="print several runs in one table")
-    parser.add_argument("--folder", action="store_true", help="check the settings, print run.out, and stop")
-    args = parser.parse_intermixed_args(argv)
+    args = parse_arguments(argv)
     if args.compare:
         print(report.compare(args.compare))
         return 0

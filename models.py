@@ -35,13 +35,6 @@ from losses import (
     world_size,
 )
 
-ARCHITECTURES = {  # blocks, and how many of them each layer has
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet26": (Bottleneck, [2, 2, 2, 2]),  # timm's; a ResNet-50 in small
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (Bottleneck, [3, 4, 23, 3]),
-}
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -52,6 +45,23 @@ class WeightsError(ValueError):
 # ---------------------------------------------------------------------------------------------------------
 # Encoder
 # ---------------------------------------------------------------------------------------------------------
+
+
+class HalfResNet(ResNet):
+    """Half the channels in each layer: a quarter of the work."""
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        return super()._make_layer(block, planes // 2, *args, **kwargs)
+
+
+ARCHITECTURES = {  # network, its blocks, and how many of them each layer has
+    "resnet18": (ResNet, BasicBlock, [2, 2, 2, 2]),
+    "resnet26": (ResNet, Bottleneck, [2, 2, 2, 2]),  # timm's; a ResNet-50 in small
+    "resnet26_half": (HalfResNet, Bottleneck, [2, 2, 2, 2]),  # for experiments on a CPU
+    "resnet34": (ResNet, BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (ResNet, Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (ResNet, Bottleneck, [3, 4, 23, 3]),
+}
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -108,7 +118,8 @@ class Encoder(nn.Module):
         super().__init__()
         if arch not in ARCHITECTURES:
             raise ValueError(f"unknown architecture {arch!r}: one of {', '.join(ARCHITECTURES)}")
-        trunk = ResNet(*ARCHITECTURES[arch], norm_layer=SplitBatchNorm2d)
+        network, block, depths = ARCHITECTURES[arch]
+        trunk = network(block, depths, norm_layer=SplitBatchNorm2d)
         self.conv1, self.bn1, self.relu, self.maxpool = trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = (getattr(trunk, name) for name in LAYERS)
         if in_channels != 3:

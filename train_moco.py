@@ -13,37 +13,8 @@ spectrum.png if matplotlib is installed, TensorBoard files if tensorboard is.
 """
 
 import argparse
-import warnings
-from contextlib import nullcontext
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-
-import config
-import runtime
-from collapse import CollapseMonitor, draw, show
-from config import (
-    Config,
-    ConfigError,
-    check,
-    check_choice,
-    check_fraction,
-    check_not_negative,
-    check_positive,
-    check_range,
-)
-from data import BatchReader, DataError, Intensity, SliceDataset, TwoViews, default_window
-from files import write_whole, written_whole
-from guard import Guard, NotFinite
-from journal import Journal
-from models import ARCHITECTURES, LAYERS, Encoder, MoCo, WeightsError, load_encoder_weights, slices
-from run_state import RunState, averaged_statistics
-from runtime import Process
-from schedule import Due, StepBatches, learning_rate
-from segmenter import network_input
-from stopping import STOP_MARKER, StopRequest, batch_loader, leave, naming_lost_workers, run_script
+from config import OneLineParser
 
 DEFAULTS = """
 seed: 0
@@ -80,7 +51,7 @@ augment:
   autocontrast: 0.0         # probabilities
   equalize: 0.0
 model:
-  arch: resnet50            # resnet18 | resnet26 | resnet34 | resnet50 | resnet101
+  arch: resnet50            # resnet18 | resnet26 | resnet26_half | resnet34 | resnet50 | resnet101
   in_channels: 1
   output_stride: 32         # 32 | 16 | 8, during pretraining
   dim: 128
@@ -119,6 +90,56 @@ log:
   rank_every: 10            # epochs between measurements of collapse; 0: only at the start and the end
   encoders: false           # keep the encoder of each of them, as encoder_STEP.pth
 """
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="settings and their defaults:\n" + DEFAULTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file of settings")
+    parser.add_argument("--folder", action="store_true", help="check the settings, print run.out, and stop")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that go before it"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # answers --help before the imports, which take seconds
+
+import warnings
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import config
+import runtime
+from collapse import CollapseMonitor, draw, show
+from config import (
+    Config,
+    ConfigError,
+    check,
+    check_choice,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    check_range,
+)
+from data import BatchReader, DataError, Intensity, SliceDataset, TwoViews, default_window
+from files import write_whole, written_whole
+from guard import Guard, NotFinite
+from journal import Journal
+from models import ARCHITECTURES, LAYERS, Encoder, MoCo, WeightsError, load_encoder_weights, slices
+from run_state import RunState, averaged_statistics
+from runtime import Process
+from schedule import Due, StepBatches, learning_rate
+from segmenter import network_input
+from stopping import STOP_MARKER, StopRequest, batch_loader, leave, naming_lost_workers, run_script
 
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "decorrelation.eps": float}
 
@@ -273,20 +294,6 @@ def pretrain(
 # ---------------------------------------------------------------------------------------------------------
 # Setting up
 # ---------------------------------------------------------------------------------------------------------
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = config.OneLineParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="settings and their defaults:\n" + DEFAULTS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of settings")
-    parser.add_argument("--folder", action="store_true", help="check the settings, print run.out, and stop")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that go before it"
-    )
-    return parser.parse_intermixed_args(argv)
 
 
 def check_config(cfg: Config) -> None:

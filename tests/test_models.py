@@ -93,6 +93,9 @@ def test_layers_and_channels():
     encoder = Encoder("resnet50").eval()
     assert encoder.channels == {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048}
     assert Encoder("resnet34").channels["layer4"] == 512
+    whole, half = Encoder("resnet26"), Encoder("resnet26_half")
+    assert half.channels == {name: channels // 2 for name, channels in whole.channels.items()}
+    assert [p.dim() for p in half.parameters()] == [p.dim() for p in whole.parameters()]
     maps = encoder(torch.randn(1, 1, 65, 47), ("layer1", "layer3"))
     assert {name: tuple(m.shape) for name, m in maps.items()} == {
         "layer1": (1, 256, 17, 12),

@@ -52,6 +52,14 @@ def test_tests_that_the_docs_name_exist():
         assert missing == [], page.name
 
 
+@pytest.mark.parametrize("script", ["train_moco.py", "eval_seg.py"])
+def test_help_does_not_wait_for_torch(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported torch')")
+    command, environment = [sys.executable, ROOT / script, "--help"], {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "optim:" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [((), "bash launch.sh demo"), (("pretrain",), "error: which config?"), (("fly",), "bash launch.sh demo")],
