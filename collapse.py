@@ -207,18 +207,19 @@ def draw(folder: Path, process: Process) -> None:
     steps = [row["step"] for row in losses]
     for name in ("global", "local") if any(row["local"] for row in losses) else ("global",):
         axes[0].plot(steps, [row[name] for row in losses], label=name)
-    axes[1].plot(steps, [row["accuracy"] for row in losses])
+    axes[1].plot(steps, [row["accuracy"] for row in losses], label="queries nearest to their own key")
+    axes[1].plot(steps, [row["similarity"] for row in losses], label="cosine of different images' keys")
     for name, label in KINDS.items():
         if f"effective_rank{name}" in ranks[0]:
             axes[2].plot(
                 [r["step"] for r in ranks], [r[f"effective_rank{name}"] for r in ranks], "o-", label=label
             )
-    titles = ("InfoNCE", "queries nearest to their own key", "effective rank")
+    titles = ("InfoNCE", "accuracy and similarity", "effective rank")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    axes[0].legend()
-    axes[2].legend()
+    for axis in axes:
+        axis.legend()
     figure.savefig(folder / "curves.png", dpi=110)
     spectrum_figure(ranks[0], ranks[-1]).savefig(folder / "spectrum.png", dpi=110)
     process.say(f"pictures: {folder / 'curves.png'} {folder / 'spectrum.png'}")

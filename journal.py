@@ -112,7 +112,7 @@ class Journal:
         self.log.close()
 
 
-TERMS = ("loss", "global", "local", "accuracy")
+TERMS = ("loss", "global", "local", "accuracy", "similarity")
 
 
 def loss_text(found: dict) -> str:

@@ -353,8 +353,10 @@ class MoCo(nn.Module):
             keys: of `encode_keys`, instead of all but the query views: only the losses are computed then.
 
         Returns:
-            "loss", the weighted sum of "global" and "local", and "accuracy": the share of queries that are
-            nearer to their own key than to any of the queue. Scalars.
+            "loss", the weighted sum of "global" and "local"; "accuracy": the share of queries that are
+            nearer to their own key than to any of the queue; "similarity": the mean cosine of the keys of
+            different images. Scalars. Near 1, the similarity says that all images are one point, and that
+            the accuracy only tells new keys from old ones, which that point has moved away from.
         """
         if keys is not None:
             return self.compare(query_view, keys)
@@ -411,6 +413,7 @@ class MoCo(nn.Module):
         else:
             terms["local"] = torch.zeros_like(terms["global"])
         terms["accuracy"] = nearest.float().mean()
+        terms["similarity"] = mean_cosine(keys.everyone)
         return terms
 
     @torch.no_grad()
@@ -496,6 +499,12 @@ class MoCo(nn.Module):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.step = state["step"]
+
+
+def mean_cosine(x: Tensor) -> Tensor:
+    """Of all pairs of different rows of x (N, D), unit vectors; 0 if there is one row."""
+    pairs = len(x) * (len(x) - 1)
+    return (x.sum(dim=0).square().sum() - len(x)) / max(pairs, 1)
 
 
 def gather(x: Tensor) -> Tensor:

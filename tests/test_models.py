@@ -312,7 +312,7 @@ def test_output_whitening_stays_outside_the_encoder():
     names = set(encoder.state_dict())
     moco = MoCo(encoder, dim=8, queue_size=16, decorrelation={"method": "zca", "group_size": 32}, local={})
     terms = moco(*(x.float() for x in next(training_batches(1))))
-    assert set(terms) == {"loss", "global", "local", "accuracy"}
+    assert set(terms) == {"loss", "global", "local", "accuracy", "similarity"}
     assert set(moco.query.encoder.state_dict()) == names == set(encoder.export_state_dict())
     assert moco.query.decorrelation.running_cov.shape == (16, 32, 32)
 
