@@ -9,6 +9,7 @@ draw, show          pictures in the run's folder, and on a TensorBoard
 import heapq
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +209,9 @@ def draw(folder: Path, process: Process) -> None:
     for name in ("global", "local") if any(row["local"] for row in losses) else ("global",):
         axes[0].plot(steps, [row[name] for row in losses], label=name)
     axes[1].plot(steps, [row["accuracy"] for row in losses], label="queries nearest to their own key")
-    axes[1].plot(steps, [row["similarity"] for row in losses], label="cosine of different images' keys")
+    axes[1].plot(
+        steps, [row.get("similarity", math.nan) for row in losses], label="cosine of different images' keys"
+    )
     for name, label in KINDS.items():
         if f"effective_rank{name}" in ranks[0]:
             axes[2].plot(

@@ -22,7 +22,7 @@ class Journal:
         self.log = MetricsLog(Path(cfg.run.out), process, step, cfg.log.tensorboard)
         self.bar = progress(process, "pretrain", total=total_steps, initial=step)
         self.since, self.clock = step, time.perf_counter()
-        self.rank_text, self.unreadable, self.bad = "", 0, {}
+        self.rank_text, self.unreadable, self.bad, self.warned = "", 0, {}, False
         self.latest, self.best = {}, -math.inf  # the newest value of every column; the highest DSE so far
         for row in self.log.before if process.is_main else []:
             self.remember(row)
@@ -44,7 +44,13 @@ class Journal:
             row |= {"images_per_second": round(rate, 1), "skipped_steps": int(found["skipped_steps"])}
             self.write(row | {"unreadable_slices": self.unreadable})
             self.say(step, f"{loss_text(found)}{self.rank_text} {rate:.0f} images/s")
+            if not self.warned and found["similarity"] > ONE_POINT and self.warmed_up(step):
+                self.warned = True
+                self.process.say(f"step {step}: {one_point_text(found)}")
         return found
+
+    def warmed_up(self, step: int) -> bool:
+        return self.epoch(step) > self.cfg.optim.warmup_epochs and self.cfg.model.weight > 0
 
     def say(self, step: int, text: str) -> None:
         self.bar.set_postfix_str(text)
@@ -113,6 +119,7 @@ class Journal:
 
 
 TERMS = ("loss", "global", "local", "accuracy", "similarity")
+ONE_POINT = 0.99  # mean cosine of the keys of different images; networks start at some 0.996
 
 
 def loss_text(found: dict) -> str:
@@ -122,3 +129,11 @@ def loss_text(found: dict) -> str:
 def terms_text(found: dict) -> str:
     named = {name: found[name] for name in ("loss", "global", "local")} | {"gradient": found["gradient_norm"]}
     return ", ".join(f"{name} {value:.3g}" for name, value in named.items())
+
+
+def one_point_text(found: dict) -> str:
+    return (
+        f"the keys of different images have a mean cosine of {found['similarity']:.4f}: all images are one point, "
+        "and the global loss tells its new keys from its old ones; a shorter model.queue_size, a model.momentum "
+        "nearer to 1 or decorrelation at output can help"
+    )

@@ -200,12 +200,15 @@ def test_moco_equals_a_naive_re_implementation():
     naive = NaiveMoCo(moco, lr=0.01)
     optimizer = torch.optim.SGD(moco.query.parameters(), lr=0.01)
     for batch in training_batches(4):  # 32 keys: the queue of 20 wraps around
-        loss = moco(*batch)["loss"]
+        terms = moco(*batch)
         optimizer.zero_grad()
-        loss.backward()
+        terms["loss"].backward()
         optimizer.step()
-        assert loss.item() == pytest.approx(naive.train_step(*batch), rel=1e-9)
+        assert terms["loss"].item() == pytest.approx(naive.train_step(*batch), rel=1e-9)
         torch.testing.assert_close(moco.queue, torch.stack(naive.queue, dim=1))
+        newest = [naive.queue[moco.queue_pointer - 1 - i] for i in range(8)]
+        cosines = [(a @ b).item() for i, a in enumerate(newest) for b in newest[:i]]
+        assert terms["similarity"].item() == pytest.approx(sum(cosines) / 28, rel=1e-9)
     for ours, theirs in zip(moco.parameters(), [*naive.query.parameters(), *naive.key.parameters()]):
         torch.testing.assert_close(ours, theirs)
 

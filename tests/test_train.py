@@ -11,6 +11,7 @@ from PIL import Image
 import checkpoints
 import config
 import data
+import journal
 import runtime
 import stopping
 import train_moco
@@ -58,11 +59,18 @@ def losses_of(rows):
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
+def test_a_collapse_to_one_point_is_said_once(train, capsys, monkeypatch):
+    monkeypatch.setattr(journal, "ONE_POINT", -1)
+    train("run")
+    said = [line for line in capsys.readouterr().out.splitlines() if "all images are one point" in line]
+    assert len(said) == 1 and said[0].startswith("step 4: ")  # the first one after the warm-up
+
+
 def test_a_run_leaves_what_it_promises(train, tmp_path, capsys):
     rows = train("run", "log.rank_every=1")
     steps = losses_of(rows)
     assert sorted(steps) == list(range(1, 7))  # 18 slices: three steps an epoch
-    names = {"step", "epoch", "loss", "global", "local", "accuracy", "lr", "images_per_second"}
+    names = {"step", "epoch", "loss", "global", "local", "accuracy", "similarity", "lr", "images_per_second"}
     assert set(rows[1]) == names | {"gradient_norm", "skipped_steps", "unreadable_slices"}
     ranks = [row["effective_rank"] for row in rows if "effective_rank" in row]
     assert len(ranks) == 3 and all(0 < rank <= 5 for rank in ranks)  # at the start and after each epoch
