@@ -208,10 +208,11 @@ def draw(folder: Path, process: Process) -> None:
     steps = [row["step"] for row in losses]
     for name in ("global", "local") if any(row["local"] for row in losses) else ("global",):
         axes[0].plot(steps, [row[name] for row in losses], label=name)
-    axes[1].plot(steps, [row["accuracy"] for row in losses], label="queries nearest to their own key")
-    axes[1].plot(
-        steps, [row.get("similarity", math.nan) for row in losses], label="cosine of different images' keys"
-    )
+    for name, label in {
+        "accuracy": "queries nearest to their own key",
+        "similarity": "cosine of keys",
+    }.items():
+        axes[1].plot(steps, [row.get(name, math.nan) for row in losses], label=label)
     for name, label in KINDS.items():
         if f"effective_rank{name}" in ranks[0]:
             axes[2].plot(

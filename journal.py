@@ -133,7 +133,7 @@ def terms_text(found: dict) -> str:
 
 def one_point_text(found: dict) -> str:
     return (
-        f"the keys of different images have a mean cosine of {found['similarity']:.4f}: all images are one point, "
-        "and the global loss tells its new keys from its old ones; a shorter model.queue_size, a model.momentum "
-        "nearer to 1 or decorrelation at output can help"
+        f"the keys of different images have a mean cosine of {found['similarity']:.4f}: all images are one "
+        "point, and the global loss only tells new keys from old ones; a shorter model.queue_size, a "
+        "model.momentum nearer to 1, or decorrelation at output can help"
     )
