@@ -31,6 +31,21 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+def settings_parser(description: str, defaults: str) -> OneLineParser:
+    """What both scripts take: a file of settings, and settings; their help ends with the defaults."""
+    parser = OneLineParser(
+        description=description,
+        epilog="settings and their defaults:\n" + defaults,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML over the settings below")
+    parser.add_argument("--folder", action="store_true", help="check the settings, print run.out, and stop")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that go before the file"
+    )
+    return parser
+
+
 class Config(dict):
     """A nested dict whose keys are attributes: cfg.optim.lr."""
 

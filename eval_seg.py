@@ -17,7 +17,7 @@ process's share (no SyncBatchNorm: shares of 4 crops and more do without). Cases
 
 import argparse
 
-from config import OneLineParser
+from config import settings_parser
 
 DEFAULTS = """
 seed: 0
@@ -74,17 +74,10 @@ log:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(
-        description=__doc__,
-        epilog=f"settings:\n{DEFAULTS}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML over the settings below")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = settings_parser(__doc__, DEFAULTS)
     parser.add_argument("--predict", metavar="INPUT", help="a slice, a NIfTI volume, or a folder of such")
     parser.add_argument("--out", metavar="DIR", help="where --predict writes masks")
     parser.add_argument("--compare", metavar="DIR", nargs="+", help="print several runs in one table")
-    parser.add_argument("--folder", action="store_true", help="check the settings, print run.out, and stop")
     return parser.parse_intermixed_args(argv)
 
 

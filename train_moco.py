@@ -14,7 +14,7 @@ spectrum.png if matplotlib is installed, TensorBoard files if tensorboard is.
 
 import argparse
 
-from config import OneLineParser
+from config import settings_parser
 
 DEFAULTS = """
 seed: 0
@@ -93,17 +93,7 @@ log:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="settings and their defaults:\n" + DEFAULTS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of settings")
-    parser.add_argument("--folder", action="store_true", help="check the settings, print run.out, and stop")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that go before it"
-    )
-    return parser.parse_intermixed_args(argv)
+    return settings_parser(__doc__.split("\n\n")[0], DEFAULTS).parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":
