@@ -380,22 +380,21 @@ class MoCo(nn.Module):
             query_points, key_points, share = self._match_regions(key_view, query_box, key_box)
 
         order = self._key_order(len(key_view) * world_size())
-        mine = process_rows(order, len(key_view))  # the samples whose keys this process computes
-        view = gather(key_view)[mine.to(key_view.device)]
-        points = None if key_points is None else gather(key_points)[mine.to(key_points.device)]
+        view = permuted_rows(key_view, order)  # of the samples whose keys this process computes
+        points = None if key_points is None else permuted_rows(key_points, order)
 
         outputs = [
             self.key(view[rows], None if points is None else points[rows])
             for rows in slices(len(view), parts)
         ]
         projection = F.normalize(torch.cat([at_least_float32(z) for z, _ in outputs]), dim=1)
-        everyone = unpermute(gather(projection), order)
+        projection = permuted_rows(projection, torch.argsort(order))  # of this process's own samples again
+        everyone = gather(projection)
         regions = everyones_regions = None
         if self.local is not None:
-            found = unpermute(gather(torch.cat([at_least_float32(r) for _, r in outputs])), order)
-            regions = process_rows(found, len(view))
-            everyones_regions = found if self.local["negatives"] == "batch" else None
-        projection = process_rows(everyone, len(view))
+            regions = torch.cat([at_least_float32(r) for _, r in outputs])
+            regions = permuted_rows(regions, torch.argsort(order))
+            everyones_regions = gather(regions) if self.local["negatives"] == "batch" else None
         return Keys(projection, everyone, everyones_regions, regions, query_points, share)
 
     def compare(self, query_view: Tensor, keys: Keys) -> dict[str, Tensor]:
@@ -517,15 +516,25 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def process_rows(everyone: Tensor, count: int) -> Tensor:
-    """This process's `count` rows of something (N, ...) that covers the global batch."""
-    rank = dist.get_rank() if world_size() > 1 else 0
-    return everyone[rank * count : (rank + 1) * count]
+def permuted_rows(x: Tensor, order: Tensor) -> Tensor:
+    """This process's rows of gather(x)[order], each sent only to the process that takes it. No gradient.
 
-
-def unpermute(permuted: Tensor, order: Tensor) -> Tensor:
-    """Undo permuted = original[order]."""
-    return permuted[torch.argsort(order).to(permuted.device)]
+    Args:
+        x: (n, ...), this process's share.
+        order: (N,), on the CPU, a permutation of the rows of all processes, the same on each of them.
+    """
+    if world_size() == 1:
+        return x[order.to(x.device)]
+    rank, count = dist.get_rank(), len(x)
+    takers = order.view(world_size(), count)  # [r]: the rows that process r takes
+    givers = takers // count
+    sent = takers[givers == rank] - rank * count  # sorted by taker, then by place there
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    incoming = givers[rank].bincount(minlength=world_size()).tolist()
+    outgoing = (givers == rank).sum(dim=1).tolist()
+    dist.all_to_all_single(received, x[sent.to(x.device)].contiguous(), incoming, outgoing)
+    places = torch.argsort(torch.argsort(givers[rank], stable=True))  # of each row among those received
+    return received[places.to(x.device)]
 
 
 def slices(length: int, parts: int) -> list[slice]:

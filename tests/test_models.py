@@ -17,7 +17,9 @@ from models import (
     MoCo,
     SplitBatchNorm2d,
     WeightsError,
+    gather,
     load_encoder_weights,
+    permuted_rows,
 )
 
 
@@ -328,6 +330,9 @@ def train_on_rank(rank, world, port, results, dtype, steps):
         torch.distributed.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
         )
+    own = torch.randn(3, 2, 5, dtype=dtype, generator=torch.Generator().manual_seed(rank))
+    order = torch.randperm(3 * world, generator=torch.Generator().manual_seed(steps))
+    assert torch.equal(permuted_rows(own, order), gather(own)[order][3 * rank : 3 * rank + 3])
     moco = MoCo(
         Encoder("resnet18", whitening="zca", group_size=4),
         dim=8,
