@@ -84,8 +84,10 @@ class Ablation:
 
     def chosen(self, method: str, seed: int) -> Cell:
         """The method's cell at the learning rate that was best on the validation cases with the first seed; a
-        variant takes the rate of the method that it varies."""
-        like = self.protocol["variants"].get(method, {}).get("like", method)
+        variant takes the rate of the method that it varies, at one remove or more."""
+        like = method
+        while like in self.protocol["variants"]:
+            like = self.protocol["variants"][like]["like"]
         if self.methods[like] is None:
             return Cell(method, None, seed)
         return Cell(method, findings.best_rate(self.out / "cells" / like), seed)
