@@ -24,8 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ PROJECT = Path(__file__).parent.parent
 sys.path[:0] = [str(PROJECT), str(Path(__file__).parent)]
 import bench_data  # noqa: E402
 import bench_peers  # noqa: E402
-from bench_timing import device, interleaved, machine, over, quartiles  # noqa: E402
+from bench_timing import WARM_UP, device, interleaved, machine, over, synchronise  # noqa: E402
 
 from models import Branch, Encoder, MoCo  # noqa: E402
 
@@ -158,41 +160,56 @@ def method(args) -> tuple[str, dict]:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def script(root: Path, out: Path, args, *more: str) -> list[str]:
+def settings(root: Path, out: Path, args, *more: str) -> list[str]:
     return [
-        *(sys.executable, str(PROJECT / "train_moco.py")),
         *(f"data.root={root}", f"run.out={out}", f"data.size={args.size}", f"model.arch={args.arch}"),
         *(f"optim.batch_size={args.batch}", f"model.queue_size={args.queue}", "log.tensorboard=false"),
         *(f"model.output_stride={args.output_stride}", f"model.bn_split={args.split}", "data.workers=0"),
         *("local.weight=0", "decorrelation.method=none", "run.save_minutes=0", "log.every=1"),
         f"run.precision={'bf16' if args.bf16 or device().type == 'cuda' else 'fp32'}",
+        *("log.rank_every=0", "optim.epochs=100000", "run.save_steps=100000"),
         *more,
     ]
 
 
 def run(args) -> tuple[str, dict]:
-    """train_moco.py's steps between its log lines, against steps on data in memory before and after it.
+    """train_moco.py, started here, against steps on data in memory that are done between its own.
 
-    Both are halved in time: half of the resident steps come before the run, half after it.
+    They take turns: one step each on a CPU, ten on a GPU, where the run reads ahead while the last step is
+    still being computed.
     """
-    resident = moco_step(args)
-    with tempfile.TemporaryDirectory() as folder:
+    import train_moco  # here, because it takes seconds
+
+    resident, turn = moco_step(args), 10 if device().type == "cuda" else 1
+    times, steps, since = {"run": [], "resident": []}, 0, 0.0
+    enqueue = MoCo.enqueue
+
+    def enqueue_and_take_turns(moco, keys, ok=None) -> None:
+        """The last call of a step of the run (in the resident step it has no `ok`)."""
+        nonlocal steps, since
+        enqueue(moco, keys, ok)
+        if ok is None or (steps := steps + 1) % turn:
+            return
+        synchronise()
+        between = time.perf_counter()
+        for _ in range(turn):
+            resident()
+        synchronise()
+        now = time.perf_counter()
+        if steps > WARM_UP * turn:
+            times["run"].append(between - since)
+            times["resident"].append(now - between)
+        since = now
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         root = bench_data.write_packed(Path(folder), 4 * args.batch, args.source)
-        steps = args.rounds + 4
-        command = script(root, Path(folder) / "run", args, f"optim.max_steps={steps}", "log.rank_every=0")
-        command += ["optim.epochs=1000", f"run.save_steps={10 * steps}"]
-        before = interleaved({"resident": resident}, args.rounds // 2)["resident"]
-        subprocess.run(command, check=True, capture_output=True)
-        after = interleaved({"resident": resident}, args.rounds // 2)["resident"]
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "images_per_second" in row]
-    whole = [args.batch / row["images_per_second"] for row in rows[3:-1]]  # the last one saves
-    reached = round(median(before + after) / median(whole), 3)
-    row = {"resident_over_run": reached}
-    for name, own in (("resident", before + after), ("run", whole)):
-        row[name] = {"milliseconds": round(1000 * median(own), 2), "quartiles": quartiles(own)}
-    text = f"resident step {row['resident']['milliseconds']} ms, in a run {row['run']['milliseconds']} ms"
-    return f"{text}: {reached} of its speed reached", row
+        last = f"optim.max_steps={(args.rounds + WARM_UP) * turn}"
+        with mock.patch.object(MoCo, "enqueue", enqueue_and_take_turns):
+            train_moco.main(settings(root, Path(folder) / "run", args, last))
+    row = over(times, "run") | {"steps_in_a_turn": turn}
+    cost = row["milliseconds"]
+    text = f"{turn} resident {cost['resident']} ms, in a run {cost['run']} ms"
+    return f"{text}: {row['ratios']['resident']} of its speed reached", row
 
 
 def startup(args) -> tuple[str, dict]:
@@ -202,8 +219,9 @@ def startup(args) -> tuple[str, dict]:
         root = bench_data.write_packed(Path(folder), 4 * args.batch, args.source)
         for number in range(min(args.rounds, 3)):
             out = Path(folder) / f"run{number}"
-            first = script(root, out, args, "optim.max_steps=1000", "log.rank_every=0")
-            seconds["help"].append(seconds_until([*first[:2], "--help"]))
+            script = [sys.executable, str(PROJECT / "train_moco.py")]
+            first = [*script, *settings(root, out, args, "optim.max_steps=1000")]
+            seconds["help"].append(seconds_until([*script, "--help"]))
             seconds["import torch"].append(seconds_until([sys.executable, "-c", "import torch"]))
             seconds["first step"].append(seconds_until(first, "step 1/"))
     row = {name: {"median": round(median(own), 2), "all": own} for name, own in seconds.items()}
