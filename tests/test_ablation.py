@@ -44,6 +44,7 @@ methods:
   full: {}
 variants:
   "full, grid": {like: full, local.match: grid}
+  "of a variant": {like: "full, grid", local.grid: 2}
 """
 DICE = {("moco", 0.01): 0.1, ("moco", 0.04): 0.2, ("full", 0.01): 0.5, ("full", 0.04): 0.4}
 SPECTRUM = {"spectrum": [1.0, 0.5], "spectrum_dense": [1.0, 0.1]}
@@ -114,9 +115,12 @@ def test_everything_runs_once_and_the_best_rate_goes_on(run, tmp_path, capsys):
     assert sorted(pretrained) == sorted(
         [f"{method}/lr{rate}-seed0/pretrain" for method in ("moco", "full") for rate in (0.01, 0.04)]
         + ["moco/lr0.04-seed1/pretrain", "full/lr0.01-seed1/pretrain", "full, grid/lr0.01-seed0/pretrain"]
+        + ["of a variant/lr0.01-seed0/pretrain"]
     )
     variant = next(s for script, s in calls if script == "train_moco.py" and "grid" in s["run.out"])
     assert variant["local.match"] == "grid" and variant["optim.lr"] == "0.01" and "like" not in variant
+    second = next(s for script, s in calls if "of a variant" in s.get("run.out", ""))
+    assert (second["local.match"], second["local.grid"], second["optim.lr"]) == ("grid", "2", "0.01")
     tuned = [s for script, s in calls if s.get("mode") == "finetune"]
     assert len(tuned) == 3 * 2 * 2  # methods, seeds, fractions
     snapshots = [s["encoder"] for _, s in calls if "encoder_3.pth" in s.get("encoder", "")]
