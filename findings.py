@@ -300,7 +300,11 @@ def shown_slices(root: Path) -> list[str]:
 
 
 def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
-    """spectra.png, training.png, labels.png, measures.png and segmentations.png."""
+    """spectra.png, training.png, measures.png; labels.png and segmentations.png if there is what they show.
+
+    Raises:
+        ConfigError: no matplotlib, or no pretraining is finished.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -313,6 +317,8 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
     colors = {name: f"C{i}" for i, name in enumerate(methods)}
     runs = {name: [metrics(cell) for cell in chosen_cells(cells / name)] for name in methods}
     runs = {name: [rows for rows in own if rows] for name, own in runs.items() if any(own)}
+    if not runs:
+        raise ConfigError(f"{cells}: no finished pretraining to draw")
 
     def page(columns: int, height: float = 3.8):
         return plt.subplots(1, columns, figsize=(4.4 * columns, height), layout="constrained", squeeze=False)
@@ -349,20 +355,18 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
     axes[0][0].legend(fontsize="small")
     save(figure, "training.png")
 
-    figure, axes = page(1)
-    for i, name in enumerate(methods):
-        points = []
-        for fraction in protocol["fractions"]:
-            tuned = [results_of(c, f"finetune-{100 * fraction:g}") for c in chosen_cells(cells / name)]
-            points.append([100 * r["mean_dice"] for r in tuned if r])
-        shown = [(100 * f * (1 + 0.03 * i), own) for f, own in zip(protocol["fractions"], points) if own]
-        x, means = [x for x, _ in shown], [mean(own) for _, own in shown]
-        error = [stdev(own) if len(own) > 1 else 0 for _, own in shown]
-        axes[0][0].errorbar(x, means, error, marker="o", color=colors[name], label=name, capsize=3)
-    axes[0][0].set(xscale="log", xlabel="labelled cases, %", ylabel="test Dice, %", title="fine-tuned")
-    axes[0][0].grid(alpha=0.3)
-    axes[0][0].legend(fontsize="small")
-    save(figure, "labels.png")
+    tuned = {name: tuned_dice(chosen_cells(cells / name), protocol["fractions"]) for name in methods}
+    if any(tuned.values()):
+        figure, axes = page(1)
+        for i, (name, points) in enumerate(tuned.items()):
+            x = [100 * fraction * (1 + 0.03 * i) for fraction in points]
+            means = [mean(own) for own in points.values()]
+            error = [stdev(own) if len(own) > 1 else 0 for own in points.values()]
+            axes[0][0].errorbar(x, means, error, marker="o", color=colors[name], label=name, capsize=3)
+        axes[0][0].set(xscale="log", xlabel="labelled cases, %", ylabel="test Dice, %", title="fine-tuned")
+        axes[0][0].grid(alpha=0.3)
+        axes[0][0].legend(fontsize="small")
+        save(figure, "labels.png")
 
     found = checkpoints(cells)
     shown = list(MEASURES.items())[:3]
@@ -382,6 +386,13 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
     axes[0][0].legend(fontsize="small")
     save(figure, "measures.png")
     draw_segmentations(cells, methods, root, out)
+
+
+def tuned_dice(cells: list[Path], fractions: list[float]) -> dict[float, list[float]]:
+    """{fraction of the labels: test Dice in % after fine-tuning, of each cell}, of what is finished."""
+    found = {f: [results_of(cell, f"finetune-{100 * f:g}") for cell in cells] for f in fractions}
+    points = {f: [100 * results["mean_dice"] for results in own if results] for f, own in found.items()}
+    return {f: own for f, own in points.items() if own}
 
 
 def draw_segmentations(cells: Path, methods: list[str], root: Path, out: Path) -> None:

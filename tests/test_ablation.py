@@ -48,6 +48,7 @@ variants:
 """
 DICE = {("moco", 0.01): 0.1, ("moco", 0.04): 0.2, ("full", 0.01): 0.5, ("full", 0.04): 0.4}
 SPECTRUM = {"spectrum": [1.0, 0.5], "spectrum_dense": [1.0, 0.1]}
+SPECTRUM |= {"effective_rank": 1.9, "effective_rank_dense": 1.4}
 
 
 @pytest.fixture
@@ -152,6 +153,22 @@ def test_another_protocol_needs_another_folder(run, tmp_path):
     text = PROTOCOL.replace("random: null", "random: null\n  more: {local.grid: 2}")
     (tmp_path / "protocol.yaml").write_text(text)
     assert run("--only", "random")[0] == 0  # a new method may join
+
+
+def test_figures_of_what_is_there(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figures"
+    run("--only", "random")
+    with pytest.raises(ConfigError, match="no finished pretraining"):
+        run("--figures", str(out))
+    run()
+    always = {"spectra.png", "training.png", "measures.png"}
+    assert run("--figures", str(out)) == (0, [])
+    assert {f.name for f in out.iterdir()} == always | {"labels.png"}
+    for file in [*(tmp_path / "out/cells").glob("*/*/finetune-*.json"), *out.iterdir()]:
+        file.unlink()
+    run("--figures", str(out))
+    assert {f.name for f in out.iterdir()} == always
 
 
 def test_protocols_that_are_none(tmp_path):
