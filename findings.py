@@ -128,8 +128,8 @@ def spread(values: list[float]) -> str:
 
 
 def main_table(cells: Path, protocol: dict) -> str:
-    fractions = [f"{100 * fraction:g}" for fraction in protocol["fractions"]]
-    heading = ("method", "seeds", "linear", *GROUPS, *(f"fine-tuned, {f} %" for f in fractions))
+    tuned = (f"fine-tuned, {100 * fraction:g} %" for fraction in protocol["fractions"])
+    heading = ("method", "seeds", "linear", *GROUPS, *tuned)
     heading += ("rank pooled / dense", "DSE", "variance between images")
     rows = []
     for method in protocol["methods"]:
@@ -139,9 +139,7 @@ def main_table(cells: Path, protocol: dict) -> str:
         linear = [results_of(cell) for cell in chosen]
         row = [method, str(len(chosen)), spread([r["mean_dice"] for r in linear])]
         row += [spread([group_dice(r, group) for r in linear]) for group in GROUPS]
-        for fraction in fractions:
-            tuned = [results_of(cell, f"finetune-{fraction}") for cell in chosen]
-            row.append(spread([r["mean_dice"] for r in tuned if r]))
+        row += [spread(tuned_dice(chosen, fraction)) for fraction in protocol["fractions"]]
         ranks = [mean(r["effective_rank"][kind] for r in linear) for kind in ("pooled", "dense")]
         row += [f"{ranks[0]:.0f} / {ranks[1]:.0f}", f"{mean(r['structure']['dse'] for r in linear):.3f}"]
         row.append(f"{mean(r['structure']['image_share'] for r in linear):.2f}")
@@ -151,6 +149,12 @@ def main_table(cells: Path, protocol: dict) -> str:
 
 def group_dice(results: dict, group: str) -> float:
     return mean(results["dice"][organ] for organ in GROUPS[group] if results["dice"].get(organ) is not None)
+
+
+def tuned_dice(cells: list[Path], fraction: float) -> list[float]:
+    """Test Dice after fine-tuning with this fraction of the labels, of the cells where that is finished."""
+    tuned = [results_of(cell, f"finetune-{100 * fraction:g}") for cell in cells]
+    return [results["mean_dice"] for results in tuned if results]
 
 
 def organ_table(cells: Path, protocol: dict) -> str:
@@ -355,13 +359,16 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
     axes[0][0].legend(fontsize="small")
     save(figure, "training.png")
 
-    tuned = {name: tuned_dice(chosen_cells(cells / name), protocol["fractions"]) for name in methods}
-    if any(tuned.values()):
+    tuned = [
+        {f: own for f in protocol["fractions"] if (own := tuned_dice(chosen_cells(cells / name), f))}
+        for name in methods
+    ]
+    if any(tuned):
         figure, axes = page(1)
-        for i, (name, points) in enumerate(tuned.items()):
+        for i, (name, points) in enumerate(zip(methods, tuned)):
             x = [100 * fraction * (1 + 0.03 * i) for fraction in points]
-            means = [mean(own) for own in points.values()]
-            error = [stdev(own) if len(own) > 1 else 0 for own in points.values()]
+            means = [100 * mean(own) for own in points.values()]
+            error = [100 * stdev(own) if len(own) > 1 else 0 for own in points.values()]
             axes[0][0].errorbar(x, means, error, marker="o", color=colors[name], label=name, capsize=3)
         axes[0][0].set(xscale="log", xlabel="labelled cases, %", ylabel="test Dice, %", title="fine-tuned")
         axes[0][0].grid(alpha=0.3)
@@ -386,13 +393,6 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
     axes[0][0].legend(fontsize="small")
     save(figure, "measures.png")
     draw_segmentations(cells, methods, root, out)
-
-
-def tuned_dice(cells: list[Path], fractions: list[float]) -> dict[float, list[float]]:
-    """{fraction of the labels: test Dice in % after fine-tuning, of each cell}, of what is finished."""
-    found = {f: [results_of(cell, f"finetune-{100 * f:g}") for cell in cells] for f in fractions}
-    points = {f: [100 * results["mean_dice"] for results in own if results] for f, own in found.items()}
-    return {f: own for f, own in points.items() if own}
 
 
 def draw_segmentations(cells: Path, methods: list[str], root: Path, out: Path) -> None:

@@ -388,12 +388,13 @@ class MoCo(nn.Module):
             for rows in slices(len(view), parts)
         ]
         projection = F.normalize(torch.cat([at_least_float32(z) for z, _ in outputs]), dim=1)
-        projection = permuted_rows(projection, torch.argsort(order))  # of this process's own samples again
+        back = torch.argsort(order)
+        projection = permuted_rows(projection, back)  # of this process's own samples again
         everyone = gather(projection)
         regions = everyones_regions = None
         if self.local is not None:
             regions = torch.cat([at_least_float32(r) for _, r in outputs])
-            regions = permuted_rows(regions, torch.argsort(order))
+            regions = permuted_rows(regions, back)
             everyones_regions = gather(regions) if self.local["negatives"] == "batch" else None
         return Keys(projection, everyone, everyones_regions, regions, query_points, share)
 
@@ -528,10 +529,11 @@ def permuted_rows(x: Tensor, order: Tensor) -> Tensor:
     rank, count = dist.get_rank(), len(x)
     takers = order.view(world_size(), count)  # [r]: the rows that process r takes
     givers = takers // count
-    sent = takers[givers == rank] - rank * count  # sorted by taker, then by place there
+    own = givers == rank
+    sent = takers[own] - rank * count  # sorted by taker, then by place there
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
     incoming = givers[rank].bincount(minlength=world_size()).tolist()
-    outgoing = (givers == rank).sum(dim=1).tolist()
+    outgoing = own.sum(dim=1).tolist()
     dist.all_to_all_single(received, x[sent.to(x.device)].contiguous(), incoming, outgoing)
     places = torch.argsort(torch.argsort(givers[rank], stable=True))  # of each row among those received
     return received[places.to(x.device)]
