@@ -12,6 +12,7 @@ mid-window) changes its width. A strength of 0 leaves that change out entirely.
 """
 
 import math
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -67,12 +68,9 @@ class TwoViews:
         table1, table2 = draw_tables(2, len(batch), generator, offset, total)
         field = self.photometric.noise_field(self.size, generator)
         box1, box2 = (self.boxes(table, *batch.shape[-2:]) for table in (table1, table2))
-        view1 = in_pieces(self.view, self.size, batch, box1, table1, field)
-        view2 = in_pieces(self.view, self.size, batch, box2, table2, field)
+        view1 = self.photometric(crop(batch, box1, self.size), table1, field)
+        view2 = self.photometric(crop(batch, box2, self.size), table2, field)
         return view1, view2, to_device(box1, batch.device), to_device(box2, batch.device)
-
-    def view(self, batch, boxes, table, field):
-        return self.photometric(crop(batch, boxes, self.size), table, field)
 
     def boxes(self, table, height, width):
         """One box for each row of the table, (N, 5), in slices of height x width px."""
@@ -105,13 +103,10 @@ class SegmentationAugment:
         (table,) = draw_tables(1, len(images), generator, offset, total)
         field = self.photometric.noise_field(self.size, generator)
         boxes = self.boxes(table, *images.shape[-2:])
-        image = in_pieces(self.image, self.size, images, boxes, table, field)
+        image = self.photometric(crop(images, boxes, self.size, padding="zeros"), table, field)
         shifted = masks.unsqueeze(1).float() + 1  # outside becomes 0, then -1, then 255
         mask = crop(shifted, boxes, self.size, mode="nearest", padding="zeros").squeeze(1).long() - 1
         return image, torch.where(mask < 0, 255, mask)
-
-    def image(self, images, boxes, table, field):
-        return self.photometric(crop(images, boxes, self.size, padding="zeros"), table, field)
 
     def boxes(self, table, height, width):
         factor = between(column(table, "area"), math.log(self.scale[0]), math.log(self.scale[1])).exp()
@@ -142,14 +137,11 @@ def between(uniform, low, high):
 PIECE = 2**17  # px: half a megabyte for each intermediate result, several of which fit a core's cache
 
 
-def in_pieces(function, size, batch, boxes, table, field):
-    """function of the whole batch, which makes images of `size`, on a GPU; on a CPU of so few at a time that
-    they stay in its cache: out of it an addition takes four times as long."""
-    rows = max(1, PIECE // (size[0] * size[1]))
-    if batch.device.type != "cpu" or len(batch) <= rows:
-        return function(batch, boxes, table, field)
-    pieces = zip(batch.split(rows), boxes.split(rows), table.split(rows))
-    return torch.cat([function(*piece, field) for piece in pieces])
+def pieces(count, size, device):
+    """Slices of `count` images of `size`: all of them on a GPU; on a CPU so few at a time that they stay in
+    its cache: out of it an addition takes four times as long."""
+    rows = max(1, PIECE // (size[0] * size[1])) if device.type == "cpu" else count
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
 def to_device(tensor, device):
@@ -175,31 +167,40 @@ def crop(batch, boxes, size, mode="bilinear", padding="border"):
     A crop that shrinks by 2 or more is read from the batch averaged over 2 x 2 px, one that shrinks by 4 or
     more over 4 x 4, so that fine texture does not alias. Masks (mode "nearest") are read at full resolution.
     """
-    grid = sampling_grid(to_device(boxes, batch.device), size)
     pools = pooling(boxes, batch.shape[-2:], size) if mode == "bilinear" else torch.ones(len(boxes))
-    used = pools.unique().int().tolist()  # boxes are on the CPU: nothing to wait for
-    if len(used) == 1:
-        return read_averaged(batch, grid, used[0], mode, padding)
+    x, y = sampling_points(to_device(boxes, batch.device), size)
     out = batch.new_empty(len(batch), batch.shape[1], *size)
-    if batch.device.type == "cpu":  # one by one: to gather whole slices costs more than to read them
-        groups = [(slice(i, i + 1), int(pool)) for i, pool in enumerate(pools)]
-    else:
-        groups = [(to_device((pools == p).nonzero().squeeze(1), batch.device), p) for p in used]
-    for rows, pool in groups:
-        out[rows] = read_averaged(batch[rows], grid[rows], pool, mode, padding)
+    for rows, pool in alike(pools.int(), size, batch.device):
+        out[rows] = read_averaged(batch[rows], x[rows], y[rows], pool, mode, padding)
     return out
 
 
-def read_averaged(batch, grid, pool, mode, padding):
-    """The batch averaged over pool x pool px (1, 2 or 4), read at the points of the grid."""
-    whole = batch.shape[:1:-1]
+def alike(pools, size, device):
+    """Which images are read together, and the px to average for them: all of a kind on a GPU; on a CPU
+    neighbours of a kind, since to gather whole slices costs more than to read them one by one."""
+    if device.type != "cpu":
+        used = pools.unique().tolist()  # on the CPU: nothing to wait for
+        if len(used) == 1:
+            return [(slice(None), used[0])]
+        return [(to_device((pools == pool).nonzero().squeeze(1), device), pool) for pool in used]
+    found = []
+    for piece in pieces(len(pools), size, device):
+        start = piece.start
+        for pool, neighbours in groupby(pools[piece].tolist()):
+            end = start + len(list(neighbours))
+            found.append((slice(start, end), pool))
+            start = end
+    return found
+
+
+def read_averaged(batch, x, y, pool, mode, padding):
+    """The batch averaged over pool x pool px (1, 2 or 4), read at columns x (N, w) and rows y (N, h)."""
+    whole = batch.shape[2:]
     for _ in range(pool // 2):
         batch = halved(batch)
     # averaging drops the last px of an odd side: stretch the coordinates, from pixel edge -1, accordingly
-    stretch = [full / (part * pool) for full, part in zip(whole, batch.shape[:1:-1])]
-    if stretch != [1, 1]:
-        grid = torch.stack([(grid[..., axis] + 1) * stretch[axis] - 1 for axis in (0, 1)], dim=3)
-    return F.grid_sample(batch, grid, mode, padding, align_corners=False)
+    y, x = ((at + 1) * (full / (part * pool)) - 1 for at, full, part in zip((y, x), whole, batch.shape[2:]))
+    return F.grid_sample(batch, sampling_grid(x, y), mode, padding, align_corners=False)
 
 
 def halved(x):
@@ -216,15 +217,23 @@ def pooling(boxes, own, size):
     return 2 ** torch.minimum(shrink_x, shrink_y).add(1e-4).log2().floor().clamp(0, 2)
 
 
-def sampling_grid(boxes, size):
-    """Where the pixel centres of the views lie in the source: (N, h, w, 2), x and y from edge -1 to edge
-    1."""
+def sampling_points(boxes, size):
+    """Where the pixel centres of the views lie in the source, from edge -1 to edge 1: x of the columns (N, w)
+    and y of the rows (N, h)."""
     x0, y0, x1, y1, flip = boxes.unsqueeze(2).unbind(1)  # each (N, 1)
     u = (torch.arange(size[1], device=boxes.device) + 0.5) / size[1]
     v = (torch.arange(size[0], device=boxes.device) + 0.5) / size[0]
-    x = (x0 + (x1 - x0) * torch.where(flip > 0, 1 - u, u)) * 2 - 1  # (N, w)
-    y = (y0 + (y1 - y0) * v) * 2 - 1  # (N, h)
-    return torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=3)
+    x = (x0 + (x1 - x0) * torch.where(flip > 0, 1 - u, u)) * 2 - 1
+    return x, (y0 + (y1 - y0) * v) * 2 - 1
+
+
+def sampling_grid(x, y):
+    """(N, w) and (N, h) -> (N, h, w, 2), x before y. Written in one pass, x into the even places of a row and
+    y into the odd ones, which on a CPU is four times as fast as to stack two expanded tables."""
+    n, w = x.shape
+    odd = torch.arange(2 * w, device=x.device).remainder_(2).to(x.dtype)
+    even = F.pad(x[:, :, None], (0, 1)).view(n, 1, 2 * w)
+    return torch.addcmul(even, y[:, :, None], odd).view(n, -1, w, 2)
 
 
 # ---- Grey values ---------------------------------------------------------------------------------
@@ -259,62 +268,96 @@ class Photometric:
         return torch.randn(2 * size[0], 2 * size[1], generator=generator) if self.noise else None
 
     def __call__(self, x, table, field):
+        """Changes x in place, and returns it."""
         if not self.on:
             return x
-        there = to_device(table, x.device)
-        uniform = {name: column(there, name)[:, None, None, None] for name in COLUMNS}  # each (N, 1, 1, 1)
+        numbers = self.numbers(to_device(table, x.device))
+        corners = noise_corners(table, x.shape[-2:])
+        field = None if field is None else to_device(field, x.device)
+        for rows in pieces(len(x), x.shape[-2:], x.device):
+            self.change(x[rows], numbers[rows].unbind(1), field, [corner[rows] for corner in corners])
+        return x
+
+    def numbers(self, table):
+        """What `change` needs of the rows of a table, in its order: (N, numbers, 1, 1, 1)."""
+        uniform = {name: column(table, name) for name in COLUMNS}
+        factor = between(uniform["contrast"], 1 - self.contrast, 1 + self.contrast)
+        shift = between(uniform["brightness"], -self.brightness, self.brightness)
+        numbers = [
+            uniform["autocontrast"] - self.autocontrast,
+            uniform["equalize"] - self.equalize,
+            between(uniform["gamma"], -self.gamma, self.gamma).exp(),
+            factor,
+            0.5 - 0.5 * factor + shift,
+            self.noise * uniform["noise"],
+            *blur_weights(between(uniform["blur"], -self.blur, self.blur), self.blur),
+        ]
+        return torch.stack(numbers, 1)[:, :, None, None, None]
+
+    def change(self, x, numbers, field, corners):
+        """The changes of images that fit the cache together, in place."""
+        stretch, level, exponent, factor, shift, sigma, *weights = numbers
         scaled = (self.low, self.high) != (0, 1)
         if scaled:
-            x = (x - self.low) / (self.high - self.low)
-        x = x.clamp(0, 1)  # a copy: the changes below are made in place where they can
+            x.sub_(self.low).div_(self.high - self.low)
+        x.clamp_(0, 1)
         if self.autocontrast:
-            x = torch.where(uniform["autocontrast"] < self.autocontrast, autocontrast(x), x)
+            x.copy_(torch.where(stretch < 0, autocontrast(x), x))
         if self.equalize:
-            x = torch.where(uniform["equalize"] < self.equalize, equalize(x), x)
+            x.copy_(torch.where(level < 0, equalize(x), x))
         if self.gamma:
-            exponent = between(uniform["gamma"], -self.gamma, self.gamma).exp()
-            x = x.log_().mul_(exponent).exp_()  # on a CPU five times as fast as a power
+            x.log_().mul_(exponent).exp_()  # on a CPU five times as fast as a power
         if self.contrast or self.brightness:
-            factor = between(uniform["contrast"], 1 - self.contrast, 1 + self.contrast)
-            shift = between(uniform["brightness"], -self.brightness, self.brightness)
-            x = x.mul_(factor).add_(0.5 - 0.5 * factor + shift)
+            x.mul_(factor).add_(shift)
         if self.blur:
-            x = blur_or_sharpen(x, between(uniform["blur"], -self.blur, self.blur), self.blur)
+            blur_or_sharpen(x, weights)
         if self.noise:
-            x = x.addcmul_(read_noise(field, table, x), self.noise * uniform["noise"])
-        x = x.clamp_(0, 1)
-        return x * (self.high - self.low) + self.low if scaled else x
+            x.addcmul_(read_noise(field, *corners, x.shape[-2:]), sigma)
+        x.clamp_(0, 1)
+        if scaled:
+            x.mul_(self.high - self.low).add_(self.low)
 
 
-def blur_or_sharpen(x, amount, largest):
-    """x (N, 1, h, w), amount (N, 1, 1, 1) in px: positive: Gaussian blur of that sigma; negative: unsharp
-    masking, the difference to a Gaussian of 1 px added that many times. Both vanish continuously at 0."""
+def blur_weights(amount, largest):
+    """amount (N) in px: positive: Gaussian blur of that sigma; negative: unsharp masking, the difference to a
+    Gaussian of 1 px added that many times. Both vanish continuously at 0.
+
+    The share of the Gaussian in the result, and its values at 0, 1, ... px, which sum to 1: each (N)."""
     sigma = torch.where(amount > 0, amount, 1.0).clamp(min=1e-3)
-    weight = torch.where(amount > 0, 1.0, amount)
-    radius = math.ceil(2 * max(largest, 1.0))
-    taps = [torch.exp(-0.5 * (k / sigma) ** 2) for k in range(radius + 1)]
+    taps = [torch.exp(-0.5 * (k / sigma) ** 2) for k in range(math.ceil(2 * max(largest, 1.0)) + 1)]
     total = taps[0] + 2 * sum(taps[1:])
-    blurred = x
+    return [torch.where(amount > 0, 1.0, amount), *(tap / total for tap in taps)]
+
+
+def blur_or_sharpen(x, weights):
+    """x (N, 1, h, w) in place, by weights (N, 1, 1, 1) of blur_weights."""
+    share, centre, *sides = weights
+    radius = len(sides)
+    blurred = F.pad(x, (radius, radius, radius, radius), mode="replicate")
     for dim in (2, 3):  # sums of shifted images: the same bits for an image whatever the batch it is in
         n = x.shape[dim]
-        padded = F.pad(
-            blurred, (radius, radius, 0, 0) if dim == 3 else (0, 0, radius, radius), mode="replicate"
-        )
-        blurred = padded.narrow(dim, radius, n) * (taps[0] / total)
-        for k in range(1, radius + 1):
+        padded, blurred = blurred, blurred.narrow(dim, radius, n) * centre
+        for k, side in enumerate(sides, 1):
             pair = padded.narrow(dim, radius - k, n) + padded.narrow(dim, radius + k, n)
-            blurred.addcmul_(pair, taps[k] / total)
-    return torch.lerp(x, blurred, weight)
+            blurred.addcmul_(pair, side)
+    return x.lerp_(blurred, share)
 
 
-def read_noise(field, table, x):
+def noise_corners(table, size):
+    """Top row and left column (N) of each image's part of the field of noise."""
+    h, w = size
+    return (column(table, "noise_row") * (h + 1)).long(), (column(table, "noise_column") * (w + 1)).long()
+
+
+def read_noise(field, top, left, size):
     """(N, 1, h, w) out of the field (2h, 2w), each image from its own corner."""
-    h, w = x.shape[-2:]
-    top = (column(table, "noise_row") * (h + 1)).long()
-    left = (column(table, "noise_column") * (w + 1)).long()
+    h, w = size
+    if field.device.type == "cpu":  # one by one: twice as fast as to gather
+        corners = zip(top.tolist(), left.tolist())
+        return torch.stack([field[row : row + h, start : start + w] for row, start in corners]).unsqueeze(1)
     rows, columns = top[:, None] + torch.arange(h), left[:, None].expand(-1, h)
-    windows = to_device(field, x.device).unfold(1, w, 1)  # (2h, w + 1, w), a view
-    return windows[to_device(rows, x.device), to_device(columns, x.device)].unsqueeze(1)
+    windows = field.unfold(1, w, 1)  # (2h, w + 1, w), a view
+    return windows[to_device(rows, field.device), to_device(columns, field.device)].unsqueeze(1)
 
 
 def autocontrast(x):
