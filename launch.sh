@@ -262,7 +262,6 @@ demo)
     ;;
 test)
     set_up extra
-    share_cores 1
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .
     "$PY" -m pytest "${@:2}"
