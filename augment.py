@@ -66,7 +66,7 @@ class TwoViews:
         threads divide an odd number of pixels.
         """
         table1, table2 = draw_tables(2, len(batch), generator, offset, total)
-        field = self.photometric.noise_field(self.size, generator)
+        field = self.photometric.noise_field(self.size, generator, batch.device)
         box1, box2 = (self.boxes(table, *batch.shape[-2:]) for table in (table1, table2))
         view1 = self.photometric(crop(batch, box1, self.size), table1, field)
         view2 = self.photometric(crop(batch, box2, self.size), table2, field)
@@ -101,7 +101,7 @@ class SegmentationAugment:
     def __call__(self, images, masks, generator, offset=0, total=None):
         """images (N, 1, H, W) in [0, 1], masks (N, H, W) -> (N, 1, *size), and (N, *size) int64."""
         (table,) = draw_tables(1, len(images), generator, offset, total)
-        field = self.photometric.noise_field(self.size, generator)
+        field = self.photometric.noise_field(self.size, generator, images.device)
         boxes = self.boxes(table, *images.shape[-2:])
         image = self.photometric(crop(images, boxes, self.size, padding="zeros"), table, field)
         shifted = masks.unsqueeze(1).float() + 1  # outside becomes 0, then -1, then 255
@@ -195,11 +195,13 @@ def alike(pools, size, device):
 
 def read_averaged(batch, x, y, pool, mode, padding):
     """The batch averaged over pool x pool px (1, 2 or 4), read at columns x (N, w) and rows y (N, h)."""
-    whole = batch.shape[2:]
-    for _ in range(pool // 2):
-        batch = halved(batch)
-    # averaging drops the last px of an odd side: stretch the coordinates, from pixel edge -1, accordingly
-    y, x = ((at + 1) * (full / (part * pool)) - 1 for at, full, part in zip((y, x), whole, batch.shape[2:]))
+    if pool > 1:
+        h, w = batch.shape[2:]
+        for _ in range(pool // 2):
+            batch = halved(batch)
+        # averaging drops the last px of an odd side: stretch the points, from pixel edge -1, accordingly
+        y = (y + 1) * (h / (batch.shape[2] * pool)) - 1
+        x = (x + 1) * (w / (batch.shape[3] * pool)) - 1
     return F.grid_sample(batch, sampling_grid(x, y), mode, padding, align_corners=False)
 
 
@@ -263,9 +265,11 @@ class Photometric:
         self.low, self.high = value_range
         self.on = any((brightness, contrast, gamma, blur, noise, autocontrast, equalize))
 
-    def noise_field(self, size, generator):
+    def noise_field(self, size, generator, device):
         """One field of standard normal numbers a step, (2h, 2w); each view reads it from its own corner."""
-        return torch.randn(2 * size[0], 2 * size[1], generator=generator) if self.noise else None
+        if not self.noise:
+            return None
+        return to_device(torch.randn(2 * size[0], 2 * size[1], generator=generator), device)
 
     def __call__(self, x, table, field):
         """Changes x in place, and returns it."""
@@ -273,9 +277,8 @@ class Photometric:
             return x
         numbers = self.numbers(to_device(table, x.device))
         corners = noise_corners(table, x.shape[-2:])
-        field = None if field is None else to_device(field, x.device)
         for rows in pieces(len(x), x.shape[-2:], x.device):
-            self.change(x[rows], numbers[rows].unbind(1), field, [corner[rows] for corner in corners])
+            self.change(x[rows], numbers[rows].unbind(1), field, corners[rows])
         return x
 
     def numbers(self, table):
@@ -312,7 +315,7 @@ class Photometric:
         if self.blur:
             blur_or_sharpen(x, weights)
         if self.noise:
-            x.addcmul_(read_noise(field, *corners, x.shape[-2:]), sigma)
+            x.addcmul_(read_noise(field, corners, x.shape[-2:]), sigma)
         x.clamp_(0, 1)
         if scaled:
             x.mul_(self.high - self.low).add_(self.low)
@@ -344,18 +347,18 @@ def blur_or_sharpen(x, weights):
 
 
 def noise_corners(table, size):
-    """Top row and left column (N) of each image's part of the field of noise."""
-    h, w = size
-    return (column(table, "noise_row") * (h + 1)).long(), (column(table, "noise_column") * (w + 1)).long()
+    """Top row and left column of each image's part of the field of noise, (N, 2), on the CPU."""
+    top, left = (column(table, name) * (side + 1) for name, side in zip(("noise_row", "noise_column"), size))
+    return torch.stack([top, left], 1).long()
 
 
-def read_noise(field, top, left, size):
+def read_noise(field, corners, size):
     """(N, 1, h, w) out of the field (2h, 2w), each image from its own corner."""
     h, w = size
     if field.device.type == "cpu":  # one by one: twice as fast as to gather
-        corners = zip(top.tolist(), left.tolist())
-        return torch.stack([field[row : row + h, start : start + w] for row, start in corners]).unsqueeze(1)
-    rows, columns = top[:, None] + torch.arange(h), left[:, None].expand(-1, h)
+        parts = [field[top : top + h, left : left + w] for top, left in corners.tolist()]
+        return torch.stack(parts).unsqueeze(1)
+    rows, columns = corners[:, :1] + torch.arange(h), corners[:, 1:].expand(-1, h)
     windows = field.unfold(1, w, 1)  # (2h, w + 1, w), a view
     return windows[to_device(rows, field.device), to_device(columns, field.device)].unsqueeze(1)
 
