@@ -327,6 +327,12 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
     def page(columns: int, height: float = 3.8):
         return plt.subplots(1, columns, figsize=(4.4 * columns, height), layout="constrained", squeeze=False)
 
+    def legend(figure, axes) -> None:
+        """Below the panels, where it hides nothing; all of them show the same."""
+        figure.legend(
+            *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small"
+        )
+
     def save(figure, name: str) -> None:
         figure.savefig(out / name, dpi=110)
         plt.close(figure)
@@ -341,7 +347,7 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
         axis.set(yscale="log", ylim=(1e-5, 1.5), xlabel="index", title=f"{title}, last step")
         axis.grid(alpha=0.3)
     axes[0][0].set(ylabel="singular value / largest")
-    axes[0][0].legend(fontsize="small")
+    legend(figure, axes)
     save(figure, "spectra.png")
 
     figure, axes = page(3)
@@ -356,21 +362,25 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
             axis.fill_between(steps, values.min(0), values.max(0), color=colors[name], alpha=0.15)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize="small")
+    legend(figure, axes)
     save(figure, "training.png")
 
-    tuned = [
-        {f: own for f in protocol["fractions"] if (own := tuned_dice(chosen_cells(cells / name), f))}
+    fractions = protocol["fractions"]
+    tuned = {
+        name: {f: own for f in fractions if (own := tuned_dice(chosen_cells(cells / name), f))}
         for name in methods
-    ]
-    if any(tuned):
+    }
+    tuned = {name: points for name, points in tuned.items() if points}
+    if tuned:
         figure, axes = page(1)
-        for i, (name, points) in enumerate(zip(methods, tuned)):
+        for i, (name, points) in enumerate(tuned.items()):
             x = [100 * fraction * (1 + 0.03 * i) for fraction in points]
             means = [100 * mean(own) for own in points.values()]
             error = [100 * stdev(own) if len(own) > 1 else 0 for own in points.values()]
             axes[0][0].errorbar(x, means, error, marker="o", color=colors[name], label=name, capsize=3)
         axes[0][0].set(xscale="log", xlabel="labelled cases, %", ylabel="test Dice, %", title="fine-tuned")
+        axes[0][0].set_xticks([100 * f for f in fractions], [f"{100 * f:g}" for f in fractions], minor=False)
+        axes[0][0].minorticks_off()
         axes[0][0].grid(alpha=0.3)
         axes[0][0].legend(fontsize="small")
         save(figure, "labels.png")
@@ -390,7 +400,7 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
         axis.plot([measure(r) for _, _, r in others], dice, "x", color="grey", label="variants", markersize=4)
         axis.set(title=f"tau {tau_of(measure, found):+.2f}", xlabel=name, ylabel="linear test Dice, %")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize="small")
+    legend(figure, axes)
     save(figure, "measures.png")
     draw_segmentations(cells, methods, root, out)
 
