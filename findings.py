@@ -327,10 +327,13 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
     def page(columns: int, height: float = 3.8):
         return plt.subplots(1, columns, figsize=(4.4 * columns, height), layout="constrained", squeeze=False)
 
-    def legend(figure, axes) -> None:
+    def legend(figure, axes, columns: int = 5) -> None:
         """Below the panels, where it hides nothing; all of them show the same."""
         figure.legend(
-            *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small"
+            *axes[0][0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=columns,
+            fontsize="small",
         )
 
     def save(figure, name: str) -> None:
@@ -382,7 +385,7 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
         axes[0][0].set_xticks([100 * f for f in fractions], [f"{100 * f:g}" for f in fractions], minor=False)
         axes[0][0].minorticks_off()
         axes[0][0].grid(alpha=0.3)
-        axes[0][0].legend(fontsize="small")
+        legend(figure, axes, columns=3)
         save(figure, "labels.png")
 
     found = checkpoints(cells)
