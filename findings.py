@@ -368,23 +368,22 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
     legend(figure, axes)
     save(figure, "training.png")
 
-    fractions = protocol["fractions"]
-    tuned = {
-        name: {f: own for f in fractions if (own := tuned_dice(chosen_cells(cells / name), f))}
-        for name in methods
-    }
-    tuned = {name: points for name, points in tuned.items() if points}
+    fractions, tuned = protocol["fractions"], {}
+    for name in methods:
+        if points := {f: own for f in fractions if (own := tuned_dice(chosen_cells(cells / name), f))}:
+            tuned[name] = points
     if tuned:
         figure, axes = page(1)
+        axis = axes[0][0]
         for i, (name, points) in enumerate(tuned.items()):
             x = [100 * fraction * (1 + 0.03 * i) for fraction in points]
             means = [100 * mean(own) for own in points.values()]
             error = [100 * stdev(own) if len(own) > 1 else 0 for own in points.values()]
-            axes[0][0].errorbar(x, means, error, marker="o", color=colors[name], label=name, capsize=3)
-        axes[0][0].set(xscale="log", xlabel="labelled cases, %", ylabel="test Dice, %", title="fine-tuned")
-        axes[0][0].set_xticks([100 * f for f in fractions], [f"{100 * f:g}" for f in fractions], minor=False)
-        axes[0][0].minorticks_off()
-        axes[0][0].grid(alpha=0.3)
+            axis.errorbar(x, means, error, marker="o", color=colors[name], label=name, capsize=3)
+        axis.set(xscale="log", xlabel="labelled cases, %", ylabel="test Dice, %", title="fine-tuned")
+        axis.set_xticks([100 * f for f in fractions], [f"{100 * f:g}" for f in fractions])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
         legend(figure, axes, columns=3)
         save(figure, "labels.png")
 
