@@ -112,6 +112,7 @@ class Ablation:
             settings = self.protocol["pretrain"] | self.changes(cell.method)
             settings |= {"optim.lr": cell.rate, "seed": cell.seed, "data.root": self.root, "run.out": folder}
             self.script(cell, "train_moco.py", settings)
+            self.check_same_encoder(cell, folder)
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             measured = [row["step"] for row in rows if "dse" in row]
             for row in rows:  # spectra are long: the first and the last one will do
@@ -122,6 +123,17 @@ class Ablation:
             self.keep(cell, "metrics.jsonl", text)
             (folder / "checkpoint.pth.previous").unlink(missing_ok=True)
         return str(folder / "encoder.pth")
+
+    def check_same_encoder(self, cell: Cell, folder: Path) -> None:
+        """A cell speaks of one encoder. If work/ was deleted it is made again, on the same machine to the
+        last bit; on another one it may differ, and what is there is not mixed with results of the new one."""
+        before = findings.results_of(self.out / "cells" / cell.path)
+        if before and before["encoder_sha256"] != json.loads((folder / "encoder.json").read_text())["sha256"]:
+            shutil.rmtree(folder)
+            raise ConfigError(
+                f"{cell.path}: pretrained again, it is another encoder than that of its linear.json (another "
+                f"machine or version?); delete {self.out / 'cells' / cell.path} to measure all of it anew"
+            )
 
     def changes(self, method: str) -> dict:
         """What a method changes of the common settings; a variant also what the method it varies does."""
@@ -175,6 +187,7 @@ class Ablation:
             return
         work = self.work(cell)
         if not (work / "linear" / "model.pth").is_file():  # the cell is from an earlier folder of work
+            self.pretrain(cell)
             (self.out / "cells" / cell.path / "linear.json").unlink(missing_ok=True)
         self.linear(cell)
         inputs, masks = work / "shown", work / "masks"

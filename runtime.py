@@ -114,6 +114,8 @@ def start_process(run: Config) -> Process:
     if run.deterministic:
         cost = "costs speed, see images_per_second" if kind == "cuda" else "costs nothing on a CPU"
         process.say(f"run.deterministic: repeatable algorithms only; {cost}")
+    if precision == "bf16" and kind == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        process.say("run.precision: this CPU has no instructions for bf16, fp32 is ten times as fast on it")
     return process
 
 

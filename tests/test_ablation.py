@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -55,7 +56,7 @@ SPECTRUM |= {"effective_rank": 1.9, "effective_rank_dense": 1.4}
 def run(tmp_path, monkeypatch):
     """Run ablation.py with stand-ins for the scripts: they leave what they should, and note the call."""
     (tmp_path / "protocol.yaml").write_text(PROTOCOL)
-    calls = []
+    calls, machine = [], ["one"]
 
     def call(self, log, script, *words):
         settings = dict(word.split("=", 1) for word in words if "=" in word)
@@ -68,14 +69,14 @@ def run(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             rows = [{"step": s, "dse": s / 10, "local": 0.5, "loss": 5.0, **SPECTRUM} for s in (0, 3, 6)]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (folder / "encoder.json").write_text("{}")
+            (folder / "encoder.json").write_text(json.dumps({"sha256": machine[0]}))
         elif script == "eval_seg.py" and "mode" in settings:
             folder = Path(settings["run.out"])
             folder.mkdir(parents=True)
             method, rate = folder.parent.parent.name, folder.parent.name
             rate = float(rate[2:].split("-")[0]) if rate.startswith("lr") else None
             dice = DICE.get((method, rate), 0.3)
-            (folder / "results.json").write_text(json.dumps(results(dice)))
+            (folder / "results.json").write_text(json.dumps(results(dice) | {"encoder_sha256": machine[0]}))
             (folder / "model.pth").write_text("")
         elif script == "position.py":
             cues = {name: {"accuracy": 0.25, "loss": 1.0} for name in findings.PAIRS}
@@ -86,8 +87,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation.Ablation, "call", call)
     monkeypatch.setattr(findings, "shown_slices", lambda root: [])
 
-    def run(*arguments):
+    def run(*arguments, on="one"):
         calls.clear()
+        machine[0] = on
         place = ["--protocol", str(tmp_path / "protocol.yaml"), "--out", str(tmp_path / "out"), "--jobs", "1"]
         code = ablation.main([*place, *arguments])
         return code, list(calls)
@@ -134,6 +136,29 @@ def test_everything_runs_once_and_the_best_rate_goes_on(run, tmp_path, capsys):
     assert run() == (0, [])  # nothing is run again
     (tmp_path / "out/cells/full/lr0.01-seed1/finetune-50.json").unlink()
     assert [s["mode"] for _, s in run()[1]] == ["finetune"]
+
+
+def test_a_cell_speaks_of_one_encoder(run, tmp_path):
+    run()
+    cell = tmp_path / "out/cells/full/lr0.01-seed1"
+    kept = {path: path.read_text() for path in cell.iterdir()}
+    shutil.rmtree(tmp_path / "out/work")
+    assert [script for script, _ in run()[1]] == ["data.py"]  # all is measured
+    (cell / "finetune-50.json").unlink()
+    for _ in range(2):  # nor does it use what the refused run made
+        with pytest.raises(ConfigError, match="full/lr0.01-seed1: pretrained again, it is another encoder"):
+            run(on="another")
+    assert {path: path.read_text() for path in cell.iterdir()} == {
+        path: text for path, text in kept.items() if path.name != "finetune-50.json"
+    }
+    assert [script for script, _ in run()[1] if script != "data.py"] == ["train_moco.py", "eval_seg.py"]
+    assert {path: path.read_text() for path in cell.iterdir()} == kept
+    shutil.rmtree(tmp_path / "out/cells/full/lr0.01-seed0/masks")  # what needs the decoder measures it again
+    shutil.rmtree(tmp_path / "out/work")
+    with pytest.raises(ConfigError, match="full/lr0.01-seed0: pretrained again"):
+        run(on="another")
+    assert (tmp_path / "out/cells/full/lr0.01-seed0/linear.json").is_file()
+    assert [script for script, _ in run()[1]].count("eval_seg.py") == 2  # evaluation, prediction
 
 
 def test_a_part_of_it(run, capsys):

@@ -291,6 +291,15 @@ def test_a_torn_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys):
         checkpoints.load_checkpoint(tmp_path)
 
 
+def test_bf16_where_the_processor_has_no_instructions_for_it(monkeypatch, capsys):
+    overrides = ["data.root=x", "run.device=cpu", "run.precision=bf16"]
+    run = config.load_config(DEFAULTS, None, overrides, NULLABLE).run
+    for capability, lines in (("AVX2", 1), ("AVX512", 0)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        runtime.start_process(run)
+        assert capsys.readouterr().out.count("fp32 is ten times as fast") == lines
+
+
 def test_metrics_are_cut_back(tmp_path):
     process = runtime.Process(0, 1, torch.device("cpu"), "fp32")
     path = tmp_path / "metrics.jsonl"
