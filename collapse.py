@@ -27,11 +27,12 @@ from models import Encoder, MoCo
 from pictures import contact_sheet, gray_tile, tile_size
 from runtime import Process
 from segmenter import Batches, chunks
-from structure import dense_structure
+from structure import dense_structure, grey_readout
 
 MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
 STRUCTURED = 128  # slices (at most) whose dense structure is estimated
-FROZEN_POSITIONS, STRUCTURE_POSITIONS = 4096, 64  # dense vectors of a frozen encoder: in all, of each slice
+STRUCTURE_POSITIONS = 64  # of each of them, by chance, where not all are taken
+FROZEN_POSITIONS = 4096  # dense vectors of a frozen encoder for its effective rank
 KINDS = {  # of features, as their columns in metrics.jsonl end
     "": "pooled",
     "_dense": "dense",
@@ -87,9 +88,14 @@ class CollapseMonitor:
         return row | {f"spectrum{name}": [float(f"{v:.5g}") for v in s] for name, s in spectra.items()}
 
     def structure(self, encoder: Encoder) -> dict[str, float]:
-        """DSE, its three terms, and the share of variance between images."""
+        """DSE, its three terms, the share of variance between images, and the grey readout."""
         some = range(0, len(self.slices), -(-len(self.slices) // STRUCTURED))
-        return dense_structure(self.fine_maps(encoder, some).flatten(2).mT.float())
+        maps = self.fine_maps(encoder, some)
+        features = maps.flatten(2).mT.float()  # (n, P, C)
+        grey = torch.cat([self.neighbourhoods(stored, maps.shape[2:]) for stored in self.stored(some)])
+        chosen = torch.randperm(features.shape[1], generator=runtime.seeded("readout"))[:STRUCTURE_POSITIONS]
+        readout = grey_readout(features[:, chosen], grey[:, chosen])
+        return dense_structure(features) | {"grey_readout": readout}
 
     @torch.no_grad()
     def features_page(self, model: MoCo) -> Image.Image:
@@ -114,15 +120,30 @@ class CollapseMonitor:
         """layer4 (n, C, h, w) of the slices `rows` at output stride 8, as a decoder will see it."""
         pretraining_stride = encoder.output_stride
         encoder.set_output_stride(8)
-        maps = [self.maps(encoder, stored) for stored in DataLoader(Subset(self.slices, rows), batch_size=32)]
+        maps = [self.maps(encoder, stored) for stored in self.stored(rows)]
         encoder.set_output_stride(pretraining_stride)
         return torch.cat(maps)
 
+    def stored(self, rows) -> DataLoader:
+        """Stored values (n, 1, H, W) of the slices `rows`, in batches."""
+        return DataLoader(Subset(self.slices, rows), batch_size=32)
+
     def maps(self, encoder: Encoder, stored: Tensor) -> Tensor:
         """layer4 (n, C, h, w) of whole slices (n, 1, H, W) in stored values, scaled to the views' size."""
-        x = self.intensity.normalise(self.intensity.to_unit(stored.to(self.process.device)))
-        x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        x = self.intensity.normalise(self.scaled(stored))
         return encoder(x.expand(-1, self.channels, -1, -1))["layer4"]
+
+    def scaled(self, stored: Tensor) -> Tensor:
+        """Whole slices in stored values, windowed and scaled to the views' size (n, 1, size, size)."""
+        unit = self.intensity.to_unit(stored.to(self.process.device))
+        return F.interpolate(
+            unit, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False
+        )
+
+    def neighbourhoods(self, stored: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Mean grey values of the 3 x 3 cells around each position of a map (h, w): (n, h w, 9)."""
+        cells = F.adaptive_avg_pool2d(self.scaled(stored), shape)
+        return F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3).mT
 
 
 def validation_slices(cfg: Config, size: tuple[int, int] | None = None) -> SliceDataset | None:
@@ -181,7 +202,8 @@ def describe_collapse(measured: dict) -> str:
     rest = f"; after whitening {whitened:.1f}" if whitened is not None else ""
     return (
         f"effective rank of pooled features {measured['effective_rank']:.1f}, "
-        f"of dense features {measured['effective_rank_dense']:.1f}{rest}; DSE {measured['dse']:.3f}"
+        f"of dense features {measured['effective_rank_dense']:.1f}{rest}; DSE {measured['dse']:.3f}, "
+        f"grey readout {measured['grey_readout']:.3f}"
     )
 
 

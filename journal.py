@@ -23,7 +23,8 @@ class Journal:
         self.bar = progress(process, "pretrain", total=total_steps, initial=step)
         self.since, self.clock = step, time.perf_counter()
         self.rank_text, self.unreadable, self.bad, self.warned = "", 0, {}, False
-        self.latest, self.best = {}, -math.inf  # the newest value of every column; the highest DSE so far
+        self.latest = {}  # the newest value of every column
+        self.best = -math.inf  # the highest grey readout so far
         for row in self.log.before if process.is_main else []:
             self.remember(row)
 
@@ -76,15 +77,15 @@ class Journal:
     def remember(self, row: dict) -> None:
         self.latest |= row
         if row["step"]:
-            self.best = max(self.best, row.get("dse") or -math.inf)
+            self.best = max(self.best, row.get("grey_readout") or -math.inf)
 
     def names_to_keep(self, step: int, measured: dict) -> list[str]:
         """The names under which the encoder just measured is kept: encoder_STEP if log.encoders, encoder_best
-        if its features are better structured than at all earlier measurements, the untrained one left out."""
+        if more can be read off its features than at all earlier measurements, the untrained one left out."""
         if not measured:
             return []
         names = [f"encoder_{step}"] if self.cfg.log.encoders else []
-        return names + ["encoder_best"] if step and measured["dse"] > self.best else names
+        return names + ["encoder_best"] if step and measured["grey_readout"] > self.best else names
 
     def epoch(self, step: int) -> float:
         return round(step / self.steps_per_epoch, 4)

@@ -1,8 +1,8 @@
-"""How well dense features are structured, without labels: the DSE of arXiv 2510.17299, and a simpler measure.
+"""What dense features are good for, without labels: the DSE of arXiv 2510.17299, and two simpler measures.
 
 The effective rank of pooled features (RankMe) describes whole images. Segmentation needs features of single
-positions that fall into groups: far apart, tight, and not all along the same few directions. This file needs
-torch and losses.py only.
+positions that fall into groups (dense_structure), differ within an image (image_share), and tell a linear
+decoder what is there (grey_readout). This file needs torch and losses.py only.
 """
 
 import torch
@@ -79,6 +79,36 @@ def image_share(features: Tensor) -> float:
     between = features.mean(dim=1) - features.mean(dim=(0, 1))
     total = centred.square().sum(dim=2).mean()
     return float(between.square().sum(dim=1).mean() / total) if total > 0 else 0.0
+
+
+@torch.no_grad()
+def grey_readout(features: Tensor, grey: Tensor, ridge: float = 0.01) -> float:
+    """How well a linear map reads the slice off its dense features: a linear probe that needs no labels.
+
+    Ridge regression from the features of a position to the grey values around it, fitted to the first half of
+    the images and judged by the second: the share of the values' variance that it explains (R^2, at most 1,
+    negative if it is worse than their mean). A trunk that has forgotten what is where, as one that gives all
+    images the same key has, cannot tell. It does not change with the scale of features or values.
+
+    Args:
+        features: (B, P, C), P positions of B images.
+        grey: (B, P, V), V values around each of them.
+        ridge: penalty, in units of the mean variance of a feature.
+    """
+    features, grey = features.double().cpu(), grey.double().cpu()
+    half = len(features) // 2
+    if not half or not features.isfinite().all():
+        return float("nan")
+    x, y = features[:half].flatten(0, 1), grey[:half].flatten(0, 1)
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    x, y = x - x_mean, y - y_mean
+    covariance = x.mT @ x / len(x)
+    penalty = (ridge * covariance.diagonal().mean()).clamp(min=1e-12) * torch.eye(len(covariance)).double()
+    weights = torch.linalg.solve(covariance + penalty, x.mT @ y / len(x))
+    truth = grey[half:].flatten(0, 1) - y_mean
+    error = truth - (features[half:].flatten(0, 1) - x_mean) @ weights
+    total = truth.square().sum()
+    return float(1 - error.square().sum() / total) if total > 0 else 0.0
 
 
 def kmeans(points: Tensor, count: int, generator: torch.Generator, iterations: int = 20):

@@ -7,7 +7,7 @@
 
 Any setting below can stand in the config file or behind the command as section.key=value. A run that was
 stopped goes on when the same command is given again. Results, in run.out: encoder.pth (a torchvision ResNet
-without fc), encoder.json, both also for encoder_best (which the label-free measure of structure picks),
+without fc), encoder.json, both also for encoder_best (off whose features most of a slice can be read),
 metrics.jsonl, config.yaml, checkpoint.pth, features.png (dense features as colours); curves.png and
 spectrum.png if matplotlib is installed, TensorBoard files if tensorboard is.
 """

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from collapse import feature_colors
-from structure import cluster_radii, dense_structure, image_share, kmeans
+from structure import cluster_radii, dense_structure, grey_readout, image_share, kmeans
 
 
 def blobs(images=16, positions=24, channels=32, kinds=6, noise=0.1, seed=0):
@@ -85,6 +86,36 @@ def test_image_share_is_the_variance_of_the_image_means():
     assert image_share(features) == pytest.approx(float(between / total))
     assert image_share(features[:, :1].expand(-1, 24, -1)) == pytest.approx(1)
     assert image_share(torch.cat([features, features.flip(1)], dim=1)[:1]) == pytest.approx(0, abs=1e-12)
+
+
+def test_readout_is_the_r2_of_ridge_regression():
+    """Against the solution of one stacked least-squares problem, penalty and all."""
+    features, grey = (
+        blobs(images=9, positions=20, channels=6, noise=0.5)[0].double(),
+        torch.rand(9, 20, 4).double(),
+    )
+    grey += features[..., :4] ** 2
+    x, y = features[:4].flatten(0, 1).numpy(), grey[:4].flatten(0, 1).numpy()
+    mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
+    penalty = 0.3 * x.var(axis=0).mean() * len(x)
+    stacked = np.concatenate([x - mean_x, penalty**0.5 * np.eye(6)])
+    weights = np.linalg.lstsq(stacked, np.concatenate([y - mean_y, np.zeros((6, 4))]), rcond=None)[0]
+    new_x, new_y = features[4:].flatten(0, 1).numpy(), grey[4:].flatten(0, 1).numpy()
+    error = ((new_x - mean_x) @ weights + mean_y - new_y) ** 2
+    expected = 1 - error.sum() / ((new_y - mean_y) ** 2).sum()
+    assert grey_readout(features, grey, ridge=0.3) == pytest.approx(expected, rel=1e-9)
+
+
+def test_what_was_forgotten_cannot_be_read():
+    grey = torch.rand(8, 30, 3)
+    known = torch.cat([grey @ torch.randn(3, 16), torch.randn(8, 30, 16)], dim=2)
+    assert grey_readout(known, grey, ridge=1e-6) == pytest.approx(1, abs=1e-3)
+    assert grey_readout(5 * known, 3 * grey + 1) == pytest.approx(grey_readout(known, grey), rel=1e-5)
+    assert grey_readout(torch.randn(8, 30, 16), grey) < 0.1
+    assert grey_readout(torch.ones(8, 30, 16), grey) <= 1e-6  # all positions alike
+    assert grey_readout(known, torch.ones(8, 30, 3)) == 0  # nothing to read
+    assert math.isnan(grey_readout(known[:1], grey[:1]))
+    assert math.isnan(grey_readout(torch.full((2, 3, 4), torch.nan), torch.rand(2, 3, 1)))
 
 
 def test_odd_features():

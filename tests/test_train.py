@@ -74,8 +74,8 @@ def test_a_run_leaves_what_it_promises(train, tmp_path, capsys):
     assert set(rows[1]) == names | {"gradient_norm", "skipped_steps", "unreadable_slices"}
     ranks = [row["effective_rank"] for row in rows if "effective_rank" in row]
     assert len(ranks) == 3 and all(0 < rank <= 5 for rank in ranks)  # at the start and after each epoch
-    structure = {row["step"]: row["dse"] for row in rows if "dse" in row}
-    best = max((step for step in structure if step), key=structure.get)
+    readout = {row["step"]: row["grey_readout"] for row in rows if "dse" in row}
+    best = max((step for step in readout if step), key=readout.get)
     assert json.loads((tmp_path / "run/encoder_best.json").read_text())["steps"] == best
 
     model = torchvision.models.resnet18(weights=None)
@@ -126,13 +126,13 @@ def test_a_stopped_run_goes_on_with_the_same_losses(train, monkeypatch):
     assert losses_of(train("stopped")) == whole
 
 
-def test_the_best_structured_encoder_survives_a_stop(train, tmp_path, monkeypatch):
+def test_the_best_encoder_survives_a_stop(train, tmp_path, monkeypatch):
     found = iter([0.1, 0.9, 0.5, 0.7])  # at steps 0, 3, and 6; then again at 6
     measure = train_moco.CollapseMonitor.structure
     monkeypatch.setattr(
         train_moco.CollapseMonitor,
         "structure",
-        lambda self, encoder: measure(self, encoder) | {"dse": next(found)},
+        lambda self, encoder: measure(self, encoder) | {"grey_readout": next(found)},
     )
     train("run", "log.encoders=true", "log.rank_every=1")
     run = tmp_path / "run"
