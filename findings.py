@@ -7,6 +7,7 @@ the figure).
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,15 +28,17 @@ GROUPS = {  # of the organs of BTCV
     "vessels": ("aorta", "inferior vena cava", "portal and splenic veins"),
     "small organs": ("gallbladder", "esophagus", "pancreas", "right adrenal gland", "left adrenal gland"),
 }
-MEASURES = {  # of collapse, in the results of an evaluation
+MEASURES = {  # of collapse, in the results of an evaluation and what the monitor said of the same encoder
     "effective rank, pooled": lambda results: results["effective_rank"]["pooled"],
     "effective rank, dense": lambda results: results["effective_rank"]["dense"],
     "DSE": lambda results: results["structure"]["dse"],
+    "grey readout": lambda results: results["monitor"].get("grey_readout"),  # None before it was measured
     "DSE, between clusters": lambda results: results["structure"]["inter"],
     "DSE, within clusters (negative)": lambda results: -results["structure"]["intra"],
     "DSE, dimension": lambda results: results["structure"]["dimension"],
     "variance between images (negative)": lambda results: -results["structure"]["image_share"],
 }
+PICKING = {"grey_readout": "by grey readout", "dse": "by DSE"}  # columns of metrics.jsonl
 PAIRS = ("slices", "slices, reflected", "noise", "noise, reflected")  # see position.py
 SHOWN_CASES = 3  # in the figure of segmentations
 
@@ -229,9 +232,15 @@ def merged(rows: list[dict]) -> dict:
 
 
 def checkpoints(cells: Path) -> list[tuple[Path, str, dict]]:
-    """(cell, name, results) of every linear evaluation, of final and earlier encoders."""
-    found = sorted(path for path in cells.glob("*/*/linear*.json"))
-    return [(path.parent, path.stem, json.loads(path.read_text())) for path in found]
+    """(cell, name, results) of every linear evaluation, of final and earlier encoders. results["monitor"] is
+    the row of metrics.jsonl that was measured of the same encoder, {} if it was not pretrained."""
+    found = []
+    for path in sorted(cells.glob("*/*/linear*.json")):
+        rows = {row["step"]: row for row in metrics(path.parent) if "dse" in row}
+        step = int(path.stem.split("-")[1]) if "-" in path.stem else max(rows, default=None)
+        results = json.loads(path.read_text()) | {"monitor": rows.get(step, {})}
+        found.append((path.parent, path.stem, results))
+    return found
 
 
 def kendall_tau(x: list[float], y: list[float]) -> float:
@@ -248,43 +257,50 @@ def measure_table(cells: Path) -> str:
     if len(found) < 3:
         return ""
     trained = [one for one in found if rate_of(one[0]) is not None]
+    read = [one for one in trained if MEASURES["grey readout"](one[2]) is not None]
+    runs = {}
+    for one in trained:
+        runs.setdefault(one[0], []).append(one)
+    runs = [run for run in runs.values() if len(run) > 2]
     rows = []
     for name, measure in MEASURES.items():
-        row = [name]
-        for some in (found, trained):
-            row.append(f"{tau_of(measure, some):+.2f}")
-        runs = {}
-        for one in trained:
-            runs.setdefault(one[0], []).append(one)
-        within = [tau_of(measure, run) for run in runs.values() if len(run) > 2]
-        row.append(f"{np.nanmean(within):+.2f}" if within else "-")
-        rows.append(tuple(row))
-    heading = ("measure", f"all {len(found)}", f"{len(trained)} pretrained", "within one run, mean")
-    return markdown(heading, rows, "Kendall's tau of each measure with linear Dice, over checkpoints")
+        within = [tau for run in runs if not math.isnan(tau := tau_of(measure, run))]
+        taus = [tau_of(measure, some) for some in (found, trained, read)]
+        taus.append(mean(within) if within else math.nan)
+        rows.append((name, *("-" if math.isnan(tau) else f"{tau:+.2f}" for tau in taus)))
+    heading = ("measure", f"all {len(found)}", f"{len(trained)} pretrained", f"{len(read)} with a readout")
+    title = "Kendall's tau of each measure with linear Dice, over checkpoints"
+    return markdown((*heading, "within one run, mean"), rows, title)
 
 
 def tau_of(measure, found: list) -> float:
-    return kendall_tau(
-        [measure(results) for _, _, results in found], [results["mean_dice"] for _, _, results in found]
-    )
+    """Not a number if the measure is not known of all of them."""
+    values = [measure(results) for _, _, results in found]
+    if None in values:
+        return math.nan
+    return kendall_tau(values, [results["mean_dice"] for _, _, results in found])
 
 
 def picked_table(cells: Path) -> str:
-    """The checkpoint of each run that the monitor's DSE picks, against the last and the best one."""
+    """The checkpoint of each run that a measure picks, against the last and the best one."""
     rows = []
     for cell in sorted({cell for cell, name, _ in checkpoints(cells) if name != "linear"}):
-        measured = {row["step"]: row["dse"] for row in metrics(cell) if row.get("dse") is not None}
-        last = max(measured)
-        dice = {}
-        for step in measured:
-            results = results_of(cell, "linear" if step == last else f"linear-{step}")
-            dice |= {step: results["mean_dice"]} if results else {}
-        picked, best = max(dice, key=measured.get), max(dice, key=dice.get)
-        row = [cell.parent.name]
-        row += [f"{percent(dice[step])} ({step})" for step in (picked, last, best) if step in dice]
-        rows.append((*row, f"{100 * (dice[picked] - dice[best]):+.1f}"))
-    heading = ("method, first seed", "picked by DSE (step)", "last", "best", "picked - best")
-    return markdown(heading, rows, "Linear Dice in % of the checkpoint that is picked without labels")
+        found = {r["monitor"]["step"]: r for own, _, r in checkpoints(cells) if own == cell and r["monitor"]}
+        dice = {step: results["mean_dice"] for step, results in found.items()}
+        best = max(dice, key=dice.get)
+        row = ["/".join(cell.parts[-2:])]
+        for name in PICKING:
+            values = {step: results["monitor"].get(name) for step, results in found.items()}
+            known = None not in values.values()
+            row.append(of_step(dice, max(values, key=values.get), best) if known else "-")
+        rows.append((*row, of_step(dice, max(dice), best), f"{percent(dice[best])} ({best})"))
+    heading = ("cell", *PICKING.values(), "last", "best")
+    title = "Linear Dice in % of the checkpoint picked without labels (step; difference from the best one)"
+    return markdown(heading, rows, title)
+
+
+def of_step(dice: dict[int, float], step: int, best: int) -> str:
+    return f"{percent(dice[step])} ({step}; {100 * (dice[step] - dice[best]):+.1f})"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -388,19 +404,19 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
         save(figure, "labels.png")
 
     found = checkpoints(cells)
-    shown = list(MEASURES.items())[:3]
+    shown = list(MEASURES.items())[:4]
     figure, axes = page(len(shown))
     for axis, (name, measure) in zip(axes[0], shown):
-        for method in methods:
-            own = [one for one in found if one[0].parent.name == method]
+        known = [one for one in found if measure(one[2]) is not None]
+        for method in (*methods, None):
+            own = [one for one in known if one[0].parent.name == method]
+            style = {"marker": "o", "color": colors.get(method), "label": method}
+            if method is None:
+                own = [one for one in known if one[0].parent.name not in methods]
+                style = {"marker": "x", "color": "grey", "label": "variants"}
             dice = [100 * results["mean_dice"] for _, _, results in own]
-            axis.plot(
-                [measure(r) for _, _, r in own], dice, "o", color=colors[method], label=method, markersize=4
-            )
-        others = [one for one in found if one[0].parent.name not in methods]
-        dice = [100 * results["mean_dice"] for _, _, results in others]
-        axis.plot([measure(r) for _, _, r in others], dice, "x", color="grey", label="variants", markersize=4)
-        axis.set(title=f"tau {tau_of(measure, found):+.2f}", xlabel=name, ylabel="linear test Dice, %")
+            axis.plot([measure(r) for _, _, r in own], dice, linestyle="", markersize=4, **style)
+        axis.set(title=f"tau {tau_of(measure, known):+.2f}", xlabel=name, ylabel="linear test Dice, %")
         axis.grid(alpha=0.3)
     legend(figure, axes)
     save(figure, "measures.png")

@@ -67,7 +67,10 @@ def run(tmp_path, monkeypatch):
         elif script == "train_moco.py":
             folder = Path(settings["run.out"])
             folder.mkdir(parents=True)
-            rows = [{"step": s, "dse": s / 10, "local": 0.5, "loss": 5.0, **SPECTRUM} for s in (0, 3, 6)]
+            rows = [
+                {"step": s, "dse": s / 10, "grey_readout": s, "local": 0.5, "loss": 5.0, **SPECTRUM}
+                for s in (0, 3, 6)
+            ]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             (folder / "encoder.json").write_text(json.dumps({"sha256": machine[0]}))
         elif script == "eval_seg.py" and "mode" in settings:
