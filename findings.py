@@ -320,7 +320,8 @@ def shown_slices(root: Path) -> list[str]:
 
 
 def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
-    """spectra.png, training.png, measures.png; labels.png and segmentations.png if there is what they show.
+    """dice.png, spectra.png, training.png and measures.png; labels.png and segmentations.png if there is what
+    they show.
 
     Raises:
         ConfigError: no matplotlib, or no pretraining is finished.
@@ -383,6 +384,18 @@ def draw(cells: Path, protocol: dict, root: Path, out: Path) -> None:
         axis.grid(alpha=0.3)
     legend(figure, axes)
     save(figure, "training.png")
+
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.34 * len(methods)), layout="constrained")
+    for y, name in enumerate(methods):
+        dice = [100 * results_of(cell)["mean_dice"] for cell in chosen_cells(cells / name)]
+        axis.plot(dice, [y] * len(dice), "o", color=colors[name], markersize=5)  # one for each seed
+        axis.plot([mean(dice)] * 2, [y - 0.35, y + 0.35], color=colors[name], linewidth=2.5)
+    axis.set(
+        xlabel="linear test Dice, %: seeds and their mean", yticks=range(len(methods)), yticklabels=methods
+    )
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3)
+    save(figure, "dice.png")
 
     fractions, tuned = protocol["fractions"], {}
     for name in methods:

@@ -190,7 +190,7 @@ def test_figures_of_what_is_there(run, tmp_path):
     with pytest.raises(ConfigError, match="no finished pretraining"):
         run("--figures", str(out))
     run()
-    always = {"spectra.png", "training.png", "measures.png"}
+    always = {"dice.png", "spectra.png", "training.png", "measures.png"}
     assert run("--figures", str(out)) == (0, [])
     assert {f.name for f in out.iterdir()} == always | {"labels.png"}
     for file in [*(tmp_path / "out/cells").glob("*/*/finetune-*.json"), *out.iterdir()]:
