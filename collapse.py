@@ -10,6 +10,7 @@ import heapq
 import importlib.util
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +91,10 @@ class CollapseMonitor:
     def structure(self, encoder: Encoder) -> dict[str, float]:
         """DSE, its three terms, the share of variance between images, and the grey readout."""
         some = range(0, len(self.slices), -(-len(self.slices) // STRUCTURED))
-        maps = self.fine_maps(encoder, some)
+        batches = list(self.stored(some))
+        maps = self.fine_maps(encoder, batches)
         features = maps.flatten(2).mT.float()  # (n, P, C)
-        grey = torch.cat([self.neighbourhoods(stored, maps.shape[2:]) for stored in self.stored(some)])
+        grey = torch.cat([self.neighbourhoods(stored, maps.shape[2:]) for stored in batches])
         chosen = torch.randperm(features.shape[1], generator=runtime.seeded("readout"))[:STRUCTURE_POSITIONS]
         readout = grey_readout(features[:, chosen], grey[:, chosen])
         return dense_structure(features) | {"grey_readout": readout}
@@ -104,7 +106,7 @@ class CollapseMonitor:
         encoder.eval()
         count = min(PANEL, len(self.slices))
         chosen = [len(self.slices) * (2 * i + 1) // (2 * count) for i in range(count)]
-        maps = self.fine_maps(encoder, chosen)
+        maps = self.fine_maps(encoder, self.stored(chosen))
         encoder.train(training)
         tiles, captions = [], []
         for i, colors in zip(chosen, feature_colors(maps)):
@@ -116,11 +118,11 @@ class CollapseMonitor:
             captions += [self.slices.dataset.names[self.slices.indices[i]], "features"]
         return contact_sheet(tiles, captions, columns=4)
 
-    def fine_maps(self, encoder: Encoder, rows) -> Tensor:
-        """layer4 (n, C, h, w) of the slices `rows` at output stride 8, as a decoder will see it."""
+    def fine_maps(self, encoder: Encoder, batches: Iterable[Tensor]) -> Tensor:
+        """layer4 (n, C, h, w) of slices in stored values at output stride 8, as a decoder will see it."""
         pretraining_stride = encoder.output_stride
         encoder.set_output_stride(8)
-        maps = [self.maps(encoder, stored) for stored in self.stored(rows)]
+        maps = [self.maps(encoder, stored) for stored in batches]
         encoder.set_output_stride(pretraining_stride)
         return torch.cat(maps)
 

@@ -243,6 +243,11 @@ def checkpoints(cells: Path) -> list[tuple[Path, str, dict]]:
     return found
 
 
+def by_cell(found: list) -> dict[Path, list]:
+    """The checkpoints of each cell."""
+    return {cell: list(run) for cell, run in itertools.groupby(found, key=lambda one: one[0])}
+
+
 def kendall_tau(x: list[float], y: list[float]) -> float:
     """Kendall's tau-b: concordant less discordant pairs over the pairs that are not tied."""
     pairs = list(itertools.combinations(zip(x, y), 2))
@@ -258,10 +263,7 @@ def measure_table(cells: Path) -> str:
         return ""
     trained = [one for one in found if rate_of(one[0]) is not None]
     read = [one for one in trained if MEASURES["grey readout"](one[2]) is not None]
-    runs = {}
-    for one in trained:
-        runs.setdefault(one[0], []).append(one)
-    runs = [run for run in runs.values() if len(run) > 2]
+    runs = [run for run in by_cell(trained).values() if len(run) > 2]
     rows = []
     for name, measure in MEASURES.items():
         within = [tau for run in runs if not math.isnan(tau := tau_of(measure, run))]
@@ -284,8 +286,10 @@ def tau_of(measure, found: list) -> float:
 def picked_table(cells: Path) -> str:
     """The checkpoint of each run that a measure picks, against the last and the best one."""
     rows = []
-    for cell in sorted({cell for cell, name, _ in checkpoints(cells) if name != "linear"}):
-        found = {r["monitor"]["step"]: r for own, _, r in checkpoints(cells) if own == cell and r["monitor"]}
+    for cell, run in by_cell(checkpoints(cells)).items():
+        if all(name == "linear" for _, name, _ in run):
+            continue
+        found = {results["monitor"]["step"]: results for _, _, results in run if results["monitor"]}
         dice = {step: results["mean_dice"] for step, results in found.items()}
         best = max(dice, key=dice.get)
         row = ["/".join(cell.parts[-2:])]

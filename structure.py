@@ -103,8 +103,8 @@ def grey_readout(features: Tensor, grey: Tensor, ridge: float = 0.01) -> float:
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     x, y = x - x_mean, y - y_mean
     covariance = x.mT @ x / len(x)
-    penalty = (ridge * covariance.diagonal().mean()).clamp(min=1e-12) * torch.eye(len(covariance)).double()
-    weights = torch.linalg.solve(covariance + penalty, x.mT @ y / len(x))
+    covariance.diagonal().add_((ridge * covariance.diagonal().mean()).clamp(min=1e-12))
+    weights = torch.linalg.solve(covariance, x.mT @ y / len(x))
     truth = grey[half:].flatten(0, 1) - y_mean
     error = truth - (features[half:].flatten(0, 1) - x_mean) @ weights
     total = truth.square().sum()
