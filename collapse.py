@@ -202,10 +202,11 @@ def feature_colors(maps: Tensor) -> Tensor:
 def describe_collapse(measured: dict) -> str:
     whitened = measured.get("effective_rank_whitened")
     rest = f"; after whitening {whitened:.1f}" if whitened is not None else ""
+    score = f", label-free score {measured['score']:.3f}" if "score" in measured else ""
     return (
         f"effective rank of pooled features {measured['effective_rank']:.1f}, "
         f"of dense features {measured['effective_rank_dense']:.1f}{rest}; DSE {measured['dse']:.3f}, "
-        f"grey readout {measured['grey_readout']:.3f}"
+        f"grey readout {measured['grey_readout']:.3f}{score}"
     )
 
 

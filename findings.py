@@ -22,6 +22,7 @@ from data import Intensity, SegmentationDataset, class_names
 from layout import read_stored
 from pictures import class_colors, contact_sheet, gray_tile
 from report import TILE, painted, percent, table
+from structure import RECENT, label_free_score
 
 GROUPS = {  # of the organs of BTCV
     "large organs": ("spleen", "right kidney", "left kidney", "liver", "stomach"),
@@ -32,13 +33,15 @@ MEASURES = {  # of collapse, in the results of an evaluation and what the monito
     "effective rank, pooled": lambda results: results["effective_rank"]["pooled"],
     "effective rank, dense": lambda results: results["effective_rank"]["dense"],
     "DSE": lambda results: results["structure"]["dse"],
-    "grey readout": lambda results: results["monitor"].get("grey_readout"),  # None before it was measured
+    "label-free score": lambda results: results["monitor"].get("score"),  # None before a readout was measured
+    "grey readout": lambda results: results["monitor"].get("grey_readout"),
+    "cosine of keys (negative)": lambda results: negative(results["monitor"].get("similarity")),
     "DSE, between clusters": lambda results: results["structure"]["inter"],
     "DSE, within clusters (negative)": lambda results: -results["structure"]["intra"],
     "DSE, dimension": lambda results: results["structure"]["dimension"],
     "variance between images (negative)": lambda results: -results["structure"]["image_share"],
 }
-PICKING = {"grey_readout": "by grey readout", "dse": "by DSE"}  # columns of metrics.jsonl
+PICKING = {"score": "by label-free score", "grey_readout": "by grey readout", "dse": "by DSE"}  # columns
 PAIRS = ("slices", "slices, reflected", "noise", "noise, reflected")  # see position.py
 SHOWN_CASES = 3  # in the figure of segmentations
 
@@ -233,13 +236,22 @@ def merged(rows: list[dict]) -> dict:
 
 def checkpoints(cells: Path) -> list[tuple[Path, str, dict]]:
     """(cell, name, results) of every linear evaluation, of final and earlier encoders. results["monitor"] is
-    the row of metrics.jsonl that was measured of the same encoder, {} if it was not pretrained."""
+    the row of metrics.jsonl that was measured of the same encoder, with the cosine of keys and the label-free
+    score of that time; {} if it was not pretrained."""
     found = []
     for path in sorted(cells.glob("*/*/linear*.json")):
-        rows = {row["step"]: row for row in metrics(path.parent) if "dse" in row}
-        step = int(path.stem.split("-")[1]) if "-" in path.stem else max(rows, default=None)
-        results = json.loads(path.read_text()) | {"monitor": rows.get(step, {})}
-        found.append((path.parent, path.stem, results))
+        rows = metrics(path.parent)
+        measured = {row["step"]: row for row in rows if "dse" in row}
+        step = int(path.stem.split("-")[1]) if "-" in path.stem else max(measured, default=None)
+        monitor = measured.get(step, {})
+        keys = [r["similarity"] for r in rows if r.get("similarity") is not None and r["step"] <= step][
+            -RECENT:
+        ]
+        if keys:
+            monitor = {"similarity": mean(keys)} | monitor
+            if "grey_readout" in monitor:
+                monitor["score"] = label_free_score(monitor["grey_readout"], keys)
+        found.append((path.parent, path.stem, json.loads(path.read_text()) | {"monitor": monitor}))
     return found
 
 
@@ -262,7 +274,7 @@ def measure_table(cells: Path) -> str:
     if len(found) < 3:
         return ""
     trained = [one for one in found if rate_of(one[0]) is not None]
-    read = [one for one in trained if MEASURES["grey readout"](one[2]) is not None]
+    read = [one for one in trained if MEASURES["label-free score"](one[2]) is not None]
     runs = [run for run in by_cell(trained).values() if len(run) > 2]
     rows = []
     for name, measure in MEASURES.items():
@@ -273,6 +285,10 @@ def measure_table(cells: Path) -> str:
     heading = ("measure", f"all {len(found)}", f"{len(trained)} pretrained", f"{len(read)} with a readout")
     title = "Kendall's tau of each measure with linear Dice, over checkpoints"
     return markdown((*heading, "within one run, mean"), rows, title)
+
+
+def negative(value: float | None) -> float | None:
+    return None if value is None else -value
 
 
 def tau_of(measure, found: list) -> float:

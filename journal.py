@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import deque
 from pathlib import Path
 
 from collapse import describe_collapse
@@ -11,6 +12,7 @@ from data import SliceDataset
 from files import write_whole
 from runtime import MetricsLog, Process, progress
 from schedule import StepBatches, learning_rate
+from structure import RECENT, label_free_score
 
 
 class Journal:
@@ -24,7 +26,8 @@ class Journal:
         self.since, self.clock = step, time.perf_counter()
         self.rank_text, self.unreadable, self.bad, self.warned = "", 0, {}, False
         self.latest = {}  # the newest value of every column
-        self.best = -math.inf  # the highest grey readout so far
+        self.similarities = deque(maxlen=RECENT)  # the last ones logged
+        self.best = -math.inf  # the highest label-free score so far
         for row in self.log.before if process.is_main else []:
             self.remember(row)
 
@@ -76,16 +79,26 @@ class Journal:
 
     def remember(self, row: dict) -> None:
         self.latest |= row
-        if row["step"]:
-            self.best = max(self.best, row.get("grey_readout") or -math.inf)
+        if "similarity" in row:
+            self.similarities.append(row["similarity"])
+        if (score := row.get("score")) is not None:
+            self.best = max(self.best, score)
+
+    def scored(self, step: int, measured: dict) -> dict:
+        """What CollapseMonitor has measured, with the label-free score; the untrained encoder has none."""
+        if not measured or not step:
+            return measured
+        keys = self.similarities if self.cfg.model.weight else [0.0]  # without a global loss they say nothing
+        score = label_free_score(measured["grey_readout"], keys)
+        return measured if score is None else measured | {"score": round(score, 5)}
 
     def names_to_keep(self, step: int, measured: dict) -> list[str]:
         """The names under which the encoder just measured is kept: encoder_STEP if log.encoders, encoder_best
-        if more can be read off its features than at all earlier measurements, the untrained one left out."""
+        if its label-free score is above all earlier ones."""
         if not measured:
             return []
         names = [f"encoder_{step}"] if self.cfg.log.encoders else []
-        return names + ["encoder_best"] if step and measured["grey_readout"] > self.best else names
+        return names + ["encoder_best"] if measured.get("score", -math.inf) > self.best else names
 
     def epoch(self, step: int) -> float:
         return round(step / self.steps_per_epoch, 4)

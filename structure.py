@@ -1,9 +1,12 @@
-"""What dense features are good for, without labels: the DSE of arXiv 2510.17299, and two simpler measures.
+"""What dense features are good for, without labels: the DSE of arXiv 2510.17299, and simpler measures.
 
 The effective rank of pooled features (RankMe) describes whole images. Segmentation needs features of single
 positions that fall into groups (dense_structure), differ within an image (image_share), and tell a linear
-decoder what is there (grey_readout). This file needs torch and losses.py only.
+decoder what is there (grey_readout). label_free_score is what the best checkpoint of a run is picked by.
+This file needs torch and losses.py only.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from losses import effective_rank_of
 GROUP = 8  # images whose positions are clustered together
 CLUSTERS = 24  # of such a group
 IMAGE_CLUSTERS = 3  # of one image
+RECENT = 8  # log lines over which the cosine of keys is averaged
 
 
 @torch.no_grad()
@@ -109,6 +113,18 @@ def grey_readout(features: Tensor, grey: Tensor, ridge: float = 0.01) -> float:
     error = truth - (features[half:].flatten(0, 1) - x_mean) @ weights
     total = truth.square().sum()
     return float(1 - error.square().sum() / total) if total > 0 else 0.0
+
+
+def label_free_score(readout: float, similarities: Sequence[float]) -> float | None:
+    """How good a pretrained encoder is for segmentation, as far as can be told without labels.
+
+    It can fail in two ways: forget what is where, which grey_readout shows, or give all images the same key,
+    which "similarity" of models.MoCo shows. The score is the readout less a tenth of the mean of the last 8
+    logged similarities (docs/RESULTS.md: any weight from 0.02 to 0.5 orders encoders nearly alike). None
+    if nothing was logged yet.
+    """
+    recent = [value for value in similarities if value is not None][-RECENT:]
+    return readout - 0.1 * sum(recent) / len(recent) if recent else None
 
 
 def kmeans(points: Tensor, count: int, generator: torch.Generator, iterations: int = 20):

@@ -7,7 +7,7 @@
 
 Any setting below can stand in the config file or behind the command as section.key=value. A run that was
 stopped goes on when the same command is given again. Results, in run.out: encoder.pth (a torchvision ResNet
-without fc), encoder.json, both also for encoder_best (off whose features most of a slice can be read),
+without fc), encoder.json, both also for encoder_best (the highest label-free score, see structure.py),
 metrics.jsonl, config.yaml, checkpoint.pth, features.png (dense features as colours); curves.png and
 spectrum.png if matplotlib is installed, TensorBoard files if tensorboard is.
 """
@@ -199,7 +199,7 @@ def pretrain(
 
     def measure_collapse() -> None:
         with averaged_statistics(model, process):
-            measured = monitor.measure(model)
+            measured = journal.scored(step, monitor.measure(model))
             for name in journal.names_to_keep(step, measured):
                 try:
                     state.export(name, step, measured)
@@ -254,7 +254,7 @@ def pretrain(
         last = step == total_steps
         row |= guard.counts()
         arrived = readback.push(step, torch.stack(list(row.values())))
-        arrived += readback.arrived() if last else []
+        arrived += readback.arrived() if last or due.measuring(step) else []
         news = [journal.note(done, dict(zip(row, values))) for done, values in arrived]
         if any(found["bad_in_row"] >= cfg.run.max_bad_steps for found in news):
             step = model.step = journal.before_bad_steps()

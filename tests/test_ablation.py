@@ -68,7 +68,8 @@ def run(tmp_path, monkeypatch):
             folder = Path(settings["run.out"])
             folder.mkdir(parents=True)
             rows = [
-                {"step": s, "dse": s / 10, "grey_readout": s, "local": 0.5, "loss": 5.0, **SPECTRUM}
+                {"step": s, "dse": s / 10, "grey_readout": s, "similarity": 0.5, "local": 0.5, "loss": 5.0}
+                | SPECTRUM
                 for s in (0, 3, 6)
             ]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

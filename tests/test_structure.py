@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from collapse import feature_colors
-from structure import cluster_radii, dense_structure, grey_readout, image_share, kmeans
+from structure import cluster_radii, dense_structure, grey_readout, image_share, kmeans, label_free_score
 
 
 def blobs(images=16, positions=24, channels=32, kinds=6, noise=0.1, seed=0):
@@ -144,3 +144,9 @@ def test_like_features_have_like_colours():
         for i in range(3)
     ]
     assert all(min(plain, mirrored) < 1e-4 for plain, mirrored in same)
+
+
+def test_the_score_is_the_readout_less_a_tenth_of_the_recent_cosines():
+    assert label_free_score(0.9, [1.0] * 5 + [0.25, 0.75] * 4) == pytest.approx(0.85)
+    assert label_free_score(0.9, [None, 0.5]) == pytest.approx(0.85)  # a step that was not finite
+    assert label_free_score(0.9, []) is None

@@ -74,8 +74,14 @@ def test_a_run_leaves_what_it_promises(train, tmp_path, capsys):
     assert set(rows[1]) == names | {"gradient_norm", "skipped_steps", "unreadable_slices"}
     ranks = [row["effective_rank"] for row in rows if "effective_rank" in row]
     assert len(ranks) == 3 and all(0 < rank <= 5 for rank in ranks)  # at the start and after each epoch
-    readout = {row["step"]: row["grey_readout"] for row in rows if "dse" in row}
-    best = max((step for step in readout if step), key=readout.get)
+    keys, scores = [], {}
+    for row in rows:
+        keys += [row["similarity"]] if "similarity" in row else []
+        if "dse" in row and row["step"]:
+            scores[row["step"]] = row["score"]
+            assert row["score"] == pytest.approx(row["grey_readout"] - 0.1 * sum(keys) / len(keys), abs=2e-5)
+    assert [row.get("score") for row in rows if row["step"] == 0] == [None]
+    best = max(scores, key=scores.get)
     assert json.loads((tmp_path / "run/encoder_best.json").read_text())["steps"] == best
 
     model = torchvision.models.resnet18(weights=None)
@@ -129,6 +135,7 @@ def test_a_stopped_run_goes_on_with_the_same_losses(train, monkeypatch):
 def test_the_best_encoder_survives_a_stop(train, tmp_path, monkeypatch):
     found = iter([0.1, 0.9, 0.5, 0.7])  # at steps 0, 3, and 6; then again at 6
     measure = train_moco.CollapseMonitor.structure
+    monkeypatch.setattr(journal, "label_free_score", lambda readout, similarities: readout)
     monkeypatch.setattr(
         train_moco.CollapseMonitor,
         "structure",
