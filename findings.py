@@ -22,7 +22,7 @@ from data import Intensity, SegmentationDataset, class_names
 from layout import read_stored
 from pictures import class_colors, contact_sheet, gray_tile
 from report import TILE, painted, percent, table
-from structure import RECENT, label_free_score
+from structure import label_free_score, recent_similarity
 
 GROUPS = {  # of the organs of BTCV
     "large organs": ("spleen", "right kidney", "left kidney", "liver", "stomach"),
@@ -116,7 +116,8 @@ def tables(cells: Path, protocol: dict) -> str:
     """All tables in Markdown; methods without a finished cell are left out."""
     parts = [main_table(cells, protocol), organ_table(cells, protocol), tuning_table(cells, protocol)]
     parts += [variant_table(cells, protocol), position_table(cells)]
-    parts += [measure_table(cells), picked_table(cells)]
+    found = checkpoints(cells)
+    parts += [measure_table(found), picked_table(found)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -244,13 +245,11 @@ def checkpoints(cells: Path) -> list[tuple[Path, str, dict]]:
         measured = {row["step"]: row for row in rows if "dse" in row}
         step = int(path.stem.split("-")[1]) if "-" in path.stem else max(measured, default=None)
         monitor = measured.get(step, {})
-        keys = [r["similarity"] for r in rows if r.get("similarity") is not None and r["step"] <= step][
-            -RECENT:
-        ]
-        if keys:
-            monitor = {"similarity": mean(keys)} | monitor
-            if "grey_readout" in monitor:
-                monitor["score"] = label_free_score(monitor["grey_readout"], keys)
+        if monitor:
+            keys = recent_similarity(row.get("similarity") for row in rows if row["step"] <= step)
+            monitor = {"similarity": keys} | monitor
+            if "grey_readout" in monitor:  # older runs have no score of their own
+                monitor = {"score": label_free_score(monitor["grey_readout"], keys)} | monitor
         found.append((path.parent, path.stem, json.loads(path.read_text()) | {"monitor": monitor}))
     return found
 
@@ -269,8 +268,7 @@ def kendall_tau(x: list[float], y: list[float]) -> float:
     return float(agreement / (untied[0] * untied[1]) ** 0.5) if all(untied) else float("nan")
 
 
-def measure_table(cells: Path) -> str:
-    found = checkpoints(cells)
+def measure_table(found: list) -> str:
     if len(found) < 3:
         return ""
     trained = [one for one in found if rate_of(one[0]) is not None]
@@ -299,18 +297,18 @@ def tau_of(measure, found: list) -> float:
     return kendall_tau(values, [results["mean_dice"] for _, _, results in found])
 
 
-def picked_table(cells: Path) -> str:
+def picked_table(found: list) -> str:
     """The checkpoint of each run that a measure picks, against the last and the best one."""
     rows = []
-    for cell, run in by_cell(checkpoints(cells)).items():
+    for cell, run in by_cell(found).items():
         if all(name == "linear" for _, name, _ in run):
             continue
-        found = {results["monitor"]["step"]: results for _, _, results in run if results["monitor"]}
-        dice = {step: results["mean_dice"] for step, results in found.items()}
+        steps = {results["monitor"]["step"]: results for _, _, results in run if results["monitor"]}
+        dice = {step: results["mean_dice"] for step, results in steps.items()}
         best = max(dice, key=dice.get)
         row = ["/".join(cell.parts[-2:])]
         for name in PICKING:
-            values = {step: results["monitor"].get(name) for step, results in found.items()}
+            values = {step: results["monitor"].get(name) for step, results in steps.items()}
             known = None not in values.values()
             row.append(of_step(dice, max(values, key=values.get), best) if known else "-")
         rows.append((*row, of_step(dice, max(dice), best), f"{percent(dice[best])} ({best})"))

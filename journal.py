@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections import deque
 from pathlib import Path
 
 from collapse import describe_collapse
@@ -12,7 +11,7 @@ from data import SliceDataset
 from files import write_whole
 from runtime import MetricsLog, Process, progress
 from schedule import StepBatches, learning_rate
-from structure import RECENT, label_free_score
+from structure import label_free_score, recent_similarity
 
 
 class Journal:
@@ -26,7 +25,7 @@ class Journal:
         self.since, self.clock = step, time.perf_counter()
         self.rank_text, self.unreadable, self.bad, self.warned = "", 0, {}, False
         self.latest = {}  # the newest value of every column
-        self.similarities = deque(maxlen=RECENT)  # the last ones logged
+        self.similarities = []  # the cosine of keys of every log line
         self.best = -math.inf  # the highest label-free score so far
         for row in self.log.before if process.is_main else []:
             self.remember(row)
@@ -89,8 +88,8 @@ class Journal:
         if not measured or not step:
             return measured
         keys = self.similarities if self.cfg.model.weight else [0.0]  # without a global loss they say nothing
-        score = label_free_score(measured["grey_readout"], keys)
-        return measured if score is None else measured | {"score": round(score, 5)}
+        score = label_free_score(measured["grey_readout"], recent_similarity(keys))
+        return measured if math.isnan(score) else measured | {"score": round(score, 5)}
 
     def names_to_keep(self, step: int, measured: dict) -> list[str]:
         """The names under which the encoder just measured is kept: encoder_STEP if log.encoders, encoder_best

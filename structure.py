@@ -6,7 +6,8 @@ decoder what is there (grey_readout). label_free_score is what the best checkpoi
 This file needs torch and losses.py only.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -115,16 +116,21 @@ def grey_readout(features: Tensor, grey: Tensor, ridge: float = 0.01) -> float:
     return float(1 - error.square().sum() / total) if total > 0 else 0.0
 
 
-def label_free_score(readout: float, similarities: Sequence[float]) -> float | None:
+def recent_similarity(logged: Iterable[float | None]) -> float:
+    """Mean of the last 8 logged cosines of keys ("similarity" of models.MoCo), those of steps that were not
+    finite (None in metrics.jsonl) left out; not a number if there are none."""
+    recent = [value for value in logged if value is not None and math.isfinite(value)][-RECENT:]
+    return sum(recent) / len(recent) if recent else math.nan
+
+
+def label_free_score(readout: float, similarity: float) -> float:
     """How good a pretrained encoder is for segmentation, as far as can be told without labels.
 
     It can fail in two ways: forget what is where, which grey_readout shows, or give all images the same key,
-    which "similarity" of models.MoCo shows. The score is the readout less a tenth of the mean of the last 8
-    logged similarities (docs/RESULTS.md: any weight from 0.02 to 0.5 orders encoders nearly alike). None
-    if nothing was logged yet.
+    which recent_similarity shows. The score is the readout less a tenth of that (docs/RESULTS.md: any weight
+    from 0.02 to 0.5 orders encoders nearly alike).
     """
-    recent = [value for value in similarities if value is not None][-RECENT:]
-    return readout - 0.1 * sum(recent) / len(recent) if recent else None
+    return readout - 0.1 * similarity
 
 
 def kmeans(points: Tensor, count: int, generator: torch.Generator, iterations: int = 20):

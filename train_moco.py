@@ -252,9 +252,10 @@ def pretrain(
 
         # The host learns of a step when the device has done it: on a GPU, during the next one.
         last = step == total_steps
+        measuring = last or due.measuring(step)
         row |= guard.counts()
         arrived = readback.push(step, torch.stack(list(row.values())))
-        arrived += readback.arrived() if last or due.measuring(step) else []
+        arrived += readback.arrived() if measuring else []
         news = [journal.note(done, dict(zip(row, values))) for done, values in arrived]
         if any(found["bad_in_row"] >= cfg.run.max_bad_steps for found in news):
             step = model.step = journal.before_bad_steps()
@@ -262,7 +263,7 @@ def pretrain(
             state.save(step)
             raise NotFinite(journal.describe_bad_steps(folder, dataset, order))
         stopping = any(found["stop"] for found in news) and not last
-        if not stopping and (last or due.measuring(step)):
+        if not stopping and measuring:
             measure_collapse()
         if stopping or last or due.by_step(step) or any(found["save"] for found in news):
             state.save(step)
