@@ -1,284 +1,168 @@
-"""How far features have collapsed: during pretraining, drawn at its end, and of an encoder under evaluation.
+"""What dense features are good for, without labels: the DSE of arXiv 2510.17299, and simpler measures.
 
-CollapseMonitor     of the encoder that is trained, on slices of the validation list
-frozen_collapse     of a frozen one, on the features that its evaluation computes anyway
-feature_colors      dense features to look at
-draw, show          pictures in the run's folder, and on a TensorBoard
+The effective rank of pooled features (RankMe) describes whole images. Segmentation needs features of single
+positions that fall into groups (dense_structure), differ within an image (image_share), and tell a linear
+decoder what is there (grey_readout). label_free_score is what the best checkpoint of a run is picked by.
+This file needs torch and losses.py only.
 """
 
-import heapq
-import importlib.util
-import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
 
-import runtime
-from config import Config
-from data import Intensity, SliceDataset
-from losses import effective_rank, effective_rank_of, singular_values
-from models import Encoder, MoCo
-from pictures import contact_sheet, gray_tile, tile_size
-from runtime import Process
-from segmenter import Batches, chunks
-from structure import dense_structure, grey_readout
+from losses import effective_rank_of
 
-MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
-STRUCTURED = 128  # slices (at most) whose dense structure is estimated
-STRUCTURE_POSITIONS = 64  # of each of them, by chance, where not all are taken
-FROZEN_POSITIONS = 4096  # dense vectors of a frozen encoder for its effective rank
-KINDS = {  # of features, as their columns in metrics.jsonl end
-    "": "pooled",
-    "_dense": "dense",
-    "_whitened": "pooled, whitened",
-    "_whitened_dense": "dense, whitened",
-}
-PANEL = 8  # slices whose features are drawn
-TILE = 256  # px, longer side of a slice there
-
-
-class CollapseMonitor:
-    """Effective rank, spectrum and dense structure of the encoder's features, without augmentation or labels.
-
-    The slices are those of data.val, without such a list the first of the training list by case, at most
-    MONITORED; the rank is bounded by their number. Pooled features are one vector a slice, dense ones
-    MONITORED positions of the maps, drawn once and for all. The structure (structure.dense_structure) is
-    that of STRUCTURED of them at output stride 8, as a decoder will see them. The main process measures, the
-    others go on.
-    """
-
-    def __init__(self, cfg: Config, dataset: SliceDataset, intensity: Intensity, process: Process):
-        self.intensity, self.process, self.size = intensity, process, cfg.data.size
-        self.channels = cfg.model.in_channels
-        dataset = validation_slices(cfg, dataset.size) or dataset
-        by_case = heapq.nsmallest(MONITORED, zip(dataset.cases, dataset.names, range(len(dataset))))
-        self.slices = Subset(dataset, [index for _, _, index in by_case])
-
-    @torch.no_grad()
-    def measure(self, model: MoCo) -> dict:
-        """Effective ranks (after the whitening between trunk and heads, too, if there is one) and spectra."""
-        if not self.process.is_main:
-            return {}
-        whitened = not isinstance(model.query.decorrelation, nn.Identity)
-        found = {"": [], "_dense": []} | ({"_whitened": [], "_whitened_dense": []} if whitened else {})
-        positions = -(-MONITORED // len(self.slices))  # of each slice's map
-        generator = runtime.seeded("positions")
-        model.eval()
-        loader = DataLoader(self.slices, batch_size=32)
-        for stored in runtime.progress(self.process, "measuring collapse", loader):
-            maps = self.maps(model.query.encoder, stored)
-            chosen = torch.randint(maps[0, 0].numel(), (len(maps), positions), generator=generator)
-            sides = {"": maps} | ({"_whitened": model.query.decorrelation(maps)} if whitened else {})
-            for side, features in sides.items():
-                columns = chosen[:, None].expand(-1, features.shape[1], -1).to(features.device)
-                dense = features.flatten(2).gather(2, columns)  # (n, C, positions)
-                found[side].append(features.mean(dim=(2, 3)).float())
-                found[side + "_dense"].append(dense.transpose(1, 2).flatten(0, 1).float())
-        structure = self.structure(model.query.encoder)
-        model.train()
-        spectra = {name: singular_values(torch.cat(rows)[:MONITORED]) for name, rows in found.items()}
-        row = {f"effective_rank{name}": round(effective_rank_of(s), 3) for name, s in spectra.items()}
-        row |= {name: round(value, 5) for name, value in structure.items()}
-        return row | {f"spectrum{name}": [float(f"{v:.5g}") for v in s] for name, s in spectra.items()}
-
-    def structure(self, encoder: Encoder) -> dict[str, float]:
-        """DSE, its three terms, the share of variance between images, and the grey readout."""
-        some = range(0, len(self.slices), -(-len(self.slices) // STRUCTURED))
-        batches = list(self.stored(some))
-        maps = self.fine_maps(encoder, batches)
-        features = maps.flatten(2).mT.float()  # (n, P, C)
-        grey = torch.cat([self.neighbourhoods(stored, maps.shape[2:]) for stored in batches])
-        chosen = torch.randperm(features.shape[1], generator=runtime.seeded("readout"))[:STRUCTURE_POSITIONS]
-        readout = grey_readout(features[:, chosen], grey[:, chosen])
-        return dense_structure(features) | {"grey_readout": readout}
-
-    @torch.no_grad()
-    def features_page(self, model: MoCo) -> Image.Image:
-        """A panel of slices and their dense features at output stride 8 as colours (feature_colors)."""
-        encoder, training = model.query.encoder, model.training
-        encoder.eval()
-        count = min(PANEL, len(self.slices))
-        chosen = [len(self.slices) * (2 * i + 1) // (2 * count) for i in range(count)]
-        maps = self.fine_maps(encoder, self.stored(chosen))
-        encoder.train(training)
-        tiles, captions = [], []
-        for i, colors in zip(chosen, feature_colors(maps)):
-            unit = self.intensity.to_unit(self.slices[i][0])
-            shown = (unit - unit.min()) / (unit.max() - unit.min()).clamp(min=1e-6)
-            tiles.append(gray_tile(shown.numpy(), TILE))
-            picture = Image.fromarray((255 * colors).round().byte().numpy())
-            tiles.append(np.asarray(picture.resize(tile_size(unit.shape, TILE), Image.Resampling.NEAREST)))
-            captions += [self.slices.dataset.names[self.slices.indices[i]], "features"]
-        return contact_sheet(tiles, captions, columns=4)
-
-    def fine_maps(self, encoder: Encoder, batches: Iterable[Tensor]) -> Tensor:
-        """layer4 (n, C, h, w) of slices in stored values at output stride 8, as a decoder will see it."""
-        pretraining_stride = encoder.output_stride
-        encoder.set_output_stride(8)
-        maps = [self.maps(encoder, stored) for stored in batches]
-        encoder.set_output_stride(pretraining_stride)
-        return torch.cat(maps)
-
-    def stored(self, rows) -> DataLoader:
-        """Stored values (n, 1, H, W) of the slices `rows`, in batches."""
-        return DataLoader(Subset(self.slices, rows), batch_size=32)
-
-    def maps(self, encoder: Encoder, stored: Tensor) -> Tensor:
-        """layer4 (n, C, h, w) of whole slices (n, 1, H, W) in stored values, scaled to the views' size."""
-        x = self.intensity.normalise(self.scaled(stored))
-        return encoder(x.expand(-1, self.channels, -1, -1))["layer4"]
-
-    def scaled(self, stored: Tensor) -> Tensor:
-        """Whole slices in stored values, windowed and scaled to the views' size (n, 1, size, size)."""
-        unit = self.intensity.to_unit(stored.to(self.process.device))
-        return F.interpolate(
-            unit, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False
-        )
-
-    def neighbourhoods(self, stored: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Mean grey values of the 3 x 3 cells around each position of a map (h, w): (n, h w, 9)."""
-        cells = F.adaptive_avg_pool2d(self.scaled(stored), shape)
-        return F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3).mT
-
-
-def validation_slices(cfg: Config, size: tuple[int, int] | None = None) -> SliceDataset | None:
-    """Those of data.val, if there is such a list."""
-    if not cfg.data.val or not (Path(cfg.data.root) / cfg.data.val).is_file():
-        return None
-    place = (cfg.data.root, cfg.data.val, cfg.data.images, cfg.data.hu_offset)
-    return SliceDataset(*place, size, cfg.run.skip_bad)
+GROUP = 8  # images whose positions are clustered together
+CLUSTERS = 24  # of such a group
+IMAGE_CLUSTERS = 3  # of one image
+RECENT = 8  # log lines over which the cosine of keys is averaged
 
 
 @torch.no_grad()
-def frozen_collapse(batches: Batches) -> dict[str, dict]:
-    """How far the frozen encoder's features have collapsed, from batches of (n, D, h, w).
+def dense_structure(features: Tensor, seed: int = 0) -> dict[str, float]:
+    """Dense representation Structure Estimator: "dse" = "inter" - "intra" + "dimension"; and "image_share".
 
-    effective_rank: pooled: of the slices' mean vectors; dense: of single positions, the same number of each
-    slice by chance. structure: structure.py's measures, also of some positions by chance.
+    Follows the authors' own code: distances are in units of the features' mean distance to their common
+    mean, so the measure does not change with the scale of the features.
+
+    inter: mean distance of a vector to the nearest centre of a cluster that is not its own, the positions
+        of 8 images being clustered into 24.
+    intra: radius of those clusters, and of 3 clusters within each image, the mean of both. The radius of n
+        vectors is the sum of the singular values of their centred matrix over sqrt(max(n - 1, C)).
+    dimension: effective rank (not centred) of one random position of every image, over min(B, C); the mean
+        over as many draws as there are positions.
+
+    One change: k-means++ draws its first centres by squared distances, as published, and reproducibly.
+
+    Args:
+        features: (B, P, C), P positions of B images; at least 2 images.
     """
-    count = min(len(batches), MONITORED)
-    rows = [len(batches) * i // count for i in range(count)]
-    structured = set(rows[:: -(-count // STRUCTURED)])
-    pooled, dense, structure = [], [], []
-    plan = chunks(rows, batches.batch_size)
-    for some, (features, _) in zip(
-        plan, runtime.progress(batches.process, "effective rank", batches.of(plan), len(plan))
-    ):
-        vectors = features.float().flatten(2).mT.cpu()  # (n, h w, D)
-        chosen = torch.randperm(vectors.shape[1], generator=torch.Generator().manual_seed(len(dense)))
-        pooled.append(vectors.mean(dim=1))
-        dense.append(vectors[:, chosen[: max(1, FROZEN_POSITIONS // count)]].flatten(0, 1))
-        mine = [i for i, row in enumerate(some) if row in structured]
-        structure.append(vectors[mine][:, chosen[:STRUCTURE_POSITIONS]])
-    ranks = {"pooled": effective_rank(torch.cat(pooled)), "dense": effective_rank(torch.cat(dense))}
-    return {
-        "effective_rank": ranks | {"slices": count},
-        "structure": dense_structure(torch.cat(structure)),
+    features = features.double().cpu()
+    if not features.isfinite().all():
+        return dict.fromkeys(("dse", "inter", "intra", "dimension", "image_share"), float("nan"))
+    images, positions, channels = features.shape
+    generator = torch.Generator().manual_seed(seed)
+    everything = features.flatten(0, 1)
+    scale = (everything - everything.mean(dim=0)).norm(dim=1).mean().clamp(min=1e-12)
+
+    inter, group_radii = [], []
+    for group in features.split(GROUP):
+        points = group.flatten(0, 1)
+        centres, labels = kmeans(points, min(CLUSTERS, len(points)), generator)
+        distances = torch.cdist(points, centres)
+        distances[torch.arange(len(points)), labels] = torch.inf
+        inter.append(distances.amin(dim=1).mean())
+        group_radii += cluster_radii(points, labels)
+    image_radii = []
+    for image in features:
+        _, labels = kmeans(image, min(IMAGE_CLUSTERS, positions), generator)
+        image_radii += [torch.stack(radii).mean()] if (radii := cluster_radii(image, labels)) else []
+
+    order = torch.rand(images, positions, generator=generator).argsort(dim=1)
+    shuffled = features.gather(1, order[..., None].expand_as(features)).transpose(0, 1)  # (P, B, C)
+    ranks = [effective_rank_of(values) for values in torch.linalg.svdvals(shuffled)]
+    terms = {
+        "inter": float(torch.stack(inter).mean() / scale),
+        "intra": float((mean_of(group_radii) + mean_of(image_radii)) / 2 / scale),
+        "dimension": sum(ranks) / len(ranks) / min(images, channels),
+        "image_share": image_share(features),
     }
+    return {"dse": terms["inter"] - terms["intra"] + terms["dimension"], **terms}
 
 
-def feature_colors(maps: Tensor) -> Tensor:
-    """Dense features (N, C, h, w) as colours (N, h, w, 3) in [0, 1]; like features have like colours.
+@torch.no_grad()
+def image_share(features: Tensor) -> float:
+    """Share of the variance of dense features (B, P, C) that lies between images.
 
-    The first three principal components, one projection for all maps, each from its 1st to 99th percentile.
+    0 if all images have the same mean (and for constants); 1 if the positions of an image do not differ, in
+    which case nothing can be segmented.
     """
-    vectors = maps.movedim(1, -1).flatten(0, 2).double().cpu()
-    centred = vectors - vectors.mean(dim=0)
-    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
-    axes *= axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()  # svd leaves the sign open
-    components = centred @ axes.T
-    low, high = (components.quantile(q, dim=0) for q in (0.01, 0.99))
-    colors = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    return colors.view(len(maps), *maps.shape[2:], -1)
+    features = features.double()
+    centred = features - features.mean(dim=(0, 1))
+    between = features.mean(dim=1) - features.mean(dim=(0, 1))
+    total = centred.square().sum(dim=2).mean()
+    return float(between.square().sum(dim=1).mean() / total) if total > 0 else 0.0
 
 
-def describe_collapse(measured: dict) -> str:
-    whitened = measured.get("effective_rank_whitened")
-    rest = f"; after whitening {whitened:.1f}" if whitened is not None else ""
-    score = f", label-free score {measured['score']:.3f}" if "score" in measured else ""
-    return (
-        f"effective rank of pooled features {measured['effective_rank']:.1f}, "
-        f"of dense features {measured['effective_rank_dense']:.1f}{rest}; DSE {measured['dse']:.3f}, "
-        f"grey readout {measured['grey_readout']:.3f}{score}"
-    )
+@torch.no_grad()
+def grey_readout(features: Tensor, grey: Tensor, ridge: float = 0.01) -> float:
+    """How well a linear map reads the slice off its dense features: a linear probe that needs no labels.
+
+    Ridge regression from the features of a position to the grey values around it, fitted to the first half of
+    the images and judged by the second: the share of the values' variance that it explains (R^2, at most 1,
+    negative if it is worse than their mean). A trunk that has forgotten what is where, as one that gives all
+    images the same key has, cannot tell. It does not change with the scale of features or values.
+
+    Args:
+        features: (B, P, C), P positions of B images.
+        grey: (B, P, V), V values around each of them.
+        ridge: penalty, in units of the mean variance of a feature.
+    """
+    features, grey = features.double().cpu(), grey.double().cpu()
+    half = len(features) // 2
+    if not half or not features.isfinite().all():
+        return float("nan")
+    x, y = features[:half].flatten(0, 1), grey[:half].flatten(0, 1)
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    x, y = x - x_mean, y - y_mean
+    covariance = x.mT @ x / len(x)
+    covariance.diagonal().add_((ridge * covariance.diagonal().mean()).clamp(min=1e-12))
+    weights = torch.linalg.solve(covariance, x.mT @ y / len(x))
+    truth = grey[half:].flatten(0, 1) - y_mean
+    error = truth - (features[half:].flatten(0, 1) - x_mean) @ weights
+    total = truth.square().sum()
+    return float(1 - error.square().sum() / total) if total > 0 else 0.0
 
 
-def show(board, step: int, measured: dict, page: Image.Image) -> None:
-    """The panel of features and the spectrum (if matplotlib is installed) as pictures on a TensorBoard."""
-    board.add_image("features", np.asarray(page), step, dataformats="HWC")
-    if importlib.util.find_spec("matplotlib"):
-        board.add_figure("spectrum", spectrum_figure({"step": step, **measured}), step)
+def recent_similarity(logged: Iterable[float | None]) -> float:
+    """Mean of the last 8 logged cosines of keys ("similarity" of models.MoCo), those of steps that were not
+    finite (None in metrics.jsonl) left out; not a number if there are none."""
+    recent = [value for value in logged if value is not None and math.isfinite(value)][-RECENT:]
+    return sum(recent) / len(recent) if recent else math.nan
 
 
-def draw(folder: Path, process: Process) -> None:
-    """curves.png and spectrum.png from metrics.jsonl."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        process.say("no curves.png and spectrum.png: pip install matplotlib")
-        return
+def label_free_score(readout: float, similarity: float) -> float:
+    """How good a pretrained encoder is for segmentation, as far as can be told without labels.
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [row for row in rows if "loss" in row]
-    ranks = [row for row in rows if "effective_rank" in row]
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    steps = [row["step"] for row in losses]
-    for name in ("global", "local") if any(row["local"] for row in losses) else ("global",):
-        axes[0].plot(steps, [row[name] for row in losses], label=name)
-    for name, label in {
-        "accuracy": "queries nearest to their own key",
-        "similarity": "cosine of keys",
-    }.items():
-        axes[1].plot(steps, [row.get(name, math.nan) for row in losses], label=label)
-    for name, label in KINDS.items():
-        if f"effective_rank{name}" in ranks[0]:
-            axes[2].plot(
-                [r["step"] for r in ranks], [r[f"effective_rank{name}"] for r in ranks], "o-", label=label
-            )
-    titles = ("InfoNCE", "accuracy and similarity", "effective rank")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    for axis in axes:
-        axis.legend()
-    figure.savefig(folder / "curves.png", dpi=110)
-    spectrum_figure(ranks[0], ranks[-1]).savefig(folder / "spectrum.png", dpi=110)
-    process.say(f"pictures: {folder / 'curves.png'} {folder / 'spectrum.png'}")
+    It can fail in two ways: forget what is where, which grey_readout shows, or give all images the same key,
+    which recent_similarity shows. The score is the readout less a tenth of that (docs/RESULTS.md: any weight
+    from 0.02 to 0.5 orders encoders nearly alike).
+    """
+    return readout - 0.1 * similarity
 
 
-def spectrum_figure(*rows: dict):
-    """The singular values of one measurement, or of the first (dotted) and the last: a matplotlib figure."""
-    from matplotlib.figure import Figure
+def kmeans(points: Tensor, count: int, generator: torch.Generator, iterations: int = 20):
+    """Centres (K, C) and labels (N,) of points (N, C): Lloyd's algorithm from k-means++ centres."""
+    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
+    nearest = (points - points[chosen[0]]).square().sum(dim=1)
+    for _ in range(count - 1):
+        weights = nearest if nearest.sum() > 0 else torch.ones_like(nearest)
+        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
+        nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(dim=1))
+    centres = points[chosen]
+    for _ in range(iterations):
+        labels = torch.cdist(points, centres).argmin(dim=1)
+        member = torch.nn.functional.one_hot(labels, count).to(points.dtype)  # (N, K)
+        sizes = member.sum(dim=0)[:, None]
+        moved = torch.where(sizes > 0, member.T @ points / sizes.clamp(min=1), centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres, torch.cdist(points, centres).argmin(dim=1)
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for row, style in zip(rows, (":", "-") if len(rows) > 1 else ("-",), strict=True):
-        for i, (name, label) in enumerate(KINDS.items()):
-            if f"spectrum{name}" in row:
-                values = torch.tensor(row[f"spectrum{name}"])
-                axis.plot(
-                    range(1, 1 + len(values)),
-                    values / values[0].clamp(min=1e-12),
-                    style,
-                    color=f"C{i}",
-                    label=f"{label}, step {row['step']}",
-                )
-    axis.set(
-        xscale="log",
-        yscale="log",
-        ylim=(1e-5, 1.5),
-        xlabel="number",
-        ylabel="singular value / largest",
-        title="Spectrum",
-    )
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", loc="lower left")
-    return figure
+
+def cluster_radii(points: Tensor, labels: Tensor) -> list[Tensor]:
+    """The radius of every cluster of two points and more."""
+    clusters = [points[labels == label] for label in labels.unique()]
+    return [
+        torch.linalg.svdvals(own - own.mean(dim=0)).sum() / max(len(own) - 1, own.shape[1]) ** 0.5
+        for own in clusters
+        if len(own) > 1
+    ]
+
+
+def mean_of(values: list[Tensor]) -> Tensor:
+    """As the authors' code, 1 (0 would be the best value) if there is no cluster to measure."""
+    return torch.stack(values).mean() if values else torch.ones((), dtype=torch.float64)

@@ -1,285 +1,351 @@
-"""The command line of data sets: make, convert, pack, check and show them.
+"""Slices as training reads them: intensities, datasets, and whole batches for a DataLoader.
+
+    SliceDataset, SegmentationDataset   the slices of a list, with or without masks, at one size
+    Intensity, network_input            from stored values to what a network sees
+    BatchReader                         whole batches, for a DataLoader
+
+Files on disk are read by ct/. Run as a script it makes, packs, checks and shows data sets (prepare/):
 
     python data.py phantom --out data/phantom --cases 40 --slices 24 --size 128 --seed 0
     python data.py slice --images ct.nii.gz|DIR --labels seg.nii.gz|DIR --out data/ct --label-map MAP.json
     python data.py pack --root data/ct --list train.txt --out data/ct-train
     python data.py check --root data/ct
     python data.py show --root data/ct --list train.txt --out page.png --views
-
-The datasets and intensities of training are in reading.py, the layout of a set on disk and the readers of
-single files in layout.py, NIfTI volumes in volumes.py and slicing.py, the phantom in phantom.py, pictures in
-pictures.py; their public names can be imported from here too.
 """
 
-import argparse
-import json
+import logging
+import math
 import os
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
 
-from augment import SegmentationAugment, TwoViews
-from check import check_set
-from files import write_whole
-from layout import (
-    IGNORE,
-    DataError,
+from ct.layout import (
+    Cases,
+    Strings,
     all_slices,
-    case_of,
-    class_names,
-    default_window,
-    in_threads,
+    find_slices,
     mask_path,
-    read_json,
+    packed_at,
     read_list,
-    read_mask,
-    read_slice,
     read_spacing,
-    remove_lists,
-    split_cases,
     split_folder,
-    write_lists,
-    write_png,
+    without_suffix,
 )
-from phantom import BTCV_ORGANS, phantom_case, phantom_spacing
-from pictures import ORGAN_COLORS, class_colors, contact_sheet, outlined, views_page
-from reading import BatchReader, Intensity, SegmentationDataset, SliceDataset, fit
-from slicing import slice_volumes
-from volumes import read_volume, write_labels
+from ct.slices import AIR, IGNORE, DataError, mask_size, one_line, read_mask, read_stored, slice_header
 
-__all__ = [
-    "BTCV_ORGANS",
-    "ORGAN_COLORS",
-    "BatchReader",
-    "DataError",
-    "Intensity",
-    "SegmentationAugment",
-    "SegmentationDataset",
-    "SliceDataset",
-    "TwoViews",
-    "all_slices",
-    "case_of",
-    "class_names",
-    "default_window",
-    "fit",
-    "phantom_case",
-    "phantom_spacing",
-    "read_list",
-    "read_mask",
-    "read_slice",
-    "read_volume",
-    "write_labels",
-]
+BAD_IN_A_ROW = 100  # unreadable slices one after the other that end a run with skip_bad too
+log = logging.getLogger("med-moco")
 
-# ---- Packing -------------------------------------------------------------------------------------
+# ---- Intensities ---------------------------------------------------------------------------------
 
 
-def pack(args):
-    """The pack command: the slices of a list, on their common size, as one file that needs no decoding."""
-    dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
-    out = Path(args.out.removesuffix(".npy"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    about, array = out.with_name(out.name + ".json"), out.with_name(out.name + ".npy")
-    about.unlink(missing_ok=True)  # without it nobody takes the array for complete
-    part = array.with_name(array.name + ".part")
-    packed = np.lib.format.open_memmap(part, "w+", np.int16, (len(dataset), *dataset.size))
-    limits = np.iinfo(np.int16)
-    slices = in_threads(dataset.__getitem__, range(len(dataset)), "packing")
-    for row, image in zip(packed, slices):
-        row[:] = image[0].round().clamp(limits.min, limits.max).to(torch.int16).numpy()
-    packed.flush()
-    os.replace(part, array)
-    content = {
-        "source": f"{args.root} {args.list}",
-        "stored": dataset.stored,
-        "spacing": read_spacing(args.root),
-    }
-    write_whole(about, json.dumps(content | {"names": [*dataset.names], "cases": [*dataset.cases]}))
-    size = f"{dataset.size[0]} x {dataset.size[1]}"
-    print(f"{array}: {len(dataset)} slices of {size} px; cases: {len(set(dataset.cases))}")
-    return 0
+@dataclass(frozen=True)
+class Intensity:
+    """Stored values -> what a network sees: the window to [0, 1], then minus `mean` and over `std`.
+
+    window None: stored values stay unscaled. Takes tensors and arrays of any shape. Two compare by value.
+    """
+
+    window: tuple | None = (-160.0, 240.0)
+    mean: float = 0.5
+    std: float = 0.25
+
+    def __post_init__(self):
+        if self.window is not None:
+            if len(self.window) != 2 or not self.window[0] < self.window[1]:
+                raise DataError(f"window: two increasing values are expected, not {self.window}")
+            object.__setattr__(self, "window", (float(self.window[0]), float(self.window[1])))
+        if not self.std > 0:
+            raise DataError(f"std: a positive value is expected, not {self.std}")
+
+    def to_unit(self, stored):
+        if self.window is None:
+            return stored
+        low, high = self.window
+        return ((stored - low) / (high - low)).clip(0, 1)
+
+    def normalise(self, unit):
+        return (unit - self.mean) / self.std
+
+    def __call__(self, stored):
+        return self.normalise(self.to_unit(stored))
+
+    def as_dict(self):
+        """For JSON; Intensity(**as_dict()) is the same again."""
+        window = None if self.window is None else list(self.window)
+        return {"window": window, "mean": self.mean, "std": self.std}
 
 
-# ---- Command line --------------------------------------------------------------------------------
+def network_input(unit: Tensor, intensity: Intensity, in_channels: int) -> Tensor:
+    """Windowed images (N, 1, H, W) -> what the network sees, (N, in_channels, H, W) channels_last."""
+    images = intensity.normalise(unit).expand(-1, in_channels, -1, -1)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
-def make_phantom(args):
-    """The phantom command. phantom.json has the arguments; "complete" is true once everything is written."""
-    out = Path(args.out)
-    about = {"cases": args.cases, "slices": args.slices, "size": args.size, "seed": args.seed}
-    if (out / "phantom.json").exists():
-        there = read_json(out / "phantom.json", dict)
-        if there == about | {"complete": True}:
-            print(f"{out}: this phantom is there already")
-            return 0
-        if {key: there.get(key) for key in about} != about:
-            raise DataError(f"{out}: holds a phantom with other arguments ({there}); choose another folder")
-    elif out.exists() and any(out.iterdir()):
-        raise DataError(f"{out}: not empty, and not a phantom; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "phantom.json", json.dumps(about | {"complete": False}))
-    remove_lists(out)
-
-    cases = [f"phantom{index:03d}" for index in range(args.cases)]
-    list(in_threads(lambda case: write_phantom_case(out, case, args), cases, "phantom"))
-    names = {case: [f"{case}/{index:03d}.png" for index in range(args.slices)] for case in cases}
-    lists = split_cases(cases)
-    lists["unlabelled"] = [case for case in cases if case not in lists["val"] + lists["test"]]
-    spacing = phantom_spacing(args.slices, args.size)
-    write_whole(out / "spacing.json", json.dumps({case: spacing for case in cases}, indent=1))
-    write_whole(out / "classes.json", json.dumps(BTCV_ORGANS, indent=1))
-    write_lists(out, {split: sum((names[case] for case in part), []) for split, part in lists.items()})
-    write_whole(out / "phantom.json", json.dumps(about | {"complete": True}))
-    parts = ", ".join(f"{len(part)} {split}" for split, part in lists.items())
-    print(f"{out}: {args.cases} cases of {args.slices} slices of {args.size} px (cases: {parts})")
-    return 0
+# ---- One size for all slices ---------------------------------------------------------------------
 
 
-def write_phantom_case(out, case, args):
-    hu, labels = phantom_case(args.seed * 100_003 + int(case[7:]), args.slices, args.size)
-    stored = (hu.astype(np.int32) + 1024).clip(0).astype(np.uint16)
-    for folder, values in (("images", stored), ("masks", labels)):
-        (out / folder / case).mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(values):
-            write_png(out / folder / case / f"{number:03d}.png", image)
-
-
-def show(args):
-    """The show command: evenly spaced slices of a list with mask outlines, or pairs of views, on one page."""
-    dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
-    count = min(args.count or (5 if args.views else 24), len(dataset))
-    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
-    intensity = Intensity(default_window(dataset.stored))
-    slices = torch.stack([intensity.to_unit(dataset[index]) for index in chosen])  # (N, 1, H, W)
-    captions = [dataset.names[index] for index in chosen]
-    if args.views:
-        page = show_views(slices, captions, args.seed)
+def fit(image, size, fill, nearest=False):
+    """An image (H, W) brought to `size` (h, w): scaled to fit inside with its aspect ratio kept, centred, the
+    rest filled. Bilinear (antialiased where it shrinks), or nearest for masks. A tensor of any dtype,
+    kept."""
+    if tuple(image.shape) == tuple(size):
+        return image
+    height, width, top, left = placement(image.shape, size)
+    pixels = image[None, None].float()
+    if nearest:
+        scaled = F.interpolate(pixels, (height, width), mode="nearest-exact")
     else:
-        page = show_masks(dataset, slices, captions, args)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    page.save(args.out, format="PNG")
-    print(f"{args.out}: {len(chosen)} of {len(dataset)} slices, {page.width} x {page.height} px")
-    return 0
+        scaled = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    out = image.new_full(size, fill)
+    out[top : top + height, left : left + width] = scaled[0, 0]
+    return out
 
 
-def show_views(slices, captions, seed):
-    from losses import matched_points
-
-    views = TwoViews(size=min(slices.shape[-2:]), flip=0.5)
-    view1, view2, box1, box2 = views(slices, torch.Generator().manual_seed(seed))
-    points1, points2, keep = matched_points(box1, box2, grid=4)
-    pair = view1[:, 0].numpy(), view2[:, 0].numpy()
-    return views_page(slices[:, 0].numpy(), pair, (box1, box2), (points1, points2), keep, captions)
+def placement(own, size):
+    """Where an image of size `own` lies on the common size: (height, width, top, left) in px."""
+    scale = min(size[0] / own[0], size[1] / own[1])
+    height, width = max(1, round(own[0] * scale)), max(1, round(own[1] * scale))
+    return height, width, (size[0] - height) // 2, (size[1] - width) // 2
 
 
-def show_masks(dataset, slices, captions, args):
-    """A slice whose mask exists gets its outlines; without classes.json the classes are called by number."""
-    folder = split_folder(args.root, args.list, args.masks)
-    masks = []
-    for path in (mask_path(folder, name) for name in captions):
-        own = read_mask(path) if path.exists() else np.zeros(dataset.size, np.uint8)
-        masks.append(fit(torch.from_numpy(own), dataset.size, 0, nearest=True).numpy())
-    names = []
-    if highest := max(mask[mask != IGNORE].max(initial=0) for mask in masks):
-        names = class_names(args.root, int(highest) + 1)
-        own = class_names(args.root) if (Path(args.root) / "classes.json").exists() else []
-        names = own + names[len(own) :]  # `data.py check` calls labels without a name bad
-    colors = class_colors(names)
-    tiles = [outlined(image.numpy(), mask, 256, colors) for image, mask in zip(slices[:, 0], masks)]
-    return contact_sheet(tiles, captions, names)
+# ---- Datasets ------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help explains)\n")
+class SliceDataset(Dataset):
+    """The slices of a list, as FloatTensor (1, H, W) in HU (8-bit sets: the stored value).
+
+    root      the data set's folder, or a packed set (NAME, NAME.npy or NAME.json; it is its own list then)
+    list      list file below root; None: every slice in the images folder
+    images    folder below root; "{split}" in it stands for the list's name without .txt
+    size      (H, W) of all slices; None: that of the first one. Slices of another size are scaled to fit
+              (see `fit`).
+    skip_bad  leave out listed files that are missing, and give the next readable slice of the list for an
+              unreadable one, both with a warning; without it they are a DataError
+    names, cases    one each a slice;  stored: "hu" or "uint8" (8-bit PNGs)
+    """
+
+    def __init__(self, root, list="train.txt", images="images", hu_offset=1024, size=None, skip_bad=False):
+        self.hu_offset, self.skip_bad = hu_offset, skip_bad
+        # Shared, so that all workers together say each of these once.
+        self.said = {about: torch.zeros(1, dtype=torch.bool).share_memory_() for about in ("size", "bad")}
+        self.packed = packed_at(root)
+        if self.packed:
+            self.names, self.cases, self.stored = self.packed.names, self.packed.cases, self.packed.stored
+            first = self.packed.shape[1:]
+        else:
+            self.folder, self.names = listed_slices(root, list, images, skip_bad)
+            self.cases = Cases(self.names)
+            first, self.stored = self.readable(lambda index: slice_header(self.path(index)), 0)
+        self.size = tuple(size) if size else tuple(first)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return self.image(self.readable(self.read, index))[None]
+
+    def readable(self, read, index):
+        """read(index), or with skip_bad read(i) of the first slice from there on that can be read."""
+        index = range(len(self))[index]
+        for tried in range(min(BAD_IN_A_ROW, len(self))):
+            try:
+                return read((index + tried) % len(self))
+            except DataError as error:
+                if not self.skip_bad:
+                    raise
+                reason = error
+            self.say_once("bad", f"warning: skipped unreadable slice: {reason} (later ones are only counted)")
+        raise DataError(f"{reason}; {tried + 1} unreadable slices in a row are too many to skip")
+
+    def path(self, index):
+        return self.packed.path if self.packed else self.folder / self.names[index]
+
+    def read(self, index):
+        """One slice as it is on disk, float32 (H, W)."""
+        if self.packed:
+            return next(self.packed.read([index]))
+        path = self.path(index)
+        slice, stored = read_stored(path, self.hu_offset)
+        if stored != self.stored:
+            kinds = {"hu": "16-bit or HU", "uint8": "8-bit"}
+            raise DataError(
+                f"{path}: {kinds[stored]} values, but the set begins with {kinds[self.stored]} ones"
+            )
+        return slice
+
+    def image(self, slice):
+        """A slice float32 (h, w) as it is on disk -> FloatTensor (H, W) on the common size."""
+        return self.to_size(torch.from_numpy(slice), AIR[self.stored])
+
+    def to_size(self, image, fill, nearest=False):
+        if tuple(image.shape) != self.size:
+            rule = "slices of different sizes: scaled to fit %d x %d px, centred, the rest filled with air"
+            self.say_once("size", rule % self.size)
+        return fit(image, self.size, fill, nearest)
+
+    def say_once(self, about, text):
+        if not self.said[about]:
+            self.said[about][0] = True
+            log.warning(text)
 
 
-def parse(argv):
-    parser = Parser(description="Data sets of CT slices: make, convert, check and show them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="phantom|slice|pack|check|show")
+class SegmentationDataset(SliceDataset):
+    """Slices with their masks: FloatTensor (1, H, W) as in SliceDataset, and LongTensor (H, W), 255 = ignore.
 
-    def command(name, function, help):
-        sub = commands.add_parser(
-            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    masks        folder below root, with the slice's name and the suffix .png
+    num_classes  a mask with a label outside 0 ... num_classes - 1 and 255 is an error; None: not checked
+    """
+
+    def __init__(
+        self,
+        root,
+        list="train.txt",
+        images="images",
+        masks="masks",
+        hu_offset=1024,
+        num_classes=None,
+        size=None,
+    ):
+        if packed_at(root):
+            raise DataError(f"{root}: a packed set holds no masks; give the data set's folder")
+        super().__init__(root, list, images, hu_offset, size)
+        self.num_classes = num_classes
+        self.mask_folder = split_folder(root, list, masks)
+        wanted = [without_suffix(name) + ".png" for name in self.names]
+        present(wanted, self.mask_folder, f"masks of {list}")
+        self.spacings = read_spacing(root)
+
+    def __getitem__(self, index):
+        slice, mask = self.read(index), self.own_mask(index)
+        if slice.shape != mask.shape:
+            raise DataError(
+                f"{self.mask_path(index)}: {mask.shape} px (rows, columns), its image {slice.shape}"
+            )
+        image = self.image(slice)
+        mask = self.to_size(torch.from_numpy(mask), IGNORE, nearest=True)
+        return image[None], mask.long()
+
+    def mask_path(self, index):
+        return mask_path(self.mask_folder, self.names[index])
+
+    def own_mask(self, index):
+        """The mask on its own grid, uint8 (h, w)."""
+        mask = read_mask(self.mask_path(index))
+        check_labels(mask, self.num_classes, self.mask_path(index))
+        return mask
+
+    def to_own_grid(self, prediction, index):
+        """A prediction uint8 (H, W) on the common size -> uint8 (h, w) on the mask's own grid (nearest)."""
+        own = mask_size(self.mask_path(index))
+        height, width, top, left = placement(own, self.size)
+        inside = torch.as_tensor(prediction)[top : top + height, left : left + width]
+        on_own = F.interpolate(inside[None, None].float(), own, mode="nearest-exact")[0, 0]
+        return on_own.to(torch.uint8).numpy()
+
+    def spacing(self, case):
+        """(slice, row, column) distances in mm, or None if the set does not say."""
+        return self.spacings.get(case)
+
+
+def check_labels(mask, num_classes, path):
+    """DataError if a mask (uint8) has a label that is neither below num_classes nor 255."""
+    if num_classes is None:
+        return
+    wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
+    if wrong.size:
+        raise DataError(
+            f"{path}: label {wrong.max()}, but there are {num_classes} classes, 0 to {num_classes - 1}"
         )
-        sub.set_defaults(function=function)
-        return sub
-
-    def set_options(sub, masks):
-        sub.add_argument("--root", required=True, help="the data set's folder")
-        sub.add_argument("--images", default="images", help="folder of the slices; {split}: the list's name")
-        if masks:
-            sub.add_argument("--masks", default="masks", help="folder of the masks; {split}: the list's name")
-        sub.add_argument("--hu-offset", type=float, default=1024, help="HU = value of a 16-bit PNG - this")
-
-    sub = command("phantom", make_phantom, "procedural abdominal CT with 13 organs, 60/20/20 by case")
-    sub.add_argument("--out", required=True, help="folder of the new set")
-    sub.add_argument("--cases", type=at_least(3), default=40)
-    sub.add_argument("--slices", type=at_least(1), default=24, help="slices a case")
-    sub.add_argument("--size", type=at_least(16), default=128, help="px")
-    sub.add_argument("--seed", type=at_least(0), default=0)
-
-    sub = command("slice", slice_volumes, "NIfTI volumes to 16-bit PNG slices (HU + 1024) and 8-bit masks")
-    sub.add_argument("--images", required=True, help="a .nii or .nii.gz, or a folder of them")
-    sub.add_argument("--labels", help="the same with labels; without: slices for pretraining only")
-    sub.add_argument("--out", required=True, help="folder of the new set")
-    sub.add_argument("--label-map", help='JSON {"source id": target id}; ids not listed become 0')
-    sub.add_argument("--classes", help="JSON list of class names, background first; or btcv: its 13 organs")
-    sub.add_argument(
-        "--split", help="JSON {train: [case ...], val: ..., test: ...}, or fractions: 0.7,0.1,0.2"
-    )
-    sub.add_argument("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help="processes")
-    sub.add_argument(
-        "--axis", type=int, choices=(0, 1, 2), default=2, help="0 sagittal, 1 coronal, 2 axial slices"
-    )
-
-    sub = command("pack", pack, "the slices of a list in one file, NAME.npy, with their names in NAME.json")
-    set_options(sub, masks=False)
-    sub.add_argument("--list", required=True, help="list file below the root")
-    sub.add_argument("--out", required=True, metavar="NAME")
-
-    sub = command(
-        "check", check_set, "reads everything: counts, HU statistics, labels, every bad file by name"
-    )
-    set_options(sub, masks=True)
-    sub.add_argument("--list", nargs="+", help="list files below the root; without: all of them")
-
-    sub = command("show", show, "a page of slices with mask outlines, or of augmented pairs")
-    set_options(sub, masks=True)
-    sub.add_argument("--list", help="list file below the root; without: every slice")
-    sub.add_argument("--out", required=True, metavar="PAGE.png")
-    sub.add_argument(
-        "--views", action="store_true", help="two views of each slice with their matched regions"
-    )
-    sub.add_argument("--count", type=at_least(1), help="slices on the page")
-    sub.add_argument("--seed", type=at_least(0), default=0, help="of the views")
-    return parser.parse_args(argv)
 
 
-def at_least(least):
-    def whole_number(text):
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
-        return value
+def listed_slices(root, list, images, skip_bad):
+    """The folder and the names, with suffix, of a list's slices."""
+    if not Path(root).is_dir():
+        raise DataError(f"{root}: no such data set (neither a folder nor a packed set)")
+    folder = split_folder(root, list, images)
+    if list is None:
+        return folder, Strings(all_slices(folder))
+    return folder, present(read_list(Path(root) / list), folder, list, skip_bad)
 
-    return whole_number
+
+def present(names, folder, what, skip_bad=False):
+    """The names of existing files, with suffix. If any is missing: DataError, with skip_bad a warning."""
+    found = find_slices(folder, names)
+    missing = [name for name, there in zip(names, found) if there is None]
+    if missing:
+        first = ", ".join(map(one_line, missing[:3])) + (" ..." if len(missing) > 3 else "")
+        message = f"{what}: {len(missing)} of {len(names)} files are missing in {folder}"
+        if not skip_bad or len(missing) == len(names):
+            raise DataError(f"{message}: {first}")
+        log.warning(f"warning: {message} and left out: {first}")
+    return Strings(filter(None, found))
 
 
-def main(argv=None):
-    args = parse(argv)
-    try:
-        return args.function(args)
-    except DataError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or args.command}: {error.strerror or error}"
-    except KeyboardInterrupt:
-        message = "interrupted"
-    print(f"data.py {args.command}: {message}", file=sys.stderr)
-    return 2
+# ---- Whole batches -------------------------------------------------------------------------------
+
+
+class BatchReader(Dataset):
+    """Batches of a SliceDataset, for DataLoader(BatchReader(...), sampler=lists of indices, batch_size=None).
+
+    An item is a FloatTensor (n, 1, H, W) and the number of its slices that were unreadable and replaced
+    (`skip_bad`). `workers` is the loader's num_workers.
+    """
+
+    def __init__(self, dataset, workers):
+        self.dataset = dataset
+        # Of each worker: its process id, and the slice that it is reading, -1 between batches.
+        self.reading = torch.full((workers, 2), -1).share_memory_()
+
+    def __getitem__(self, indices):
+        worker = get_worker_info()
+        batch = empty((len(indices), 1, *self.dataset.size), shared=worker is not None)
+        note = self.reading[worker.id].numpy() if worker else [0, 0]
+        note[0] = os.getpid()
+
+        def read(index):
+            note[1] = index
+            return index, self.dataset.read(index)
+
+        if self.dataset.packed:
+            note[1] = indices[0]
+            slices = zip(indices, self.dataset.packed.read(indices))
+        else:
+            slices = (self.dataset.readable(read, index) for index in indices)
+        replaced = 0
+        for row, index, (found, slice) in zip(batch, indices, slices):
+            row[0] = self.dataset.image(slice)
+            replaced += found != index
+        note[1] = -1
+        return batch, replaced
+
+    def being_read(self, pid):
+        """The file that the worker process `pid` is reading, or was when it died; None if it was not."""
+        for worker, index in self.reading.tolist():
+            if worker == pid and index >= 0:
+                return str(self.dataset.path(index))
+        return None
+
+
+def empty(shape, shared):
+    """An uninitialised FloatTensor, `shared`: in the memory through which a worker hands it over.
+
+    Moved there only afterwards, batches of some MB leave holes in the worker's heap, up to a hundred of them.
+    """
+    if not shared:
+        return torch.empty(shape)
+    storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))  # as in PyTorch's default_collate
+    return torch.empty(0).set_(storage, 0, shape)
 
 
 if __name__ == "__main__":
+    import sys
+
+    from prepare.commands import main
+
     sys.exit(main())

@@ -17,7 +17,7 @@ process's share (no SyncBatchNorm: shares of 4 crops and more do without). Cases
 
 import argparse
 
-from config import settings_parser
+from engine.config import settings_parser
 
 DEFAULTS = """
 seed: 0
@@ -90,9 +90,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import report
-from collapse import frozen_collapse
-from config import (
+from augment import SegmentationAugment
+from ct.layout import class_names
+from ct.slices import DataError
+from data import Intensity, SegmentationDataset, network_input
+from engine.config import (
     Config,
     ConfigError,
     check,
@@ -102,22 +104,29 @@ from config import (
     check_range,
     load_config,
 )
-from data import DataError, Intensity, SegmentationAugment, SegmentationDataset, class_names
-from encoder_file import build_encoder, check_same_encoder, encoder_facts, encoder_path, normalisation, sha256
-from files import write_whole
-from models import Encoder, WeightsError, read_weights
-from runtime import Process, make_run_folder, start_process, warn
-from segmenter import (
+from engine.files import make_run_folder, write_whole
+from engine.process import Process, start_process, warn
+from engine.stopping import STOP_MARKER, StopRequest, run_script
+from evaluation import report
+from evaluation.encoder_file import (
+    build_encoder,
+    check_same_encoder,
+    encoder_facts,
+    encoder_path,
+    normalisation,
+    sha256,
+)
+from evaluation.segmenter import (
     Batches,
     Description,
     build_model,
+    frozen_collapse,
     frozen_features,
-    network_input,
     predict,
     save_model,
 )
-from stopping import STOP_MARKER, StopRequest, run_script
-from supervised import Stopped, generator, train, training_positions
+from evaluation.supervised import Stopped, generator, train, training_positions
+from models import Encoder, WeightsError, read_weights
 
 NULLABLE = {
     "cache": (str, bool),

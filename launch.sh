@@ -268,7 +268,7 @@ test)
     ;;
 ablation)
     set_up
-    exec "$PY" ablation.py "${@:2}" # which divides the cores itself
+    exec "$PY" -m experiments.ablation "${@:2}" # which divides the cores itself
     ;;
 pretrain | evaluate)
     launch "$@"

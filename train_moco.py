@@ -14,7 +14,7 @@ spectrum.png if matplotlib is installed, TensorBoard files if tensorboard is.
 
 import argparse
 
-from config import settings_parser
+from engine.config import settings_parser
 
 DEFAULTS = """
 seed: 0
@@ -107,10 +107,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import config
-import runtime
-from collapse import CollapseMonitor, draw, show
-from config import (
+from augment import TwoViews
+from ct.slices import DataError, default_window
+from data import BatchReader, Intensity, SliceDataset, network_input
+from engine.config import (
     Config,
     ConfigError,
     check,
@@ -119,29 +119,30 @@ from config import (
     check_not_negative,
     check_positive,
     check_range,
+    config_errors,
+    load_config,
 )
-from data import BatchReader, DataError, Intensity, SliceDataset, TwoViews, default_window
-from files import write_whole, written_whole
-from guard import Guard, NotFinite
-from journal import Journal
+from engine.files import make_run_folder, write_whole, written_whole
+from engine.process import Process, Readback, seeded, start_process, warn
+from engine.stopping import STOP_MARKER, StopRequest, batch_loader, leave, naming_lost_workers, run_script
 from models import ARCHITECTURES, LAYERS, Encoder, MoCo, WeightsError, load_encoder_weights, slices
-from run_state import RunState, averaged_statistics
-from runtime import Process
-from schedule import Due, StepBatches, learning_rate
-from segmenter import network_input
-from stopping import STOP_MARKER, StopRequest, batch_loader, leave, naming_lost_workers, run_script
+from pretraining.guard import Guard, NotFinite
+from pretraining.journal import Journal
+from pretraining.monitor import CollapseMonitor, draw, show
+from pretraining.run_state import RunState, averaged_statistics
+from pretraining.schedule import Due, StepBatches, learning_rate
 
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "decorrelation.eps": float}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    cfg = config.load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
+    cfg = load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
     check_config(cfg)
     if args.folder:
         print(cfg.run.out)
         return 0
-    process = runtime.start_process(cfg.run)
+    process = start_process(cfg.run)
     place = (cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
     dataset = SliceDataset(*place, skip_bad=cfg.run.skip_bad)
     if len(counts := set(process.everyone(len(dataset)))) > 1:
@@ -166,7 +167,7 @@ def pretrain(
     guard = Guard(model, optimizer, cfg.run.max_bad_steps)
     views = TwoViews(cfg.data.size, **cfg.augment, value_range=value_range(cfg, intensity, dataset.stored))
 
-    folder = runtime.make_run_folder(cfg.run.out, process)
+    folder = make_run_folder(cfg.run.out, process)
     state = RunState(folder, cfg, process, dataset, intensity, model, optimizer, guard)
     step, complete = state.resume()
     if step >= total_steps and complete:
@@ -194,7 +195,7 @@ def pretrain(
     loader = batch_loader(reader, order, cfg.data.workers, process, cfg.run.timeout_minutes)
 
     journal = Journal(cfg, process, steps_per_epoch, total_steps, step)
-    readback = runtime.Readback(process.device)
+    readback = Readback(process.device)
     due = Due(cfg, steps_per_epoch, process)
 
     def measure_collapse() -> None:
@@ -204,13 +205,13 @@ def pretrain(
                 try:
                     state.export(name, step, measured)
                 except OSError as error:
-                    runtime.warn(f"step {step}: no {name}.pth written ({error}); training goes on")
+                    warn(f"step {step}: no {name}.pth written ({error}); training goes on")
         journal.collapse(step, measured)
         if board := journal.log.board:
             try:
                 show(board, step, measured, monitor.features_page(model))
             except OSError as error:
-                runtime.warn(f"step {step}: no pictures for TensorBoard ({error}); training goes on")
+                warn(f"step {step}: no pictures for TensorBoard ({error}); training goes on")
 
     if due.measuring(step) and not process.from_main(lambda: journal.knows_collapse(step)):
         measure_collapse()
@@ -221,7 +222,7 @@ def pretrain(
         guard.remember()
 
         unit = intensity.to_unit(stored.to(process.device, non_blocking=True))  # (n, 1, H, W) in [0, 1]
-        generator = runtime.seeded("views", cfg.seed, step)
+        generator = seeded("views", cfg.seed, step)
         query_view, key_view, query_box, key_box = views(unit, generator, offset, cfg.optim.batch_size)
         query_view, key_view = (
             network_input(view, intensity, cfg.model.in_channels) for view in (query_view, key_view)
@@ -361,13 +362,13 @@ def build_model(cfg: Config, process: Process) -> MoCo:
         in_trunk = {"whitening": plan.method, **options}
     elif plan.method != "none":
         in_moco = {"method": plan.method, **options}
-    with config.config_errors():
+    with config_errors():
         encoder = Encoder(
             cfg.model.arch, cfg.model.in_channels, output_stride=cfg.model.output_stride, **in_trunk or {}
         )
     if cfg.model.init != "random":
         process.say(str(load_encoder_weights(encoder, cfg.model.init)))
-    with config.config_errors():
+    with config_errors():
         return MoCo(
             encoder,
             cfg.model.dim,

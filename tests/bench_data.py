@@ -15,7 +15,7 @@ from bench_timing import device, interleaved, over
 from PIL import Image
 
 from augment import TwoViews
-from reading import BatchReader, SliceDataset
+from data import BatchReader, SliceDataset
 
 
 def noise_slice(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -143,13 +143,13 @@ def resident_after(folder: Path, count: int, args) -> float:
 def linear(args) -> tuple[str, dict]:
     """Seconds of a whole linear evaluation, scoring included, with features in memory, in a file, and
     computed at every step; one after the other."""
-    import data  # here, because it takes seconds
-    import eval_seg
+    import eval_seg  # here, because it takes seconds
+    from prepare import commands
 
     seconds, dice = {}, {}
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         root = Path(folder) / "phantom"
-        data.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "8", "--size", str(args.size)])
+        commands.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "8", f"--size={args.size}"])
         caches = {"memory": ["cache=on"], "file": ["cache=auto", "cache_gb=1e-6"], "none": ["cache=off"]}
         for name, cache in caches.items():
             out = Path(folder) / name

@@ -10,14 +10,13 @@ import pytest
 import torch
 import yaml
 
-import ablation
-import config
 import eval_seg
-import findings
 import train_moco
-from config import ConfigError
+from engine import config
+from engine.config import ConfigError
+from experiments import ablation, findings
+from experiments.position import local_task, noise, set_borders
 from models import Encoder, MoCo
-from position import local_task, noise, set_borders
 
 CONFIGS = Path(ablation.__file__).parent / "configs"
 PROTOCOL = """
@@ -82,9 +81,9 @@ def run(tmp_path, monkeypatch):
             dice = DICE.get((method, rate), 0.3)
             (folder / "results.json").write_text(json.dumps(results(dice) | {"encoder_sha256": machine[0]}))
             (folder / "model.pth").write_text("")
-        elif script == "position.py":
+        elif script == "-m":
             cues = {name: {"accuracy": 0.25, "loss": 1.0} for name in findings.PAIRS}
-            (Path(words[0]) / "position.json").write_text(json.dumps(cues))
+            (Path(words[1]) / "position.json").write_text(json.dumps(cues))
         else:
             Path(words[words.index("--out") + 1]).mkdir(parents=True)
 

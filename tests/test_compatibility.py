@@ -11,7 +11,7 @@ from PIL import Image
 
 import eval_seg
 import train_moco
-from layout import write_png
+from ct.slices import write_png
 from models import Encoder, load_encoder_weights
 
 CONFIGS = Path(__file__).parent.parent / "configs"

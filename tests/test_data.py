@@ -12,19 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-from data import (
-    DataError,
-    Intensity,
-    SegmentationDataset,
-    SliceDataset,
-    case_of,
-    read_list,
-    read_mask,
-    read_slice,
-)
-from layout import find_slices, split_cases
-from pictures import class_colors
+from ct import layout, organs, volumes
+from ct.layout import case_of, find_slices, read_list
+from ct.organs import class_colors
+from ct.slices import DataError, read_mask, read_slice
+from data import Intensity, SegmentationDataset, SliceDataset
+from prepare import commands
+from prepare.lists import split_cases
+from prepare.phantom import phantom_case, phantom_spacing
 
 CT = Path(__file__).parents[2] / "shared" / "ct"
 needs_ct = pytest.mark.skipif(not CT.is_dir(), reason=f"needs the real CT in {CT}")
@@ -72,7 +67,7 @@ def random_set(root, cases=("a", "b", "c"), slices=3, shape=(12, 10), classes=4,
 def run(capsys, *argv):
     """data.py with these arguments, in this process: exit code, output, errors."""
     try:
-        code = data.main([str(word) for word in argv])
+        code = commands.main([str(word) for word in argv])
     except SystemExit as exit:
         code = exit.code
     output = capsys.readouterr()
@@ -395,14 +390,14 @@ def test_intensity():
 
 
 def test_class_names_and_spacing(tmp_path):
-    assert data.class_names(tmp_path, 3) == ["background", "class 1", "class 2"]
-    assert data.class_names(tmp_path, ["background", "liver"]) == ["background", "liver"]
+    assert layout.class_names(tmp_path, 3) == ["background", "class 1", "class 2"]
+    assert layout.class_names(tmp_path, ["background", "liver"]) == ["background", "liver"]
     with pytest.raises(DataError, match="classes.json"):
-        data.class_names(tmp_path)
+        layout.class_names(tmp_path)
     random_set(tmp_path)
     (tmp_path / "classes.json").write_text('["background", "spleen"]')
     (tmp_path / "spacing.json").write_text('{"a": [5, 0.8, 0.7]}')
-    assert data.class_names(tmp_path) == ["background", "spleen"]
+    assert layout.class_names(tmp_path) == ["background", "spleen"]
     dataset = SegmentationDataset(tmp_path, "train.txt")
     assert dataset.spacing("a") == (5, 0.8, 0.7) and dataset.spacing("b") is None
     (tmp_path / "spacing.json").write_text('{"a": [5, 0.8]}')
@@ -410,11 +405,11 @@ def test_class_names_and_spacing(tmp_path):
         SegmentationDataset(tmp_path, "train.txt")
     (tmp_path / "classes.json").write_text("{")
     with pytest.raises(DataError, match="classes.json"):
-        data.class_names(tmp_path)
+        layout.class_names(tmp_path)
 
 
 def test_every_organ_has_a_color_of_its_own():
-    colors = data.ORGAN_COLORS.astype(int)
+    colors = organs.ORGAN_COLORS.astype(int)
     assert colors.shape == (256, 3) and not colors[0].any()
     distances = np.abs(colors[:14, None] - colors[None, :14]).sum(2) + 999 * np.eye(14, dtype=int)
     assert distances.min() > 80
@@ -423,10 +418,10 @@ def test_every_organ_has_a_color_of_its_own():
 def test_an_organ_keeps_its_color_under_another_number_and_spelling():
     names = ["background", "tumour", "Liver", "kidney_right", "spleen", "liver"]
     colors = class_colors(names)
-    assert (colors[2:5] == data.ORGAN_COLORS[[6, 2, 1]]).all()
+    assert (colors[2:5] == organs.ORGAN_COLORS[[6, 2, 1]]).all()
     assert len({tuple(color) for color in colors[:6]}) == 6  # the second liver and the tumour have others
-    assert (class_colors(data.BTCV_ORGANS) == data.ORGAN_COLORS).all()
-    assert (class_colors([f"class {i}" for i in range(255)]) == data.ORGAN_COLORS).all()
+    assert (class_colors(organs.BTCV_ORGANS) == organs.ORGAN_COLORS).all()
+    assert (class_colors([f"class {i}" for i in range(255)]) == organs.ORGAN_COLORS).all()
 
 
 # ---- phantom, pack, check, show ------------------------------------------------------------------
@@ -436,7 +431,7 @@ def test_an_organ_keeps_its_color_under_another_number_and_spelling():
 def phantom(tmp_path_factory):
     out = tmp_path_factory.mktemp("phantom") / "set"
     assert (
-        data.main(
+        commands.main(
             ["phantom", "--out", str(out), "--cases", "5", "--slices", "6", "--size", "48", "--seed", "7"]
         )
         == 0
@@ -450,13 +445,13 @@ def test_phantom_set(phantom, capsys):
     assert [len(cases[split]) for split in ("train", "val", "test")] == [3, 1, 1]
     assert not cases["train"] & cases["val"] and not cases["test"] & (cases["train"] | cases["val"])
     assert cases["unlabelled"] == cases["train"]
-    hu, labels = data.phantom_case(7 * 100_003, 6, 48)
+    hu, labels = phantom_case(7 * 100_003, 6, 48)
     index = 3
     assert np.array_equal(read_slice(phantom / f"images/phantom000/{index:03d}.png"), hu[index])
     assert np.array_equal(read_mask(phantom / f"masks/phantom000/{index:03d}.png"), labels[index])
-    assert data.class_names(phantom) == data.BTCV_ORGANS
+    assert layout.class_names(phantom) == organs.BTCV_ORGANS
     dataset = SegmentationDataset(phantom, "val.txt", num_classes=14)
-    assert dataset.spacing(dataset.cases[0]) == pytest.approx(data.phantom_spacing(6, 48))
+    assert dataset.spacing(dataset.cases[0]) == pytest.approx(phantom_spacing(6, 48))
 
 
 def test_phantom_is_reused_redone_or_refused(phantom, capsys):
@@ -558,7 +553,7 @@ def test_show(phantom, tmp_path, capsys):
     )
     assert code == 0, error
     page = np.array(Image.open(tmp_path / "a.png"))
-    assert (page == data.ORGAN_COLORS[6]).all(2).sum() > 200  # the outlines of the liver
+    assert (page == organs.ORGAN_COLORS[6]).all(2).sum() > 200  # the outlines of the liver
     code, _, error = run(
         capsys,
         "show",
@@ -631,21 +626,21 @@ def test_radiological_view_against_nibabel(tmp_path, nibabel):
         canonical = nibabel.as_closest_canonical(original)
         ras = np.asarray(canonical.dataobj)
         zooms = canonical.header.get_zooms()
-        axial = data.read_volume(tmp_path / "v.nii.gz")
+        axial = volumes.read_volume(tmp_path / "v.nii.gz")
         assert np.array_equal(axial.array, ras[::-1, ::-1].transpose(2, 1, 0)), codes
         assert axial.spacing == pytest.approx(zooms[::-1], rel=1e-5)
-        coronal = data.read_volume(
+        coronal = volumes.read_volume(
             tmp_path / "v.nii.gz", axis=1
         )  # rows from superior, columns from the right
         assert np.array_equal(coronal.array, ras[::-1, ::-1, ::-1].transpose(1, 2, 0))
-        sagittal = data.read_volume(
+        sagittal = volumes.read_volume(
             tmp_path / "v.nii.gz", axis=0
         )  # rows from superior, columns from anterior
         assert np.array_equal(sagittal.array, ras[::-1, ::-1, ::-1].transpose(0, 2, 1))
         assert sagittal.spacing == pytest.approx((zooms[0], zooms[2], zooms[1]), rel=1e-5)
         for volume in (axial, coronal, sagittal):
             labels = ((volume.array > 0) * 3 + (volume.array > 500)).astype(np.uint8)
-            data.write_labels(tmp_path / "out.nii.gz", labels, volume)
+            volumes.write_labels(tmp_path / "out.nii.gz", labels, volume)
             written = nibabel.load(tmp_path / "out.nii.gz")
             assert np.array_equal(np.asarray(written.dataobj), (voxels > 0) * 3 + (voxels > 500))
             assert written.get_data_dtype() == np.uint8 and np.allclose(written.affine, affine, atol=1e-4)
@@ -657,10 +652,10 @@ def test_volume_with_slope_and_a_fourth_axis(tmp_path, nibabel):
     image = nibabel.Nifti1Image(voxels, np.eye(4))
     image.header.set_slope_inter(2, -100)
     nibabel.save(image, tmp_path / "v.nii")
-    volume = data.read_volume(tmp_path / "v.nii")
+    volume = volumes.read_volume(tmp_path / "v.nii")
     saved = np.asarray(nibabel.load(tmp_path / "v.nii").dataobj)[..., 0]
     assert np.allclose(volume.array, saved[::-1, ::-1].transpose(2, 1, 0))
-    data.write_labels(tmp_path / "l.nii", (volume.array > saved.mean()).astype(np.uint8), volume)
+    volumes.write_labels(tmp_path / "l.nii", (volume.array > saved.mean()).astype(np.uint8), volume)
     assert np.array_equal(np.asarray(nibabel.load(tmp_path / "l.nii").dataobj)[..., 0], saved > saved.mean())
 
 
@@ -685,7 +680,7 @@ def test_bad_volumes_are_named(tmp_path, nibabel, capsys):
     for name, bad in files.items():
         (tmp_path / name).write_bytes(bad)
         with pytest.raises(DataError, match=name) as error:
-            data.read_volume(tmp_path / name)
+            volumes.read_volume(tmp_path / name)
         assert "\n" not in str(error.value)
         code, _, error = run(capsys, "slice", "--images", tmp_path / name, "--out", tmp_path / "out")
         assert code == 2 and one_line_of(error) and not list((tmp_path / "out").glob("*.txt")), (name, error)
@@ -729,9 +724,9 @@ def test_slice_folders(tmp_path, nibabel, capsys):
     cases = {split: {*map(case_of, names)} for split, names in lists.items()}
     assert [len(cases[split]) for split in ("train", "val", "test")] == [3, 1, 1]
     assert cases["unlabelled"] == cases["train"] | {"img0006"}
-    assert data.class_names(out) == data.BTCV_ORGANS
+    assert layout.class_names(out) == organs.BTCV_ORGANS
     assert json.loads((out / "spacing.json").read_text())["img0001"] == pytest.approx(
-        data.read_volume(tmp_path / "img/img0001.nii.gz").spacing
+        volumes.read_volume(tmp_path / "img/img0001.nii.gz").spacing
     )
     for case, (hu, labels) in volumes.items():
         canonical = [nibabel.as_closest_canonical(nibabel.Nifti1Image(a, affine)) for a in (hu, labels)]
@@ -755,7 +750,7 @@ def test_slice_folders(tmp_path, nibabel, capsys):
     ],
 )
 def test_pairing(tmp_path, images, labels):
-    from slicing import pair_volumes
+    from prepare.slicing import pair_volumes
 
     for folder, names in (("images", images), ("labels", labels)):
         for name in names.split():
@@ -767,7 +762,7 @@ def test_pairing(tmp_path, images, labels):
 
 
 def test_ambiguous_or_hopeless_pairing_is_refused(tmp_path):
-    from slicing import pair_volumes
+    from prepare.slicing import pair_volumes
 
     for name in ("images/a_1", "images/b_1", "labels/c_1", "other/c_7"):
         put(tmp_path / f"{name}.nii.gz", b"")
@@ -809,8 +804,8 @@ def test_nnunet_folders_bring_their_class_names(tmp_path, nibabel, capsys, label
     assert code == 0, error
     assert "other channels (left out): 5" in output and "paired 5 of 5" in output
     names = ["background", "liver", "spleen", "aorta"]
-    assert data.class_names(tmp_path / "out") == names[: 3 if ignored else 4]
-    volume = data.read_volume(tmp_path / "labelsTr/ct_002.nii.gz").array
+    assert layout.class_names(tmp_path / "out") == names[: 3 if ignored else 4]
+    volume = volumes.read_volume(tmp_path / "labelsTr/ct_002.nii.gz").array
     masks = [read_mask(tmp_path / f"out/masks/ct_002/{index:04d}.png") for index in range(len(volume))]
     assert np.array_equal(np.stack(masks), np.where(volume == 3, 255 if ignored else 3, volume))
 
@@ -852,7 +847,7 @@ def test_a_split_is_a_file_of_names_or_numbers_or_three_fractions(tmp_path, niba
 
 def test_the_published_btcv_split():
     """Test cases as listed by TransUNet and those who follow it."""
-    from slicing import read_split
+    from prepare.slicing import read_split
 
     numbers = [*range(1, 11), *range(21, 41)]
     split = read_split("configs/btcv_split.json", [f"img{number:04d}" for number in numbers])
@@ -906,7 +901,7 @@ def test_one_case_is_divided_into_blocks(tmp_path, nibabel, capsys):
     assert numbers("val") == [*range(17, 21)]
     assert numbers("test") == [*range(23, 27)]
     assert numbers("unlabelled") == [*range(15), 27, 28, 29]
-    assert data.class_names(tmp_path / "out") == ["background", "class 1", "class 2"]
+    assert layout.class_names(tmp_path / "out") == ["background", "class 1", "class 2"]
     labels[:, :, 8:] = 0
     save_volume(nibabel, tmp_path / "seg.nii.gz", labels)
     code, _, error = run(capsys, *argv)

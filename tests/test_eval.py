@@ -16,15 +16,15 @@ from PIL import Image
 
 import data
 import eval_seg
-import report
-import segmenter
-import stopping
-import supervised
-from config import ConfigError, load_config
-from data import DataError
+from ct import organs, slices
+from ct.slices import DataError
+from engine import stopping
+from engine.config import ConfigError, load_config
+from engine.process import Process
+from evaluation import report, segmenter, supervised
+from evaluation.segmenter import Batches
 from models import Encoder, WeightsError
-from runtime import Process
-from segmenter import Batches
+from prepare import commands
 
 PROJECT = Path(eval_seg.__file__).parent
 TINY = ["model.arch=resnet18", "model.output_stride=16", "data.workers=0", "run.device=cpu"]
@@ -36,7 +36,7 @@ FINETUNE = ["mode=finetune", "data.size=32", "optim.batch_size=2"]
 def phantom(tmp_path_factory):
     """Five cases (3 train, 1 val, 1 test) of 6 slices of 48 px."""
     root = tmp_path_factory.mktemp("set") / "phantom"
-    data.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48"])
+    commands.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48"])
     return root
 
 
@@ -93,8 +93,8 @@ def slow_dice(prediction_folder, root):
 
 def test_linear_evaluation_leaves_consistent_results(linear, phantom):
     out, results = linear
-    organs = data.BTCV_ORGANS[1:]
-    assert list(results["dice"]) == organs and list(next(iter(results["cases"].values()))) == organs
+    names = organs.BTCV_ORGANS[1:]
+    assert list(results["dice"]) == names and list(next(iter(results["cases"].values()))) == names
     defined = [value for value in results["dice"].values() if value is not None]
     assert results["mean_dice"] == pytest.approx(sum(defined) / len(defined))
     assert {"mean", "mean_with_background", "classes"} == set(results["dataset_dice"])
@@ -124,7 +124,7 @@ def test_repeating_prints_the_table_and_another_config_is_refused(linear, phanto
     before = (out / "results.json").stat().st_mtime_ns
     evaluate(phantom, out, "data.workers=1")  # does not decide what is computed
     printed = capsys.readouterr().out
-    assert "finished already" in printed and all(organ in printed for organ in data.BTCV_ORGANS[1:])
+    assert "finished already" in printed and all(organ in printed for organ in organs.BTCV_ORGANS[1:])
     assert printed.splitlines()[-3].split()[1:4:2] == ["mean", f"{100 * results['mean_dice']:.1f}"]
     assert (out / "table.md").read_text() in printed
     assert (out / "results.json").stat().st_mtime_ns == before
@@ -338,7 +338,7 @@ def test_an_encoder_file_that_changed_is_noticed(phantom, encoder_file, tmp_path
 def test_predicting_a_volume_of_any_orientation_equals_predicting_its_slices(linear, phantom, tmp_path):
     nibabel = pytest.importorskip("nibabel")
     folder = next((phantom / "images").iterdir())
-    hu = np.stack([data.read_slice(path) for path in sorted(folder.iterdir())])  # (S, H, W), radiological
+    hu = np.stack([slices.read_slice(path) for path in sorted(folder.iterdir())])  # (S, H, W), radiological
     run(*TINY, f"run.out={linear[0]}", "--predict", folder, "--out", tmp_path / "slices")
     expected = np.stack(
         [np.asarray(Image.open(tmp_path / "slices" / p.name)) for p in sorted(folder.iterdir())]
@@ -360,7 +360,7 @@ def test_predicting_a_volume_of_any_orientation_equals_predicting_its_slices(lin
 def test_a_single_slice_and_npy_slices_are_predicted(linear, phantom, tmp_path):
     name = (phantom / "test.txt").read_text().split()[0]
     run(*TINY, f"run.out={linear[0]}", "--predict", phantom / "images" / name, "--out", tmp_path / "png")
-    np.save(tmp_path / "slice.npy", data.read_slice(phantom / "images" / name).astype(np.int16))
+    np.save(tmp_path / "slice.npy", slices.read_slice(phantom / "images" / name).astype(np.int16))
     run(*TINY, f"run.out={linear[0]}", "--predict", tmp_path / "slice.npy", "--out", tmp_path / "npy")
     first, second = (
         np.asarray(Image.open(p)) for p in (tmp_path / "png" / Path(name).name, tmp_path / "npy/slice.png")
@@ -556,6 +556,6 @@ def test_label_colours_and_legend_are_drawn():
     mask[5:15, 5:15] = 6
     painted = report.painted(np.zeros((20, 30), np.float32), mask)
     assert painted.shape == (192, 288, 3) and not painted[0, 0].any()
-    assert np.abs(painted[96, 96] - 0.65 * data.ORGAN_COLORS[6]).max() <= 1
-    page = report.prediction_page([("case/1.png", mask / 6.0, mask, mask)], data.BTCV_ORGANS)
+    assert np.abs(painted[96, 96] - 0.65 * organs.ORGAN_COLORS[6]).max() <= 1
+    page = report.prediction_page([("case/1.png", mask / 6.0, mask, mask)], organs.BTCV_ORGANS)
     assert page.size[0] > 3 * 288

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import train_moco
-from data import BatchReader, DataError
-from guard import Guard, NotFinite
+from ct.slices import DataError
+from data import BatchReader
 from models import Encoder, MoCo
+from prepare import commands
+from pretraining.guard import Guard, NotFinite
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -43,7 +44,7 @@ IN_TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-end
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
     root = tmp_path_factory.mktemp("phantom")
-    data.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48"])
+    commands.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48"])
     (root / "tiny.yaml").write_text(TINY)
     return root
 

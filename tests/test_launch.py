@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-import data
+from prepare import commands
 
 ROOT = Path(__file__).parent.parent
 
@@ -325,7 +325,7 @@ def test_a_copy_in_slurms_folder_finds_the_project(project, tmp_path):
 def pretrain(tmp_path_factory):
     """Arguments of a small run that takes some seconds."""
     root = tmp_path_factory.mktemp("phantom")
-    data.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48"])
+    commands.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48"])
     settings = (
         "run.device=cpu data.size=32 data.workers=0 model.arch=resnet18 model.queue_size=20 model.bn_split=2"
     )

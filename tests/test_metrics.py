@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import metrics
+from evaluation import metrics
 
 
 def test_dice_counts_of_a_hand_made_slice():

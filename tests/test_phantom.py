@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from phantom import BTCV_ORGANS, phantom_case, phantom_spacing
+from ct.organs import BTCV_ORGANS
+from prepare.phantom import phantom_case, phantom_spacing
 
 SEEDS = range(8)
 SPINE_HU = 250  # above soft tissue and most contrast

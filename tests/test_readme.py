@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import config
 import eval_seg
 import train_moco
+from engine import config
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import reading
-from data import BatchReader, DataError, SliceDataset
-from layout import Strings, write_png
+import data
+from ct.layout import Strings
+from ct.slices import DataError, write_png
+from data import BatchReader, SliceDataset
 
 ROLLUP = Path("/proc/self/smaps_rollup")
 needs_proc = pytest.mark.skipif(not ROLLUP.exists(), reason="needs Linux, which tells a process's own memory")
@@ -226,8 +227,8 @@ def test_dead_worker_is_reported_with_its_file(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return stored(path, hu_offset)
 
-    stored = reading.read_stored
-    monkeypatch.setattr(reading, "read_stored", read_stored)
+    stored = data.read_stored
+    monkeypatch.setattr(data, "read_stored", read_stored)
     reader = BatchReader(SliceDataset(tmp_path), workers=2)
     arriving = iter(loader_of(reader, [[0, 1], [2, 3, 4], [6, 5, 7], [8]] * 3, workers=2))
     with pytest.raises(RuntimeError, match="DataLoader worker"):
@@ -252,8 +253,8 @@ def test_packed_file_cut_short_while_in_use(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_rank_gets_the_same_number_of_equal_batches(world):
     """Together they read what one process alone reads, and no slice twice in an epoch."""
-    from runtime import Process
-    from schedule import StepBatches
+    from engine.process import Process
+    from pretraining.schedule import StepBatches
 
     for batch in (world, 3 * world, 12):
         for size in sorted({batch, batch + 1, 2 * batch - 1, 2 * batch, 13, 17, 97, 101} - {*range(batch)}):
@@ -272,8 +273,8 @@ def test_every_rank_gets_the_same_number_of_equal_batches(world):
 
 
 def test_lists_of_one_two_and_three_slices():
-    from runtime import Process
-    from schedule import StepBatches
+    from engine.process import Process
+    from pretraining.schedule import StepBatches
 
     process = Process(0, 1, torch.device("cpu"), "fp32")
     for size in (1, 2, 3):

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from collapse import feature_colors
-from structure import (
+from collapse import (
     cluster_radii,
     dense_structure,
     grey_readout,
@@ -16,6 +15,7 @@ from structure import (
     label_free_score,
     recent_similarity,
 )
+from pretraining.monitor import feature_colors
 
 
 def blobs(images=16, positions=24, channels=32, kinds=6, noise=0.1, seed=0):

@@ -8,25 +8,23 @@ import torch
 import torchvision
 from PIL import Image
 
-import checkpoints
-import config
-import data
-import journal
-import runtime
-import stopping
 import train_moco
-from config import ConfigError
-from data import DataError
+from ct.slices import DataError
+from engine import config, files, stopping
+from engine import process as process_module
+from engine.config import ConfigError
+from engine.process import seeded
 from models import Encoder, WeightsError
-from runtime import seeded
-from schedule import StepBatches, learning_rate
+from prepare import commands
+from pretraining import journal
+from pretraining.schedule import StepBatches, learning_rate
 from train_moco import DEFAULTS, NULLABLE
 
 
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
     root = tmp_path_factory.mktemp("phantom")
-    data.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48", "--seed", "0"])
+    commands.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48"])
     return root
 
 
@@ -166,7 +164,7 @@ def test_accumulation_changes_memory_only(train):
 
 def test_order_of_reading_is_every_slice_once_an_epoch_whatever_the_ranks():
     def reads(world, first=0):
-        ranks = [runtime.Process(rank, world, torch.device("cpu"), "fp32") for rank in range(world)]
+        ranks = [process_module.Process(rank, world, torch.device("cpu"), "fp32") for rank in range(world)]
         batches = [list(StepBatches(13, 4, 7, process, first, 6)) for process in ranks]
         return [sum(shares, []) for shares in zip(*batches)]
 
@@ -288,14 +286,14 @@ def test_errors_become_one_line_and_exit_code_2(train, tmp_path, capsys):
 
 def test_a_torn_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys):
     for step in (1, 2):
-        checkpoints.save_checkpoint(tmp_path, {"step": step})
+        files.save_checkpoint(tmp_path, {"step": step})
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(path.read_bytes()[:100])
-    assert checkpoints.load_checkpoint(tmp_path)["step"] == 1
+    assert files.load_checkpoint(tmp_path)["step"] == 1
     assert "cannot read" in capsys.readouterr().err
     (tmp_path / "checkpoint.pth.previous").unlink()
     with pytest.raises(ConfigError, match="cannot read"):
-        checkpoints.load_checkpoint(tmp_path)
+        files.load_checkpoint(tmp_path)
 
 
 def test_bf16_where_the_processor_has_no_instructions_for_it(monkeypatch, capsys):
@@ -303,13 +301,13 @@ def test_bf16_where_the_processor_has_no_instructions_for_it(monkeypatch, capsys
     run = config.load_config(DEFAULTS, None, overrides, NULLABLE).run
     for capability, lines in (("AVX2", 1), ("AVX512", 0)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
-        runtime.start_process(run)
+        process_module.start_process(run)
         assert capsys.readouterr().out.count("fp32 is ten times as fast") == lines
 
 
 def test_metrics_are_cut_back(tmp_path):
-    process = runtime.Process(0, 1, torch.device("cpu"), "fp32")
+    process = process_module.Process(0, 1, torch.device("cpu"), "fp32")
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "old": true}\n{"st')
-    runtime.MetricsLog(tmp_path, process, done=2).write({"step": 3})
+    files.MetricsLog(tmp_path, process, done=2).write({"step": 3})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'

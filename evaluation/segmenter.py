@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from config import Config, ConfigError
-from data import DataError, Intensity, read_volume, write_labels
-from files import written_whole
-from layout import IGNORE, MAX_SIDE, read_stored, write_png
+from collapse import dense_structure
+from ct.slices import IGNORE, MAX_SIDE, DataError, read_stored, write_png
+from ct.volumes import read_volume, write_labels
+from data import Intensity, network_input
+from engine.config import Config, ConfigError
+from engine.files import make_run_folder, written_whole
+from engine.process import Process, progress
+from engine.stopping import ignore_stop_signals
+from losses import effective_rank
 from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, is_sound, read_weights, upsample
-from runtime import Process, make_run_folder, progress
-from stopping import ignore_stop_signals
 
 SMALLEST_WINDOW = 64  # px
 
@@ -94,12 +97,6 @@ def load_model(path: Path, process: Process) -> tuple[nn.Module, Description]:
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError, AttributeError):
         raise WeightsError(f"{path}: not a model of this program, or damaged") from None
     return model.eval(), about
-
-
-def network_input(unit: Tensor, intensity: Intensity, in_channels: int) -> Tensor:
-    """Windowed images (N, 1, H, W) -> what the network sees, (N, in_channels, H, W) channels_last."""
-    images = intensity.normalise(unit).expand(-1, in_channels, -1, -1)
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def at_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -242,6 +239,40 @@ def mapped(file, like: Tensor) -> Tensor:
 
 def chunks(rows: list, size: int) -> list[list]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+MONITORED = 2048
+STRUCTURED = 128
+STRUCTURE_POSITIONS = 64
+FROZEN_POSITIONS = 4096  # dense vectors of a frozen encoder for its effective rank
+
+
+@torch.no_grad()
+def frozen_collapse(batches: Batches) -> dict[str, dict]:
+    """How far the frozen encoder's features have collapsed, from batches of (n, D, h, w).
+
+    effective_rank: pooled: of the slices' mean vectors; dense: of single positions, the same number of each
+    slice by chance. structure: structure.py's measures, also of some positions by chance.
+    """
+    count = min(len(batches), MONITORED)
+    rows = [len(batches) * i // count for i in range(count)]
+    structured = set(rows[:: -(-count // STRUCTURED)])
+    pooled, dense, structure = [], [], []
+    plan = chunks(rows, batches.batch_size)
+    for some, (features, _) in zip(
+        plan, progress(batches.process, "effective rank", batches.of(plan), len(plan))
+    ):
+        vectors = features.float().flatten(2).mT.cpu()  # (n, h w, D)
+        chosen = torch.randperm(vectors.shape[1], generator=torch.Generator().manual_seed(len(dense)))
+        pooled.append(vectors.mean(dim=1))
+        dense.append(vectors[:, chosen[: max(1, FROZEN_POSITIONS // count)]].flatten(0, 1))
+        mine = [i for i, row in enumerate(some) if row in structured]
+        structure.append(vectors[mine][:, chosen[:STRUCTURE_POSITIONS]])
+    ranks = {"pooled": effective_rank(torch.cat(pooled)), "dense": effective_rank(torch.cat(dense))}
+    return {
+        "effective_rank": ranks | {"slices": count},
+        "structure": dense_structure(torch.cat(structure)),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------

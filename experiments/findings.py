@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from config import ConfigError
-from data import Intensity, SegmentationDataset, class_names
-from layout import read_stored
-from pictures import class_colors, contact_sheet, gray_tile
-from report import TILE, painted, percent, table
-from structure import label_free_score, recent_similarity
+from collapse import label_free_score, recent_similarity
+from ct.layout import class_names
+from ct.organs import class_colors
+from ct.pictures import contact_sheet, gray_tile
+from ct.slices import read_stored
+from data import Intensity, SegmentationDataset
+from engine.config import ConfigError
+from evaluation.report import TILE, painted, percent, table
 
 GROUPS = {  # of the organs of BTCV
     "large organs": ("spleen", "right kidney", "left kidney", "liver", "stomach"),

@@ -1,6 +1,6 @@
 """Does each part of the method do what it claims? Pretrain, evaluate and compare them under one protocol.
 
-    bash launch.sh ablation                          # all of configs/ablation.yaml; goes on where it was
+    bash launch.sh ablation                          # all of configs/ablation.yaml here; goes on where it was
     bash launch.sh ablation --only moco full --seeds 0
     bash launch.sh ablation --out runs/other phantom.seed=7        # the same on other patients
     bash launch.sh ablation --table                  # only the tables of what is finished
@@ -24,10 +24,10 @@ from pathlib import Path
 
 import yaml
 
-import findings
-from config import ConfigError, OneLineParser, from_yaml, read_yaml, to_config
-from files import write_whole
-from stopping import STOPPED, run_script
+from engine.config import ConfigError, OneLineParser, from_yaml, read_yaml, to_config
+from engine.files import write_whole
+from engine.stopping import STOPPED, run_script
+from experiments import findings
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Ablation:
             return
         self.pretrain(cell)
         folder = self.work(cell) / "pretrain"
-        self.call(self.work(cell) / "log.txt", "position.py", str(folder))
+        self.call(self.work(cell) / "log.txt", "-m", "experiments.position", str(folder))
         self.keep(cell, "position.json", (folder / "position.json").read_text())
 
     def predict(self, cell: Cell) -> None:
@@ -239,7 +239,8 @@ class Ablation:
             raise Stopped
         if code:
             last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
-            raise ConfigError(f"{command[0]} ended with code {code} and said: {last[0]}; all of it: {log}")
+            script = command[1] if command[0] == "-m" else command[0]
+            raise ConfigError(f"{script} ended with code {code} and said: {last[0]}; all of it: {log}")
 
     def stop(self, *_) -> None:
         """Signal handler: the scripts finish their step and save."""
@@ -273,7 +274,7 @@ def as_yaml(value) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--protocol", default="configs/ablation.yaml", metavar="FILE")
+    parser.add_argument("--protocol", default="experiments/configs/ablation.yaml", metavar="FILE")
     parser.add_argument("--out", default="runs/ablation", metavar="DIR")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods and variants")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="these seeds")
@@ -323,7 +324,7 @@ def read_protocol(path: str, overrides: list[str]) -> dict:
         assert plain["seeds"] and plain["rates"] and plain["fractions"]
         assert "root" in plain.get("data", {}) or {"cases", "slices", "size", "seed"} <= set(plain["phantom"])
     except (KeyError, AttributeError, TypeError, AssertionError):
-        raise ConfigError(f"{path}: not a protocol like configs/ablation.yaml") from None
+        raise ConfigError(f"{path}: not a protocol like experiments/configs/ablation.yaml") from None
     return plain
 
 

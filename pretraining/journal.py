@@ -5,13 +5,13 @@ import math
 import time
 from pathlib import Path
 
-from collapse import describe_collapse
-from config import Config
+from collapse import label_free_score, recent_similarity
 from data import SliceDataset
-from files import write_whole
-from runtime import MetricsLog, Process, progress
-from schedule import StepBatches, learning_rate
-from structure import label_free_score, recent_similarity
+from engine.config import Config
+from engine.files import MetricsLog, write_whole
+from engine.process import Process, progress
+from pretraining.monitor import describe_collapse
+from pretraining.schedule import StepBatches, learning_rate
 
 
 class Journal:

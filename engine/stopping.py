@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from config import ConfigError
-from files import write_whole
-from runtime import Process
+from engine.config import ConfigError, one_line
+from engine.files import write_whole
+from engine.process import Process
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request, everything is saved, the same command goes on
 
@@ -92,7 +92,7 @@ def stopped_code(reason: str) -> int:
 def naming_lost_workers(reader):
     """Within, the death of a reading process is reported with the file that it was reading.
 
-    reader: see `reading.BatchReader`.
+    reader: see `data.BatchReader`.
     """
     try:
         yield
@@ -165,12 +165,3 @@ def outside_cause(error: RuntimeError) -> str | None:
     if "DataLoader" in text:
         return text
     return None
-
-
-def one_line(error: Exception) -> str:
-    """The message, not endless; of an error raised in a DataLoader worker, that which it was raised with."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if "Original Traceback" in str(error):
-        lines = [lines[-1].split(": ", 1)[-1]]
-    text = " ".join(line.strip() for line in lines)
-    return text if len(text) <= 900 else f"{text[:600]} ... {text[-200:]}"

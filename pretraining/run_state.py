@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 import torchvision
 
-from checkpoints import load_checkpoint, load_optimizer, save_checkpoint
-from config import Config, ConfigError, to_config
 from data import Intensity, SliceDataset
-from files import write_whole, written_whole
-from guard import Guard
+from engine.config import Config, ConfigError, to_config
+from engine.files import load_checkpoint, load_optimizer, save_checkpoint, write_whole, written_whole
+from engine.process import Process, warn
 from models import MoCo
-from runtime import Process, warn
+from pretraining.guard import Guard
 
 # Keys that may change between the parts of an interrupted run: they do not touch what is computed.
 RUN_FREE = ("out", "device", "compile", "save", "max_bad", "skip", "timeout", "deterministic")

@@ -262,3 +262,12 @@ def config_errors():
         yield
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def one_line(error: Exception) -> str:
+    """The message, not endless; of an error raised in a DataLoader worker, that which it was raised with."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "Original Traceback" in str(error):
+        lines = [lines[-1].split(": ", 1)[-1]]
+    text = " ".join(line.strip() for line in lines)
+    return text if len(text) <= 900 else f"{text[:600]} ... {text[-200:]}"

@@ -4,10 +4,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from config import Config, ConfigError, config_errors
-from data import Intensity, default_window
+from ct.slices import default_window
+from data import Intensity
+from engine.config import Config, ConfigError, config_errors
+from engine.process import Process
 from models import Encoder, WeightsError, load_encoder_weights
-from runtime import Process
 
 
 def encoder_path(cfg: Config) -> Path | None:

@@ -7,23 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from layout import (
-    IGNORE,
-    DataError,
+from ct.layout import (
     all_slices,
     case_of,
     class_names,
-    default_window,
     find_slices,
-    in_threads,
     mask_path,
-    one_line,
     read_list,
-    read_mask,
     read_spacing,
-    read_stored,
     split_folder,
 )
+from ct.slices import IGNORE, DataError, default_window, in_threads, one_line, read_mask, read_stored
 
 SPLITS = ("train", "val", "test")
 BODY = -500  # HU; what lies above counts as body

@@ -18,14 +18,15 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-import metrics
-from config import ConfigError
+from ct.organs import ORGAN_COLORS, class_colors
+from ct.pictures import contact_sheet, gray_tile, tile_size
 from data import Intensity
-from files import written_whole
-from metrics import mean_or_none
-from pictures import ORGAN_COLORS, class_colors, contact_sheet, gray_tile, tile_size
-from runtime import Process, progress
-from segmenter import Batches, chunks, segmentation_logits
+from engine.config import ConfigError
+from engine.files import written_whole
+from engine.process import Process, progress
+from evaluation import metrics
+from evaluation.metrics import mean_or_none
+from evaluation.segmenter import Batches, chunks, segmentation_logits
 
 PICTURE_CASES = 4
 TILE = 288  # px, longer side of a slice in the picture

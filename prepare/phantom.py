@@ -15,16 +15,9 @@ element-wise NumPy and its FFT are used, so a case does not depend on the number
 
 import numpy as np
 
-import anatomy
-from anatomy import FIELD_OF_VIEW, MAX_WARP, SCAN_BOTTOM, SCAN_TOP, Ellipsoid, Patient, Tube
-
-# fmt: off
-BTCV_ORGANS = [
-    "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
-    "aorta", "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland",
-    "left adrenal gland",
-]
-# fmt: on
+from ct.organs import BTCV_ORGANS
+from prepare import anatomy
+from prepare.anatomy import FIELD_OF_VIEW, MAX_WARP, SCAN_BOTTOM, SCAN_TOP, Ellipsoid, Patient, Tube
 
 
 def phantom_spacing(slices: int, size: int) -> tuple[float, float, float]:

@@ -1,6 +1,6 @@
 """Can the local task be solved without looking? Position cues of zero padding, measured on trained networks.
 
-    python position.py RUN ...      # folders of finished pretraining runs; leaves position.json in each
+    python -m experiments.position RUN ...      # finished pretraining runs; leaves position.json in each
 
 A convolution with zero padding tells a network where the border is. If a region only has to be found at the
 same place of both views (local.match: grid), knowing the place is enough. So trained networks here match the
@@ -16,24 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import config
-import runtime
-from checkpoints import load_checkpoint
-from collapse import validation_slices
-from config import ConfigError
-from data import Intensity, SliceDataset, TwoViews
-from files import write_whole
+from augment import TwoViews
+from data import Intensity, SliceDataset, network_input
+from engine.config import ConfigError, OneLineParser, to_config
+from engine.files import load_checkpoint, write_whole
+from engine.process import seeded, start_process
+from engine.stopping import run_script
 from losses import at_least_float32, local_nce_per_image
 from models import MoCo
-from segmenter import network_input
-from stopping import run_script
+from pretraining.monitor import validation_slices
 from train_moco import build_model, value_range
 
 IMAGES = 256  # slices (at most) and images of noise
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = config.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder of a pretraining with local.weight > 0"
     )
@@ -55,14 +53,14 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     state = load_checkpoint(folder)
     if state is None:
         raise ConfigError(f"{folder}: holds no checkpoint.pth of a pretraining run")
-    cfg = config.to_config(state["config"])
+    cfg = to_config(state["config"])
     if not cfg.local.weight:
         raise ConfigError(f"{folder}: was pretrained without local features (local.weight = 0)")
     if cfg.data.size <= 32:
         raise ConfigError(f"{folder}: its views of {cfg.data.size} px are too small to reflect their borders")
     card = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     intensity = Intensity(**card["normalisation"])
-    process = runtime.start_process(cfg.run)
+    process = start_process(cfg.run)
     model = build_model(cfg, process).to(process.device)
     model.load_state_dict(state["model"])
     model.eval()
@@ -72,8 +70,8 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     rows = range(0, len(dataset), -(-len(dataset) // IMAGES))
     views = TwoViews(cfg.data.size, **cfg.augment, value_range=value_range(cfg, intensity, dataset.stored))
     unit = intensity.to_unit(torch.stack([dataset[i] for i in rows]))
-    query, key, query_box, key_box = views(unit, runtime.seeded("position", cfg.seed))
-    pairs = {"slices": (query, key), "noise": noise(query.shape, runtime.seeded("noise", cfg.seed))}
+    query, key, query_box, key_box = views(unit, seeded("position", cfg.seed))
+    pairs = {"slices": (query, key), "noise": noise(query.shape, seeded("noise", cfg.seed))}
 
     found = {}
     for border in ("zeros", "reflect"):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from layout import MAX_SIDE, MAX_SPACING, DataError, one_line
+from ct.layout import MAX_SPACING
+from ct.slices import MAX_SIDE, DataError, one_line
 
 # Where slices, rows and columns run to, by slice axis: Left, Posterior, Superior or Inferior of the patient.
 # Axial slices lie as a radiologist sees them: the patient's right at the left, anterior at the top.

@@ -15,19 +15,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from files import write_whole
-from layout import (
-    IGNORE,
-    DataError,
-    class_names,
-    read_json,
-    remove_lists,
-    split_cases,
-    write_lists,
-    write_png,
-)
-from phantom import BTCV_ORGANS
-from volumes import import_nibabel, read_volume
+from ct.layout import class_names, read_json
+from ct.organs import BTCV_ORGANS
+from ct.slices import IGNORE, DataError, write_png
+from ct.volumes import import_nibabel, read_volume
+from engine.files import write_whole
+from prepare.lists import remove_lists, split_cases, write_lists
 
 
 def slice_volumes(args):

@@ -1,29 +1,18 @@
-"""What surrounds a run, for both scripts: processes and devices, the run's folder and its log.
-
-Nothing here knows the method. How a script ends is in stopping.py, its checkpoints are in checkpoints.py.
-"""
+"""The processes of a run and their devices, seeds, progress bars, and values on their way to the host."""
 
 import hashlib
-import json
-import math
 import os
 import sys
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, ConfigError
-from files import write_whole
-
-# ---------------------------------------------------------------------------------------------------------
-# Processes, device and precision
-# ---------------------------------------------------------------------------------------------------------
+from engine.config import Config, ConfigError
 
 
 @dataclass
@@ -165,105 +154,5 @@ class Readback:
         return found
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The run's folder and its log
-# ---------------------------------------------------------------------------------------------------------
-
-
-def make_run_folder(path: str | Path, process: Process) -> Path:
-    """The run's folder, made if needed.
-
-    Raises:
-        ConfigError: it cannot be made or written.
-    """
-    folder = Path(path)
-    if process.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(f"run.out: cannot write into {folder} ({error.strerror})") from None
-    process.barrier()
-    return folder
-
-
-class MetricsLog:
-    """metrics.jsonl, one JSON object a line. A run that goes on after `done` steps drops later lines.
-
-    On a full disk lines wait in memory for the next one. With `tensorboard`, the numbers also go to event
-    files in the folder, if tensorboard is installed.
-    """
-
-    def __init__(self, folder: Path, process: Process, done: int = 0, tensorboard: bool = False):
-        self.file = self.board = None
-        self.waiting = b""  # not on disk yet
-        if not process.is_main:
-            return
-        path = folder / "metrics.jsonl"
-        kept = whole_lines(path, done) if path.exists() and done else []
-        self.before = [json.loads(line) for line in kept]
-        write_whole(path, "".join(f"{line}\n" for line in kept))
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
-        self.board = tensorboard_writer(folder, done) if tensorboard else None
-
-    def write(self, row: dict) -> None:
-        """Numbers that are not finite, which JSON does not have, are written as null."""
-        if self.file is None:
-            return
-        row = {name: None if is_odd(value) else value for name, value in row.items()}
-        complaining = not self.waiting
-        self.waiting += json.dumps(row).encode() + b"\n"
-        try:
-            while self.waiting:
-                self.waiting = self.waiting[self.file.write(self.waiting) :]
-        except OSError as error:
-            if complaining:
-                warn(f"{self.file.name}: {error.strerror}; lines wait for the next one")
-        if self.board:
-            try:
-                for name, value in row.items():
-                    if isinstance(value, int | float) and name not in ("step", "epoch"):
-                        self.board.add_scalar(name, value, row["step"])
-            except OSError as error:
-                warn(f"TensorBoard files end here: {error.strerror}")
-                self.board = None
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-        if self.board:
-            self.board.close()
-
-
-def is_odd(value) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
 def warn(text: str) -> None:
     tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
-def tensorboard_writer(folder: Path, done: int):
-    """A SummaryWriter, or None with a note if tensorboard is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("note: no TensorBoard files: pip install tensorboard")
-        return None
-    return SummaryWriter(folder, purge_step=done + 1)
-
-
-def whole_lines(path: Path, done: int) -> list[str]:
-    """The lines of a metrics file that are complete and of the first `done` steps."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        step = row.get("step") if isinstance(row, dict) else None
-        if isinstance(step, int) and step <= done:
-            kept.append(line)
-    return kept

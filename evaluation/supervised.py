@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import load_checkpoint, load_optimizer, save_checkpoint
-from config import Config, ConfigError
-from encoder_file import check_same_encoder, encoder_path, sha256
+from engine.config import Config, ConfigError
+from engine.files import MetricsLog, load_checkpoint, load_optimizer, save_checkpoint
+from engine.process import Process, progress, warn
+from engine.stopping import StopRequest, leave
+from evaluation.encoder_file import check_same_encoder, encoder_path, sha256
+from evaluation.report import percent
+from evaluation.segmenter import Batches, at_size
 from losses import segmentation_loss
-from report import percent
-from runtime import MetricsLog, Process, progress, warn
-from segmenter import Batches, at_size
-from stopping import StopRequest, leave
 
 
 class Stopped(Exception):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from config import Config
-from runtime import Process, seeded
+from engine.config import Config
+from engine.process import Process, seeded
 
 
 class StepBatches:

@@ -1,0 +1,1 @@
+"""What surrounds any run: settings, processes, stopping, files. It knows neither data nor method."""

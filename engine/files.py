@@ -1,0 +1,243 @@
+"""What a run keeps on disk: files that appear whole or not at all, metrics.jsonl, lasting checkpoints."""
+
+import errno
+import json
+import math
+import os
+import pickle
+import warnings
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from engine.config import ConfigError, one_line
+from engine.process import Process, warn
+
+# ---------------------------------------------------------------------------------------------------------
+# Whole files
+# ---------------------------------------------------------------------------------------------------------
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that nobody ever sees a part of it."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def written_whole(path: Path, sync: bool = True):
+    """A binary file to write to, which appears under its name, `sync`ed to disk, when all went well.
+
+    Raises OSError, on a full disk for example; nothing is left then of what was written.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # as torch.save does
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run's folder and its log
+# ---------------------------------------------------------------------------------------------------------
+
+
+def make_run_folder(path: str | Path, process: Process) -> Path:
+    """The run's folder, made if needed.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+    folder = Path(path)
+    if process.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"run.out: cannot write into {folder} ({error.strerror})") from None
+    process.barrier()
+    return folder
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object a line. A run that goes on after `done` steps drops later lines.
+
+    On a full disk lines wait in memory for the next one. With `tensorboard`, the numbers also go to event
+    files in the folder, if tensorboard is installed.
+    """
+
+    def __init__(self, folder: Path, process: Process, done: int = 0, tensorboard: bool = False):
+        self.file = self.board = None
+        self.waiting = b""  # not on disk yet
+        if not process.is_main:
+            return
+        path = folder / "metrics.jsonl"
+        kept = whole_lines(path, done) if path.exists() and done else []
+        self.before = [json.loads(line) for line in kept]
+        write_whole(path, "".join(f"{line}\n" for line in kept))
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
+        self.board = tensorboard_writer(folder, done) if tensorboard else None
+
+    def write(self, row: dict) -> None:
+        """Numbers that are not finite, which JSON does not have, are written as null."""
+        if self.file is None:
+            return
+        row = {name: None if is_odd(value) else value for name, value in row.items()}
+        complaining = not self.waiting
+        self.waiting += json.dumps(row).encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if complaining:
+                warn(f"{self.file.name}: {error.strerror}; lines wait for the next one")
+        if self.board:
+            try:
+                for name, value in row.items():
+                    if isinstance(value, int | float) and name not in ("step", "epoch"):
+                        self.board.add_scalar(name, value, row["step"])
+            except OSError as error:
+                warn(f"TensorBoard files end here: {error.strerror}")
+                self.board = None
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def is_odd(value) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def tensorboard_writer(folder: Path, done: int):
+    """A SummaryWriter, or None with a note if tensorboard is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("note: no TensorBoard files: pip install tensorboard")
+        return None
+    return SummaryWriter(folder, purge_step=done + 1)
+
+
+def whole_lines(path: Path, done: int) -> list[str]:
+    """The lines of a metrics file that are complete and of the first `done` steps."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        step = row.get("step") if isinstance(row, dict) else None
+        if isinstance(step, int) and step <= done:
+            kept.append(line)
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, state: dict, name: str = "checkpoint.pth") -> None:
+    """Save the state and read it back; only then does it take the place of the one before, which is kept
+    beside it as NAME.previous.
+
+    Raises:
+        OSError: it could not be written whole, on a full disk for example; the one before is in place.
+    """
+    path = folder / name
+    fresh = folder / (name + ".new")
+    with written_whole(fresh) as file:
+        torch.save(state, file)
+    try:
+        check_intact(fresh)
+    except zipfile.BadZipFile as error:
+        fresh.unlink()
+        raise OSError(errno.EIO, f"not as written ({error})", str(fresh)) from None
+    if path.exists():
+        os.replace(path, path.with_name(name + ".previous"))
+    os.replace(fresh, path)
+    sync_folder(folder)
+
+
+def check_intact(path: Path) -> None:
+    """Raise BadZipFile or OSError unless a checkpoint's bytes are as written: torch.load does not look."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+
+
+def sync_folder(folder: Path) -> None:
+    """Names given by os.replace reach the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# What damaged files have made zipfile, pickle and torch.load raise.
+UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+
+
+def load_checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict | None:
+    """The newest readable checkpoint on the CPU, None if there never was one.
+
+    Raises:
+        ConfigError: there are files, but none can be read.
+    """
+    failures = []
+    for path in (folder / name, folder / (name + ".previous")):
+        if not path.exists():
+            continue
+        try:
+            check_intact(path)
+            with warnings.catch_warnings(action="ignore"):  # of odd tensors, which will not fit anyway
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except UNREADABLE as error:
+            failures.append(f"{path} ({one_line(error)[:100]})")
+            continue
+        if failures:
+            warn(f"cannot read {failures[0]}; going on from {path}")
+        return state
+    if failures:
+        raise ConfigError(f"run.out: cannot read {failures[0]}; remove it to start anew")
+    return None
+
+
+def load_optimizer(optimizer: torch.optim.SGD, state: dict) -> None:
+    """optimizer.load_state_dict(state), which by itself takes momentum of any shape.
+
+    Raises ValueError, KeyError, TypeError or AttributeError for a state of something else.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, own in optimizer.state.items():
+        momentum = own["momentum_buffer"]
+        same = (momentum.shape, momentum.layout, momentum.dtype, momentum.device)
+        if same != (parameter.shape, parameter.layout, parameter.dtype, parameter.device):
+            raise ValueError("the optimiser's momentum does not fit")

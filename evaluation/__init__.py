@@ -1,0 +1,1 @@
+"""What serves the eval scripts: the encoder's file, training on labels, metrics, tables, pictures."""

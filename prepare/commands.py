@@ -1,0 +1,228 @@
+"""The commands behind `python data.py ...`: make, convert, pack, check and show data sets."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from augment import TwoViews
+from ct.layout import class_names, mask_path, read_json, read_spacing, split_folder
+from ct.organs import BTCV_ORGANS, class_colors
+from ct.pictures import contact_sheet, outlined, views_page
+from ct.slices import IGNORE, DataError, default_window, in_threads, read_mask, write_png
+from data import Intensity, SliceDataset, fit
+from engine.files import write_whole
+from losses import matched_points
+from prepare.check import check_set
+from prepare.lists import remove_lists, split_cases, write_lists
+from prepare.phantom import phantom_case, phantom_spacing
+from prepare.slicing import slice_volumes
+
+# ---- Packing -------------------------------------------------------------------------------------
+
+
+def pack(args):
+    """The pack command: the slices of a list, on their common size, as one file that needs no decoding."""
+    dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
+    out = Path(args.out.removesuffix(".npy"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about, array = out.with_name(out.name + ".json"), out.with_name(out.name + ".npy")
+    about.unlink(missing_ok=True)  # without it nobody takes the array for complete
+    part = array.with_name(array.name + ".part")
+    packed = np.lib.format.open_memmap(part, "w+", np.int16, (len(dataset), *dataset.size))
+    limits = np.iinfo(np.int16)
+    slices = in_threads(dataset.__getitem__, range(len(dataset)), "packing")
+    for row, image in zip(packed, slices):
+        row[:] = image[0].round().clamp(limits.min, limits.max).to(torch.int16).numpy()
+    packed.flush()
+    os.replace(part, array)
+    content = {
+        "source": f"{args.root} {args.list}",
+        "stored": dataset.stored,
+        "spacing": read_spacing(args.root),
+    }
+    write_whole(about, json.dumps(content | {"names": [*dataset.names], "cases": [*dataset.cases]}))
+    size = f"{dataset.size[0]} x {dataset.size[1]}"
+    print(f"{array}: {len(dataset)} slices of {size} px; cases: {len(set(dataset.cases))}")
+    return 0
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def make_phantom(args):
+    """The phantom command. phantom.json has the arguments; "complete" is true once everything is written."""
+    out = Path(args.out)
+    about = {"cases": args.cases, "slices": args.slices, "size": args.size, "seed": args.seed}
+    if (out / "phantom.json").exists():
+        there = read_json(out / "phantom.json", dict)
+        if there == about | {"complete": True}:
+            print(f"{out}: this phantom is there already")
+            return 0
+        if {key: there.get(key) for key in about} != about:
+            raise DataError(f"{out}: holds a phantom with other arguments ({there}); choose another folder")
+    elif out.exists() and any(out.iterdir()):
+        raise DataError(f"{out}: not empty, and not a phantom; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "phantom.json", json.dumps(about | {"complete": False}))
+    remove_lists(out)
+
+    cases = [f"phantom{index:03d}" for index in range(args.cases)]
+    list(in_threads(lambda case: write_phantom_case(out, case, args), cases, "phantom"))
+    names = {case: [f"{case}/{index:03d}.png" for index in range(args.slices)] for case in cases}
+    lists = split_cases(cases)
+    lists["unlabelled"] = [case for case in cases if case not in lists["val"] + lists["test"]]
+    spacing = phantom_spacing(args.slices, args.size)
+    write_whole(out / "spacing.json", json.dumps({case: spacing for case in cases}, indent=1))
+    write_whole(out / "classes.json", json.dumps(BTCV_ORGANS, indent=1))
+    write_lists(out, {split: sum((names[case] for case in part), []) for split, part in lists.items()})
+    write_whole(out / "phantom.json", json.dumps(about | {"complete": True}))
+    parts = ", ".join(f"{len(part)} {split}" for split, part in lists.items())
+    print(f"{out}: {args.cases} cases of {args.slices} slices of {args.size} px (cases: {parts})")
+    return 0
+
+
+def write_phantom_case(out, case, args):
+    hu, labels = phantom_case(args.seed * 100_003 + int(case[7:]), args.slices, args.size)
+    stored = (hu.astype(np.int32) + 1024).clip(0).astype(np.uint16)
+    for folder, values in (("images", stored), ("masks", labels)):
+        (out / folder / case).mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(values):
+            write_png(out / folder / case / f"{number:03d}.png", image)
+
+
+def show(args):
+    """The show command: evenly spaced slices of a list with mask outlines, or pairs of views, on one page."""
+    dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
+    count = min(args.count or (5 if args.views else 24), len(dataset))
+    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+    intensity = Intensity(default_window(dataset.stored))
+    slices = torch.stack([intensity.to_unit(dataset[index]) for index in chosen])  # (N, 1, H, W)
+    captions = [dataset.names[index] for index in chosen]
+    if args.views:
+        page = show_views(slices, captions, args.seed)
+    else:
+        page = show_masks(dataset, slices, captions, args)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    page.save(args.out, format="PNG")
+    print(f"{args.out}: {len(chosen)} of {len(dataset)} slices, {page.width} x {page.height} px")
+    return 0
+
+
+def show_views(slices, captions, seed):
+    views = TwoViews(size=min(slices.shape[-2:]), flip=0.5)
+    view1, view2, box1, box2 = views(slices, torch.Generator().manual_seed(seed))
+    points1, points2, keep = matched_points(box1, box2, grid=4)
+    pair = view1[:, 0].numpy(), view2[:, 0].numpy()
+    return views_page(slices[:, 0].numpy(), pair, (box1, box2), (points1, points2), keep, captions)
+
+
+def show_masks(dataset, slices, captions, args):
+    """A slice whose mask exists gets its outlines; without classes.json the classes are called by number."""
+    folder = split_folder(args.root, args.list, args.masks)
+    masks = []
+    for path in (mask_path(folder, name) for name in captions):
+        own = read_mask(path) if path.exists() else np.zeros(dataset.size, np.uint8)
+        masks.append(fit(torch.from_numpy(own), dataset.size, 0, nearest=True).numpy())
+    names = []
+    if highest := max(mask[mask != IGNORE].max(initial=0) for mask in masks):
+        names = class_names(args.root, int(highest) + 1)
+        own = class_names(args.root) if (Path(args.root) / "classes.json").exists() else []
+        names = own + names[len(own) :]  # `data.py check` calls labels without a name bad
+    colors = class_colors(names)
+    tiles = [outlined(image.numpy(), mask, 256, colors) for image, mask in zip(slices[:, 0], masks)]
+    return contact_sheet(tiles, captions, names)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help explains)\n")
+
+
+def parse(argv):
+    parser = Parser(description="Data sets of CT slices: make, convert, check and show them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="phantom|slice|pack|check|show")
+
+    def command(name, function, help):
+        sub = commands.add_parser(
+            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(function=function)
+        return sub
+
+    def set_options(sub, masks):
+        sub.add_argument("--root", required=True, help="the data set's folder")
+        sub.add_argument("--images", default="images", help="folder of the slices; {split}: the list's name")
+        if masks:
+            sub.add_argument("--masks", default="masks", help="folder of the masks; {split}: the list's name")
+        sub.add_argument("--hu-offset", type=float, default=1024, help="HU = value of a 16-bit PNG - this")
+
+    sub = command("phantom", make_phantom, "procedural abdominal CT with 13 organs, 60/20/20 by case")
+    sub.add_argument("--out", required=True, help="folder of the new set")
+    sub.add_argument("--cases", type=at_least(3), default=40)
+    sub.add_argument("--slices", type=at_least(1), default=24, help="slices a case")
+    sub.add_argument("--size", type=at_least(16), default=128, help="px")
+    sub.add_argument("--seed", type=at_least(0), default=0)
+
+    sub = command("slice", slice_volumes, "NIfTI volumes to 16-bit PNG slices (HU + 1024) and 8-bit masks")
+    sub.add_argument("--images", required=True, help="a .nii or .nii.gz, or a folder of them")
+    sub.add_argument("--labels", help="the same with labels; without: slices for pretraining only")
+    sub.add_argument("--out", required=True, help="folder of the new set")
+    sub.add_argument("--label-map", help='JSON {"source id": target id}; ids not listed become 0')
+    sub.add_argument("--classes", help="JSON list of class names, background first; or btcv: its 13 organs")
+    sub.add_argument(
+        "--split", help="JSON {train: [case ...], val: ..., test: ...}, or fractions: 0.7,0.1,0.2"
+    )
+    sub.add_argument("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help="processes")
+    sub.add_argument(
+        "--axis", type=int, choices=(0, 1, 2), default=2, help="0 sagittal, 1 coronal, 2 axial slices"
+    )
+
+    sub = command("pack", pack, "the slices of a list in one file, NAME.npy, with their names in NAME.json")
+    set_options(sub, masks=False)
+    sub.add_argument("--list", required=True, help="list file below the root")
+    sub.add_argument("--out", required=True, metavar="NAME")
+
+    sub = command(
+        "check", check_set, "reads everything: counts, HU statistics, labels, every bad file by name"
+    )
+    set_options(sub, masks=True)
+    sub.add_argument("--list", nargs="+", help="list files below the root; without: all of them")
+
+    sub = command("show", show, "a page of slices with mask outlines, or of augmented pairs")
+    set_options(sub, masks=True)
+    sub.add_argument("--list", help="list file below the root; without: every slice")
+    sub.add_argument("--out", required=True, metavar="PAGE.png")
+    sub.add_argument(
+        "--views", action="store_true", help="two views of each slice with their matched regions"
+    )
+    sub.add_argument("--count", type=at_least(1), help="slices on the page")
+    sub.add_argument("--seed", type=at_least(0), default=0, help="of the views")
+    return parser.parse_args(argv)
+
+
+def at_least(least):
+    def whole_number(text):
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return whole_number
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        return args.function(args)
+    except DataError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or args.command}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        message = "interrupted"
+    print(f"data.py {args.command}: {message}", file=sys.stderr)
+    return 2

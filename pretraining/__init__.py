@@ -1,0 +1,1 @@
+"""What serves train_moco.py alone: schedule, bad steps, journal, checkpoint, collapse monitor."""

@@ -1,0 +1,252 @@
+"""The collapse monitor: how far the features of the encoder have collapsed while it is trained.
+
+CollapseMonitor     measures it, on slices of the validation list
+feature_colors      dense features to look at
+draw, show          pictures in the run's folder, and on a TensorBoard
+"""
+
+import heapq
+import importlib.util
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from collapse import dense_structure, grey_readout
+from ct.pictures import contact_sheet, gray_tile, tile_size
+from data import Intensity, SliceDataset
+from engine.config import Config
+from engine.process import Process, progress, seeded
+from losses import effective_rank_of, singular_values
+from models import Encoder, MoCo
+
+MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
+STRUCTURED = 128  # slices (at most) whose dense structure is estimated
+STRUCTURE_POSITIONS = 64  # of each of them, by chance, where not all are taken
+KINDS = {  # of features, as their columns in metrics.jsonl end
+    "": "pooled",
+    "_dense": "dense",
+    "_whitened": "pooled, whitened",
+    "_whitened_dense": "dense, whitened",
+}
+PANEL = 8  # slices whose features are drawn
+TILE = 256  # px, longer side of a slice there
+
+
+class CollapseMonitor:
+    """Effective rank, spectrum and dense structure of the encoder's features, without augmentation or labels.
+
+    The slices are those of data.val, without such a list the first of the training list by case, at most
+    MONITORED; the rank is bounded by their number. Pooled features are one vector a slice, dense ones
+    MONITORED positions of the maps, drawn once and for all. The structure (structure.dense_structure) is
+    that of STRUCTURED of them at output stride 8, as a decoder will see them. The main process measures, the
+    others go on.
+    """
+
+    def __init__(self, cfg: Config, dataset: SliceDataset, intensity: Intensity, process: Process):
+        self.intensity, self.process, self.size = intensity, process, cfg.data.size
+        self.channels = cfg.model.in_channels
+        dataset = validation_slices(cfg, dataset.size) or dataset
+        by_case = heapq.nsmallest(MONITORED, zip(dataset.cases, dataset.names, range(len(dataset))))
+        self.slices = Subset(dataset, [index for _, _, index in by_case])
+
+    @torch.no_grad()
+    def measure(self, model: MoCo) -> dict:
+        """Effective ranks (after the whitening between trunk and heads, too, if there is one) and spectra."""
+        if not self.process.is_main:
+            return {}
+        whitened = not isinstance(model.query.decorrelation, nn.Identity)
+        found = {"": [], "_dense": []} | ({"_whitened": [], "_whitened_dense": []} if whitened else {})
+        positions = -(-MONITORED // len(self.slices))  # of each slice's map
+        generator = seeded("positions")
+        model.eval()
+        loader = DataLoader(self.slices, batch_size=32)
+        for stored in progress(self.process, "measuring collapse", loader):
+            maps = self.maps(model.query.encoder, stored)
+            chosen = torch.randint(maps[0, 0].numel(), (len(maps), positions), generator=generator)
+            sides = {"": maps} | ({"_whitened": model.query.decorrelation(maps)} if whitened else {})
+            for side, features in sides.items():
+                columns = chosen[:, None].expand(-1, features.shape[1], -1).to(features.device)
+                dense = features.flatten(2).gather(2, columns)  # (n, C, positions)
+                found[side].append(features.mean(dim=(2, 3)).float())
+                found[side + "_dense"].append(dense.transpose(1, 2).flatten(0, 1).float())
+        structure = self.structure(model.query.encoder)
+        model.train()
+        spectra = {name: singular_values(torch.cat(rows)[:MONITORED]) for name, rows in found.items()}
+        row = {f"effective_rank{name}": round(effective_rank_of(s), 3) for name, s in spectra.items()}
+        row |= {name: round(value, 5) for name, value in structure.items()}
+        return row | {f"spectrum{name}": [float(f"{v:.5g}") for v in s] for name, s in spectra.items()}
+
+    def structure(self, encoder: Encoder) -> dict[str, float]:
+        """DSE, its three terms, the share of variance between images, and the grey readout."""
+        some = range(0, len(self.slices), -(-len(self.slices) // STRUCTURED))
+        batches = list(self.stored(some))
+        maps = self.fine_maps(encoder, batches)
+        features = maps.flatten(2).mT.float()  # (n, P, C)
+        grey = torch.cat([self.neighbourhoods(stored, maps.shape[2:]) for stored in batches])
+        chosen = torch.randperm(features.shape[1], generator=seeded("readout"))[:STRUCTURE_POSITIONS]
+        readout = grey_readout(features[:, chosen], grey[:, chosen])
+        return dense_structure(features) | {"grey_readout": readout}
+
+    @torch.no_grad()
+    def features_page(self, model: MoCo) -> Image.Image:
+        """A panel of slices and their dense features at output stride 8 as colours (feature_colors)."""
+        encoder, training = model.query.encoder, model.training
+        encoder.eval()
+        count = min(PANEL, len(self.slices))
+        chosen = [len(self.slices) * (2 * i + 1) // (2 * count) for i in range(count)]
+        maps = self.fine_maps(encoder, self.stored(chosen))
+        encoder.train(training)
+        tiles, captions = [], []
+        for i, colors in zip(chosen, feature_colors(maps)):
+            unit = self.intensity.to_unit(self.slices[i][0])
+            shown = (unit - unit.min()) / (unit.max() - unit.min()).clamp(min=1e-6)
+            tiles.append(gray_tile(shown.numpy(), TILE))
+            picture = Image.fromarray((255 * colors).round().byte().numpy())
+            tiles.append(np.asarray(picture.resize(tile_size(unit.shape, TILE), Image.Resampling.NEAREST)))
+            captions += [self.slices.dataset.names[self.slices.indices[i]], "features"]
+        return contact_sheet(tiles, captions, columns=4)
+
+    def fine_maps(self, encoder: Encoder, batches: Iterable[Tensor]) -> Tensor:
+        """layer4 (n, C, h, w) of slices in stored values at output stride 8, as a decoder will see it."""
+        pretraining_stride = encoder.output_stride
+        encoder.set_output_stride(8)
+        maps = [self.maps(encoder, stored) for stored in batches]
+        encoder.set_output_stride(pretraining_stride)
+        return torch.cat(maps)
+
+    def stored(self, rows) -> DataLoader:
+        """Stored values (n, 1, H, W) of the slices `rows`, in batches."""
+        return DataLoader(Subset(self.slices, rows), batch_size=32)
+
+    def maps(self, encoder: Encoder, stored: Tensor) -> Tensor:
+        """layer4 (n, C, h, w) of whole slices (n, 1, H, W) in stored values, scaled to the views' size."""
+        x = self.intensity.normalise(self.scaled(stored))
+        return encoder(x.expand(-1, self.channels, -1, -1))["layer4"]
+
+    def scaled(self, stored: Tensor) -> Tensor:
+        """Whole slices in stored values, windowed and scaled to the views' size (n, 1, size, size)."""
+        unit = self.intensity.to_unit(stored.to(self.process.device))
+        return F.interpolate(
+            unit, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False
+        )
+
+    def neighbourhoods(self, stored: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Mean grey values of the 3 x 3 cells around each position of a map (h, w): (n, h w, 9)."""
+        cells = F.adaptive_avg_pool2d(self.scaled(stored), shape)
+        return F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3).mT
+
+
+def validation_slices(cfg: Config, size: tuple[int, int] | None = None) -> SliceDataset | None:
+    """Those of data.val, if there is such a list."""
+    if not cfg.data.val or not (Path(cfg.data.root) / cfg.data.val).is_file():
+        return None
+    place = (cfg.data.root, cfg.data.val, cfg.data.images, cfg.data.hu_offset)
+    return SliceDataset(*place, size, cfg.run.skip_bad)
+
+
+def feature_colors(maps: Tensor) -> Tensor:
+    """Dense features (N, C, h, w) as colours (N, h, w, 3) in [0, 1]; like features have like colours.
+
+    The first three principal components, one projection for all maps, each from its 1st to 99th percentile.
+    """
+    vectors = maps.movedim(1, -1).flatten(0, 2).double().cpu()
+    centred = vectors - vectors.mean(dim=0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
+    axes *= axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()  # svd leaves the sign open
+    components = centred @ axes.T
+    low, high = (components.quantile(q, dim=0) for q in (0.01, 0.99))
+    colors = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return colors.view(len(maps), *maps.shape[2:], -1)
+
+
+def describe_collapse(measured: dict) -> str:
+    whitened = measured.get("effective_rank_whitened")
+    rest = f"; after whitening {whitened:.1f}" if whitened is not None else ""
+    score = f", label-free score {measured['score']:.3f}" if "score" in measured else ""
+    return (
+        f"effective rank of pooled features {measured['effective_rank']:.1f}, "
+        f"of dense features {measured['effective_rank_dense']:.1f}{rest}; DSE {measured['dse']:.3f}, "
+        f"grey readout {measured['grey_readout']:.3f}{score}"
+    )
+
+
+def show(board, step: int, measured: dict, page: Image.Image) -> None:
+    """The panel of features and the spectrum (if matplotlib is installed) as pictures on a TensorBoard."""
+    board.add_image("features", np.asarray(page), step, dataformats="HWC")
+    if importlib.util.find_spec("matplotlib"):
+        board.add_figure("spectrum", spectrum_figure({"step": step, **measured}), step)
+
+
+def draw(folder: Path, process: Process) -> None:
+    """curves.png and spectrum.png from metrics.jsonl."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        process.say("no curves.png and spectrum.png: pip install matplotlib")
+        return
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [row for row in rows if "loss" in row]
+    ranks = [row for row in rows if "effective_rank" in row]
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    steps = [row["step"] for row in losses]
+    for name in ("global", "local") if any(row["local"] for row in losses) else ("global",):
+        axes[0].plot(steps, [row[name] for row in losses], label=name)
+    for name, label in {
+        "accuracy": "queries nearest to their own key",
+        "similarity": "cosine of keys",
+    }.items():
+        axes[1].plot(steps, [row.get(name, math.nan) for row in losses], label=label)
+    for name, label in KINDS.items():
+        if f"effective_rank{name}" in ranks[0]:
+            axes[2].plot(
+                [r["step"] for r in ranks], [r[f"effective_rank{name}"] for r in ranks], "o-", label=label
+            )
+    titles = ("InfoNCE", "accuracy and similarity", "effective rank")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    for axis in axes:
+        axis.legend()
+    figure.savefig(folder / "curves.png", dpi=110)
+    spectrum_figure(ranks[0], ranks[-1]).savefig(folder / "spectrum.png", dpi=110)
+    process.say(f"pictures: {folder / 'curves.png'} {folder / 'spectrum.png'}")
+
+
+def spectrum_figure(*rows: dict):
+    """The singular values of one measurement, or of the first (dotted) and the last: a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for row, style in zip(rows, (":", "-") if len(rows) > 1 else ("-",), strict=True):
+        for i, (name, label) in enumerate(KINDS.items()):
+            if f"spectrum{name}" in row:
+                values = torch.tensor(row[f"spectrum{name}"])
+                axis.plot(
+                    range(1, 1 + len(values)),
+                    values / values[0].clamp(min=1e-12),
+                    style,
+                    color=f"C{i}",
+                    label=f"{label}, step {row['step']}",
+                )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        ylim=(1e-5, 1.5),
+        xlabel="number",
+        ylabel="singular value / largest",
+        title="Spectrum",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small", loc="lower left")
+    return figure
