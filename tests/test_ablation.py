@@ -18,7 +18,8 @@ from experiments import ablation, findings
 from experiments.position import local_task, noise, set_borders
 from models import Encoder, MoCo
 
-CONFIGS = Path(ablation.__file__).parent / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "experiments" / "configs"
 PROTOCOL = """
 phantom: {cases: 10, slices: 6, size: 64, seed: 0}
 seeds: [0, 1]
@@ -217,7 +218,7 @@ def test_a_failing_script_is_named_with_its_last_line(tmp_path):
     with pytest.raises(
         ConfigError, match="train_moco.py ended with code 2 and said: error: unknown key 'a.b'"
     ):
-        one.call(tmp_path / "log.txt", str(Path(ablation.__file__).parent / "train_moco.py"), "a.b=1")
+        one.call(tmp_path / "log.txt", str(ROOT / "train_moco.py"), "a.b=1")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("ablation*.yaml")), ids=lambda path: path.name)
