@@ -24,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from augment import SegmentationAugment, TwoViews
 from ct.layout import (
     Cases,
     Strings,
     all_slices,
+    class_names,
     find_slices,
     mask_path,
     packed_at,
@@ -36,7 +38,29 @@ from ct.layout import (
     split_folder,
     without_suffix,
 )
-from ct.slices import AIR, IGNORE, DataError, mask_size, one_line, read_mask, read_stored, slice_header
+from ct.slices import (
+    AIR,
+    IGNORE,
+    DataError,
+    mask_size,
+    one_line,
+    read_mask,
+    read_stored,
+    slice_header,
+)
+
+__all__ = [
+    "BatchReader",
+    "DataError",
+    "Intensity",
+    "SegmentationAugment",
+    "SegmentationDataset",
+    "SliceDataset",
+    "TwoViews",
+    "class_names",
+    "default_window",
+    "network_input",
+]
 
 BAD_IN_A_ROW = 100  # unreadable slices one after the other that end a run with skip_bad too
 log = logging.getLogger("med-moco")
@@ -79,6 +103,11 @@ class Intensity:
         """For JSON; Intensity(**as_dict()) is the same again."""
         window = None if self.window is None else list(self.window)
         return {"window": window, "mean": self.mean, "std": self.std}
+
+
+def default_window(stored):
+    """The window meant by `auto`: soft tissue for HU, everything for 8-bit slices."""
+    return (-160.0, 240.0) if stored == "hu" else (0.0, 255.0)
 
 
 def network_input(unit: Tensor, intensity: Intensity, in_channels: int) -> Tensor:

@@ -196,27 +196,6 @@ def make_whitening(method: str, channels: int, group_size: int = 64, **options) 
     return layers[method](channels, group_size, **options)
 
 
-def fold_whitening(state: dict[str, Tensor], conv: str, norm: str, matrix: Tensor) -> None:
-    """Turn the whitening layer `norm` of a state dict into a BatchNorm that computes the same in evaluation.
-
-    Whitening there is weight * W (x - mean) + bias of the output x of a convolution without bias. W, given
-    as `matrix` (G, C / G, C / G), moves into that convolution; the rest becomes a BatchNorm of variance 1.
-    """
-    whole = torch.block_diag(*matrix.double())  # (C, C)
-    kernel = state[f"{conv}.weight"]
-    plain = nn.BatchNorm2d(len(whole))
-    plain.running_mean.copy_(whole @ state[f"{norm}.running_mean"].double().flatten())
-    plain.running_var.fill_(1 - plain.eps)
-    with torch.no_grad():
-        for name in ("weight", "bias"):
-            if f"{norm}.{name}" in state:
-                getattr(plain, name).copy_(state[f"{norm}.{name}"].flatten())
-    for name in [name for name in state if name.startswith(f"{norm}.")]:
-        del state[name]
-    state[f"{conv}.weight"] = torch.einsum("oc,c...->o...", whole, kernel.double()).to(kernel.dtype)
-    state.update({f"{norm}.{name}": value for name, value in plain.state_dict().items()})
-
-
 # ---------------------------------------------------------------------------------------------------------
 # MoCo
 # ---------------------------------------------------------------------------------------------------------
@@ -253,15 +232,15 @@ class Keys(NamedTuple):
 
     projection: Tensor  # (n, D), normalised
     everyone: Tensor  # (N, D): the projections of the global batch, in its order, for the queue
-    everyones_regions: Tensor | None = None  # (N, R, 128), if those of other images are negatives
     regions: Tensor | None = None  # (n, R, 128)
+    everyones_regions: Tensor | None = None  # (N, R, 128), if those of other images are negatives
     query_points: Tensor | None = None  # (n, R, 2)
     local_share: Tensor | None = None  # (n,): weights whose mean over the global batch is 1; 0 = left out
 
     def part(self, rows: slice) -> "Keys":
         """The same for some of this process's samples, for gradient accumulation."""
-        mine = [None if value is None else value[rows] for value in (self.projection, *self[3:])]
-        return Keys(mine[0], self.everyone, self.everyones_regions, *mine[1:])
+        own = {name: getattr(self, name) for name in ("projection", "regions", "query_points", "local_share")}
+        return self._replace(**{name: value[rows] for name, value in own.items() if value is not None})
 
 
 class MoCo(nn.Module):
@@ -358,12 +337,22 @@ class MoCo(nn.Module):
             different images. Scalars. Near 1, the similarity says that all images are one point, and that
             the accuracy only tells new keys from old ones, which that point has moved away from.
         """
-        if keys is not None:
-            return self.compare(query_view, keys)
-        self.update_momentum_encoder()
-        keys = self.encode_keys(key_view, query_box, key_box)
-        terms = self.compare(query_view, keys)
-        self.enqueue(keys)
+        whole_step = keys is None
+        if whole_step:
+            self.update_momentum_encoder()
+            keys = self.encode_keys(key_view, query_box, key_box)
+
+        query, regions = self.query(query_view, keys.query_points)  # (n, D), (n, R, 128)
+        per_query, nearest = queue_nce(query, keys.projection, self.queue, self.temperature)  # (n,) each
+        terms = {"global": per_query.mean(), "local": self.local_loss(regions, keys)}
+        terms["loss"] = self.weight * terms["global"]
+        if self.local is not None:
+            terms["loss"] = terms["loss"] + self.local["weight"] * terms["local"]
+        terms["accuracy"] = nearest.float().mean()
+        terms["similarity"] = mean_cosine(keys.everyone)
+
+        if whole_step:
+            self.enqueue(keys)
         return terms
 
     @torch.no_grad()
@@ -374,47 +363,36 @@ class MoCo(nn.Module):
         key_box: Tensor | None = None,
         parts: int = 1,
     ) -> Keys:
-        """Permute the keys over the global batch and encode them, in `parts` parts."""
-        key_points = query_points = share = None
-        if self.local is not None:
-            query_points, key_points, share = self._match_regions(key_view, query_box, key_box)
+        """Shuffle the key views over the global batch, encode them, and put the keys back in order.
 
+        Each process encodes its share, in `parts` parts, which saves memory.
+        """
+        query_points, key_points, share = self._match_regions(key_view, query_box, key_box)
         order = self._key_order(len(key_view) * world_size())
-        view = permuted_rows(key_view, order)  # of the samples whose keys this process computes
-        points = None if key_points is None else permuted_rows(key_points, order)
+        view, points = permuted_rows(key_view, order), permuted_rows(key_points, order)
 
-        outputs = [
-            self.key(view[rows], None if points is None else points[rows])
-            for rows in slices(len(view), parts)
-        ]
-        projection = F.normalize(torch.cat([at_least_float32(z) for z, _ in outputs]), dim=1)
+        pieces = [(view[rows], None if points is None else points[rows]) for rows in slices(len(view), parts)]
+        projections, regions = zip(*(self.key(*piece) for piece in pieces))
+
         back = torch.argsort(order)
-        projection = permuted_rows(projection, back)  # of this process's own samples again
-        everyone = gather(projection)
-        regions = everyones_regions = None
-        if self.local is not None:
-            regions = torch.cat([at_least_float32(r) for _, r in outputs])
-            regions = permuted_rows(regions, back)
-            everyones_regions = gather(regions) if self.local["negatives"] == "batch" else None
-        return Keys(projection, everyone, everyones_regions, regions, query_points, share)
+        projection = F.normalize(at_least_float32(torch.cat(projections)), dim=1)
+        projection = permuted_rows(projection, back)  # (n, D), of this process's own samples again
+        everyone, everyones_regions = gather(projection), None  # (N, D)
+        if self.local is None:
+            return Keys(projection, everyone)
+        regions = permuted_rows(at_least_float32(torch.cat(regions)), back)  # (n, R, 128)
+        if self.local["negatives"] == "batch":
+            everyones_regions = gather(regions)  # (N, R, 128)
+        return Keys(projection, everyone, regions, everyones_regions, query_points, share)
 
-    def compare(self, query_view: Tensor, keys: Keys) -> dict[str, Tensor]:
-        """Encode query views (n, C, H, W) and compute the losses against their keys and the queue."""
-        projection, regions = self.query(query_view, keys.query_points)
-        per_query, nearest = queue_nce(projection, keys.projection, self.queue, self.temperature)  # (n,) each
-        terms = {"global": per_query.mean()}
-        terms["loss"] = self.weight * terms["global"]
-        if self.local is not None:
-            per_image = local_nce_per_image(
-                regions, keys.regions, self.local["temperature"], keys.everyones_regions
-            )  # (n,)
-            terms["local"] = torch.where(keys.local_share > 0, per_image * keys.local_share, 0).mean()
-            terms["loss"] = terms["loss"] + self.local["weight"] * terms["local"]
-        else:
-            terms["local"] = torch.zeros_like(terms["global"])
-        terms["accuracy"] = nearest.float().mean()
-        terms["similarity"] = mean_cosine(keys.everyone)
-        return terms
+    def local_loss(self, regions: Tensor | None, keys: Keys) -> Tensor:
+        """The local InfoNCE of regions (n, R, 128), mean over the images whose views overlap enough."""
+        if self.local is None:
+            return keys.projection.new_zeros(())
+        per_image = local_nce_per_image(
+            regions, keys.regions, self.local["temperature"], keys.everyones_regions
+        )  # (n,)
+        return torch.where(keys.local_share > 0, per_image * keys.local_share, 0).mean()
 
     @torch.no_grad()
     def update_momentum_encoder(self, ok: Tensor | None = None) -> None:
@@ -426,10 +404,9 @@ class MoCo(nn.Module):
             return
         keys, queries = list(self.key.parameters()), list(self.query.parameters())
         weight = 1 - self.momentum
-        if ok is None:
-            torch._foreach_lerp_(keys, queries, weight)
-        else:
-            torch._foreach_lerp_(keys, queries, [weight * ok.to(self.queue.dtype)] * len(keys))
+        if ok is not None:
+            weight = [weight * ok.to(self.queue.dtype)] * len(keys)
+        torch._foreach_lerp_(keys, queries, weight)
 
     @torch.no_grad()
     def enqueue(self, keys: Keys, ok: Tensor | None = None) -> None:
@@ -443,15 +420,17 @@ class MoCo(nn.Module):
         if batch > size:
             raise ValueError(f"a batch of {batch} does not fit into a queue of {size}")
         columns = (self.queue_pointer + torch.arange(batch, device=self.queue.device)) % size
-        entering, moved = keys.everyone.T.to(self.queue.dtype), self.queue_pointer + batch
+        entering = keys.everyone.T.to(self.queue.dtype)  # (D, N)
         if ok is not None:
-            entering = torch.where(ok, entering, self.queue[:, columns])
-            moved = torch.where(ok, moved, self.queue_pointer)
+            entering, batch = torch.where(ok, entering, self.queue[:, columns]), batch * ok
         self.queue[:, columns] = entering
-        self.queue_pointer.copy_(moved % size)
+        self.queue_pointer.copy_((self.queue_pointer + batch) % size)
         self.step += 1
 
     def _match_regions(self, view: Tensor, query_box: Tensor | None, key_box: Tensor | None):
+        """Points (n, R, 2) of the regions in both views, and each image's share in the local loss (n,)."""
+        if self.local is None:
+            return None, None, None
         if query_box is None or key_box is None:
             if self.local["match"] == "overlap":
                 raise ValueError("local.match = overlap needs the crop boxes of both views")
@@ -469,30 +448,6 @@ class MoCo(nn.Module):
             return torch.arange(batch)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         return torch.randperm(batch, generator=generator)
-
-    def running_statistics(self) -> list[Tensor]:
-        """The running averages of all norms, of both branches; a forward pass in training moves them."""
-        return [b for b in (*self.query.buffers(), *self.key.buffers()) if b.is_floating_point()]
-
-    @torch.no_grad()
-    def average_running_statistics(self) -> Tensor:
-        """Give all processes the mean of their running statistics: what one process would have.
-
-        Moving averages are linear in the batch statistics, so doing this before they are read (evaluation,
-        checkpoint) equals doing it at every step. Call it on all processes. Returns what each process had,
-        (world, n), for `set_running_statistics`.
-        """
-        own = torch.cat([average.flatten() for average in self.running_statistics()])
-        everyone = gather(own[None])
-        self.set_running_statistics(everyone.mean(dim=0))
-        return everyone
-
-    @torch.no_grad()
-    def set_running_statistics(self, values: Tensor) -> None:
-        """From one vector (n,) that holds them all, in order."""
-        averages = self.running_statistics()
-        for average, value in zip(averages, values.split([a.numel() for a in averages]), strict=True):
-            average.copy_(value.view_as(average))
 
     def get_extra_state(self) -> dict[str, int]:
         return {"step": self.step}
@@ -517,13 +472,15 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def permuted_rows(x: Tensor, order: Tensor) -> Tensor:
+def permuted_rows(x: Tensor | None, order: Tensor) -> Tensor | None:
     """This process's rows of gather(x)[order], each sent only to the process that takes it. No gradient.
 
     Args:
-        x: (n, ...), this process's share.
+        x: (n, ...), this process's share; None stays None.
         order: (N,), on the CPU, a permutation of the rows of all processes, the same on each of them.
     """
+    if x is None:
+        return None
     if world_size() == 1:
         return x[order.to(x.device)]
     rank, count = dist.get_rank(), len(x)
@@ -617,8 +574,30 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Weights in
+# Weights out and in
 # ---------------------------------------------------------------------------------------------------------
+
+
+def fold_whitening(state: dict[str, Tensor], conv: str, norm: str, matrix: Tensor) -> None:
+    """Turn the whitening layer `norm` of a state dict into a BatchNorm that computes the same in evaluation.
+
+    Whitening there is weight * W (x - mean) + bias of the output x of a convolution without bias. W, given
+    as `matrix` (G, C / G, C / G), moves into that convolution; the rest becomes a BatchNorm of variance 1.
+    """
+    whole = torch.block_diag(*matrix.double())  # (C, C)
+    kernel = state[f"{conv}.weight"]
+    plain = nn.BatchNorm2d(len(whole))
+    plain.running_mean.copy_(whole @ state[f"{norm}.running_mean"].double().flatten())
+    plain.running_var.fill_(1 - plain.eps)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            if f"{norm}.{name}" in state:
+                getattr(plain, name).copy_(state[f"{norm}.{name}"].flatten())
+    for name in [name for name in state if name.startswith(f"{norm}.")]:
+        del state[name]
+    state[f"{conv}.weight"] = torch.einsum("oc,c...->o...", whole, kernel.double()).to(kernel.dtype)
+    state.update({f"{norm}.{name}": value for name, value in plain.state_dict().items()})
+
 
 MARK = "layer1.0.conv1.weight"  # every ResNet checkpoint has it, whatever stands before it
 NUMBERS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)

@@ -14,7 +14,19 @@ spectrum.png if matplotlib is installed, TensorBoard files if tensorboard is.
 
 import argparse
 
-from engine.config import settings_parser
+from engine.config import (
+    Config,
+    ConfigError,
+    check,
+    check_choice,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    check_range,
+    config_errors,
+    load_config,
+    settings_parser,
+)
 
 DEFAULTS = """
 seed: 0
@@ -99,38 +111,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments()  # answers --help before the imports, which take seconds
 
-import warnings
 from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from augment import TwoViews
-from ct.slices import DataError, default_window
-from data import BatchReader, Intensity, SliceDataset, network_input
-from engine.config import (
-    Config,
-    ConfigError,
-    check,
-    check_choice,
-    check_fraction,
-    check_not_negative,
-    check_positive,
-    check_range,
-    config_errors,
-    load_config,
-)
-from engine.files import make_run_folder, write_whole, written_whole
-from engine.process import Process, Readback, seeded, start_process, warn
-from engine.stopping import STOP_MARKER, StopRequest, batch_loader, leave, naming_lost_workers, run_script
+from data import BatchReader, DataError, Intensity, SliceDataset, TwoViews, default_window, network_input
+from engine.process import Process, seeded, start_process
+from engine.stopping import StopRequest, naming_lost_workers, run_script
 from models import ARCHITECTURES, LAYERS, Encoder, MoCo, WeightsError, load_encoder_weights, slices
-from pretraining.guard import Guard, NotFinite
-from pretraining.journal import Journal
-from pretraining.monitor import CollapseMonitor, draw, show
-from pretraining.run_state import RunState, averaged_statistics
-from pretraining.schedule import Due, StepBatches, learning_rate
+from pretraining.run import NotFinite, Run
+from pretraining.schedule import learning_rate
 
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "decorrelation.eps": float}
 
@@ -149,137 +139,64 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(f"{cfg.data.list}: not the same for all processes, {sorted(counts)} slices")
     reader = BatchReader(dataset, cfg.data.workers)
     with StopRequest(process.rank) as stop, naming_lost_workers(reader):
-        code = pretrain(cfg, process, dataset, reader, stop)
+        code = pretrain(cfg, process, reader, stop)
     process.close()
     return code
 
 
-def pretrain(
-    cfg: Config, process: Process, dataset: SliceDataset, reader: BatchReader, stop: StopRequest
-) -> int:
+def pretrain(cfg: Config, process: Process, reader: BatchReader, stop: StopRequest) -> int:
     """The whole run, from where its folder says it is; returns the exit code."""
     torch.manual_seed(cfg.seed)
-    window = default_window(dataset.stored) if cfg.data.window == "auto" else cfg.data.window
-    intensity = Intensity(window, cfg.data.mean, cfg.data.std)
-    steps_per_epoch, total_steps = count_steps(cfg, len(dataset), process)
-    model = build_model(cfg, process).to(process.device, memory_format=torch.channels_last)
+    intensity = make_intensity(cfg, reader.dataset)
+    views = make_views(cfg, reader.dataset, intensity)
+    model = build_model(cfg, process)
     optimizer = make_optimizer(cfg, model)
-    guard = Guard(model, optimizer, cfg.run.max_bad_steps)
-    views = TwoViews(cfg.data.size, **cfg.augment, value_range=value_range(cfg, intensity, dataset.stored))
-
-    folder = make_run_folder(cfg.run.out, process)
-    state = RunState(folder, cfg, process, dataset, intensity, model, optimizer, guard)
-    step, complete = state.resume()
-    if step >= total_steps and complete:
-        process.say(f"{folder} holds this run, finished after {step} steps; nothing to do")
+    run = Run(cfg, process, reader, intensity, model, optimizer, stop)  # from its checkpoint, if there is one
+    if run.finished:
         return 0
-    if process.is_main:
-        (folder / STOP_MARKER).unlink(missing_ok=True)
-        write_whole(folder / "config.yaml", cfg.as_yaml())
-    monitor = CollapseMonitor(cfg, dataset, intensity, process)
-    process.say(
-        f"{len(dataset)} slices of {dataset.size[0]} x {dataset.size[1]} px; {total_steps} steps, "
-        f"{steps_per_epoch} an epoch; {process.world} x {process.device.type}, {process.precision}; "
-        f"collapse measured on {len(monitor.slices)} slices"
-        + (f"; going on from step {step}" if step else "")
-    )
 
-    if cfg.run.compile:
-        model.query.encoder.compile()
-        model.key.encoder.compile()
-    local_batch = cfg.optim.batch_size // process.world
-    shape = (local_batch // cfg.optim.accumulate, cfg.model.in_channels, cfg.data.size, cfg.data.size)
-    trained = distributed(model, guard, shape, process) if process.world > 1 else model
-    offset = process.rank * local_batch  # global index of this process's first sample
-    order = StepBatches(len(dataset), cfg.optim.batch_size, cfg.seed, process, step, total_steps)
-    loader = batch_loader(reader, order, cfg.data.workers, process, cfg.run.timeout_minutes)
-
-    journal = Journal(cfg, process, steps_per_epoch, total_steps, step)
-    readback = Readback(process.device)
-    due = Due(cfg, steps_per_epoch, process)
-
-    def measure_collapse() -> None:
-        with averaged_statistics(model, process):
-            measured = journal.scored(step, monitor.measure(model))
-            for name in journal.names_to_keep(step, measured):
-                try:
-                    state.export(name, step, measured)
-                except OSError as error:
-                    warn(f"step {step}: no {name}.pth written ({error}); training goes on")
-        journal.collapse(step, measured)
-        if board := journal.log.board:
-            try:
-                show(board, step, measured, monitor.features_page(model))
-            except OSError as error:
-                warn(f"step {step}: no pictures for TensorBoard ({error}); training goes on")
-
-    if due.measuring(step) and not process.from_main(lambda: journal.knows_collapse(step)):
-        measure_collapse()
-    model.train()
-    for stored, unreadable in loader:
+    network, guard = run.distributed(), run.guard
+    share = cfg.optim.batch_size // process.world  # of each global batch
+    parts = slices(share, cfg.optim.accumulate)
+    for stored, unreadable in run.batches():  # (n, 1, H, W), HU or 8-bit values
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps_per_epoch, total_steps, cfg.optim)
+            group["lr"] = learning_rate(run.step, run.steps_per_epoch, run.total_steps, cfg.optim)
         guard.remember()
 
-        unit = intensity.to_unit(stored.to(process.device, non_blocking=True))  # (n, 1, H, W) in [0, 1]
-        generator = seeded("views", cfg.seed, step)
-        query_view, key_view, query_box, key_box = views(unit, generator, offset, cfg.optim.batch_size)
-        query_view, key_view = (
-            network_input(view, intensity, cfg.model.in_channels) for view in (query_view, key_view)
-        )
+        # Two views of each slice, cropped and changed at random, and the boxes that they were cropped from.
+        unit = intensity.to_unit(stored)  # (n, 1, H, W) in [0, 1]
+        generator = seeded("views", cfg.seed, run.step)
+        *pair, query_box, key_box = views(unit, generator, process.rank * share, cfg.optim.batch_size)
+        query_view, key_view = (network_input(view, intensity, cfg.model.in_channels) for view in pair)
 
+        # Keys, one of each slice and one of each of its regions, by the momentum encoder. No gradient.
         with process.autocast():
             keys = model.encode_keys(key_view, query_box, key_box, parts=cfg.optim.accumulate)
-        parts = slices(local_batch, cfg.optim.accumulate)
+
+        # Queries, by the trained encoder with whitened features, and their losses: global InfoNCE against the
+        # keys in the queue, local InfoNCE against the other regions of the same slice (models.MoCo.forward).
         terms = {}
-        for i, rows in enumerate(parts):
-            last = i == len(parts) - 1
-            wait = nullcontext() if last or process.world == 1 else trained.no_sync()
-            with wait:
+        for rows in parts:
+            last = rows is parts[-1]  # with which gradients are averaged over processes
+            with nullcontext() if last or process.world == 1 else network.no_sync():
                 with process.autocast():
-                    found = trained(query_view[rows], keys=keys.part(rows))
+                    found = network(query_view[rows], keys=keys.part(rows))
                 (found["loss"] / len(parts)).backward()
             terms = {name: terms.get(name, 0) + value.detach() / len(parts) for name, value in found.items()}
 
-        events = {"unreadable": unreadable, "stop": bool(stop), "save": due.by_time()}
-        row = over_ranks(terms, events, process)
-        ok = guard.judge(row["loss"])
+        # The query encoder takes its step, the momentum encoder follows, the keys enter the queue. Where the
+        # loss or a gradient is not finite (ok is false), none of this changes anything.
+        terms = run.over_processes(terms, unreadable)
+        ok = guard.judge(terms["loss"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.update_momentum_encoder(ok)
         model.enqueue(keys, ok)
         guard.put_back(ok)
-        step += 1
 
-        # The host learns of a step when the device has done it: on a GPU, during the next one.
-        last = step == total_steps
-        measuring = last or due.measuring(step)
-        row |= guard.counts()
-        arrived = readback.push(step, torch.stack(list(row.values())))
-        arrived += readback.arrived() if measuring else []
-        news = [journal.note(done, dict(zip(row, values))) for done, values in arrived]
-        if any(found["bad_in_row"] >= cfg.run.max_bad_steps for found in news):
-            step = model.step = journal.before_bad_steps()
-            guard.forget_row()
-            state.save(step)
-            raise NotFinite(journal.describe_bad_steps(folder, dataset, order))
-        stopping = any(found["stop"] for found in news) and not last
-        if not stopping and measuring:
-            measure_collapse()
-        if stopping or last or due.by_step(step) or any(found["save"] for found in news):
-            state.save(step)
-        if stopping:
-            return leave(folder, step, process.everyone(stop.reason), process)
-    journal.close()
-
-    model.average_running_statistics()
-    if process.is_main:
-        draw(folder, process)
-        with written_whole(folder / "features.png") as file:
-            monitor.features_page(model).save(file, format="PNG")
-        state.export("encoder", step, journal.latest)
-    process.say(f"encoder: {folder / 'encoder.pth'}")
-    process.barrier()
+        if run.step_done(terms):  # logged, and measured and saved where that is due
+            return run.leave()  # on request
+    run.finish()
     return 0
 
 
@@ -328,30 +245,6 @@ def check_config(cfg: Config) -> None:
         )
 
 
-def count_steps(cfg: Config, size: int, process: Process) -> tuple[int, int]:
-    """Steps an epoch and in all, for a training set of `size` slices; checks what depends on both."""
-    batch, shares = cfg.optim.batch_size, process.world * cfg.optim.accumulate
-    if size < batch:
-        raise ConfigError(f"optim.batch_size: {batch}, but {cfg.data.list} lists only {size} slices")
-    if batch % shares:
-        raise ConfigError(
-            f"optim.batch_size: {batch} does not divide by {process.world} processes x "
-            f"{cfg.optim.accumulate} accumulation steps"
-        )
-    share, split = batch // shares, cfg.model.bn_split
-    if split and share % split and share > split:
-        raise ConfigError(f"model.bn_split: {split} does not divide the {share} samples of a forward pass")
-    if split and share < split and shares > 1:
-        process.say(f"note: BatchNorm sees {share} samples at a time, fewer than model.bn_split = {split}")
-    if cfg.model.queue_size > size:
-        process.say(
-            f"note: model.queue_size {cfg.model.queue_size} is above the {size} slices: a slice's own older "
-            "keys are among its negatives; half the slices or less is better"
-        )
-    steps_per_epoch = size // batch
-    return steps_per_epoch, cfg.optim.max_steps or cfg.optim.epochs * steps_per_epoch
-
-
 def build_model(cfg: Config, process: Process) -> MoCo:
     plan = cfg.decorrelation
     options = {"group_size": plan.group_size, "sync": plan.sync}
@@ -369,7 +262,7 @@ def build_model(cfg: Config, process: Process) -> MoCo:
     if cfg.model.init != "random":
         process.say(str(load_encoder_weights(encoder, cfg.model.init)))
     with config_errors():
-        return MoCo(
+        model = MoCo(
             encoder,
             cfg.model.dim,
             cfg.model.queue_size,
@@ -381,35 +274,24 @@ def build_model(cfg: Config, process: Process) -> MoCo:
             seed=cfg.seed,
             weight=cfg.model.weight,
         )
+    if cfg.run.compile:
+        model.query.encoder.compile()
+        model.key.encoder.compile()
+    return model.to(process.device, memory_format=torch.channels_last)
 
 
-def distributed(model: MoCo, guard: Guard, shape: tuple, process: Process) -> DistributedDataParallel:
-    """The model with gradients averaged over processes.
-
-    DDP arranges gradients anew after its first backward pass, and with more than two processes that changes
-    how sums are rounded: a run that goes on would part from one that was never stopped. So the first pass
-    is one over black views, of `shape`, that leaves no trace.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers
-        trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    guard.remember()
-    view = torch.zeros(shape, device=process.device)
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]], device=process.device).expand(len(view), -1)
-    with process.autocast():
-        keys = model.train().encode_keys(view, whole, whole)
-        loss = trained(view, keys=keys)["loss"]
-    loss.backward()
-    model.zero_grad()
-    guard.put_back(torch.zeros((), dtype=torch.bool, device=process.device))
-    return trained
+def make_intensity(cfg: Config, dataset: SliceDataset) -> Intensity:
+    window = default_window(dataset.stored) if cfg.data.window == "auto" else cfg.data.window
+    return Intensity(window, cfg.data.mean, cfg.data.std)
 
 
-def value_range(cfg: Config, intensity: Intensity, stored: str) -> tuple[float, float]:
-    """The values that augmentation takes as black and white: the window's, else the whole range of CT."""
-    if intensity.window is not None:
-        return 0.0, 1.0
-    return (0.0, 255.0) if stored == "uint8" else (-cfg.data.hu_offset, 4095.0 - cfg.data.hu_offset)
+def make_views(cfg: Config, dataset: SliceDataset, intensity: Intensity) -> TwoViews:
+    """The augmentation; where values are not windowed, black and white are the ends of CT's whole range."""
+    black_white = (0.0, 1.0)
+    if intensity.window is None:
+        hu = (-cfg.data.hu_offset, 4095.0 - cfg.data.hu_offset)
+        black_white = (0.0, 255.0) if dataset.stored == "uint8" else hu
+    return TwoViews(cfg.data.size, **cfg.augment, value_range=black_white)
 
 
 def make_optimizer(cfg: Config, model: MoCo) -> torch.optim.SGD:
@@ -421,18 +303,6 @@ def make_optimizer(cfg: Config, model: MoCo) -> torch.optim.SGD:
     for parameter in parameters:  # or a first step that is skipped would leave them undefined
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def over_ranks(terms: dict[str, Tensor], events: dict[str, float], process: Process) -> dict[str, Tensor]:
-    """Means of the terms and sums of the events over all processes, scalars on the device: no host waits."""
-    row = torch.zeros(len(terms) + len(events), device=process.device)
-    row[: len(terms)] = torch.stack(list(terms.values())) / process.world
-    for place, value in enumerate(events.values(), len(terms)):
-        if value:
-            row[place] = float(value)
-    if process.world > 1:
-        dist.all_reduce(row)
-    return dict(zip((*terms, *events), row))
 
 
 if __name__ == "__main__":

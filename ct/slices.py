@@ -75,11 +75,6 @@ def mask_size(path):
     return size
 
 
-def default_window(stored):
-    """The window meant by `auto`: soft tissue for HU, everything for 8-bit slices."""
-    return (-160.0, 240.0) if stored == "hu" else (0.0, 255.0)
-
-
 def png_header(path):
     """(height, width), bits a value, and the kind of colour; sizes are checked before anything is
     allocated."""

@@ -4,8 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ct.slices import default_window
-from data import Intensity
+from data import Intensity, default_window
 from engine.config import Config, ConfigError, config_errors
 from engine.process import Process
 from models import Encoder, WeightsError, load_encoder_weights

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augment import TwoViews
 from data import Intensity, SliceDataset, network_input
 from engine.config import ConfigError, OneLineParser, to_config
 from engine.files import load_checkpoint, write_whole
@@ -25,7 +24,7 @@ from engine.stopping import run_script
 from losses import at_least_float32, local_nce_per_image
 from models import MoCo
 from pretraining.monitor import validation_slices
-from train_moco import build_model, value_range
+from train_moco import build_model, make_views
 
 IMAGES = 256  # slices (at most) and images of noise
 
@@ -61,14 +60,14 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     card = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     intensity = Intensity(**card["normalisation"])
     process = start_process(cfg.run)
-    model = build_model(cfg, process).to(process.device)
+    model = build_model(cfg, process)
     model.load_state_dict(state["model"])
     model.eval()
 
     place = (cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
     dataset = validation_slices(cfg) or SliceDataset(*place)
     rows = range(0, len(dataset), -(-len(dataset) // IMAGES))
-    views = TwoViews(cfg.data.size, **cfg.augment, value_range=value_range(cfg, intensity, dataset.stored))
+    views = make_views(cfg, dataset, intensity)
     unit = intensity.to_unit(torch.stack([dataset[i] for i in rows]))
     query, key, query_box, key_box = views(unit, seeded("position", cfg.seed))
     pairs = {"slices": (query, key), "noise": noise(query.shape, seeded("noise", cfg.seed))}

@@ -13,8 +13,8 @@ from augment import TwoViews
 from ct.layout import class_names, mask_path, read_json, read_spacing, split_folder
 from ct.organs import BTCV_ORGANS, class_colors
 from ct.pictures import contact_sheet, outlined, views_page
-from ct.slices import IGNORE, DataError, default_window, in_threads, read_mask, write_png
-from data import Intensity, SliceDataset, fit
+from ct.slices import IGNORE, DataError, in_threads, read_mask, write_png
+from data import Intensity, SliceDataset, default_window, fit
 from engine.files import write_whole
 from losses import matched_points
 from prepare.check import check_set

@@ -1,8 +1,12 @@
-"""Bad steps of pretraining, whose loss or gradient is not finite: how they are found and undone."""
+"""Bad steps of pretraining, whose loss or gradient is not finite: found, undone, and given an account of."""
+
+import json
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine.files import write_whole
 from models import MoCo
 
 
@@ -22,7 +26,7 @@ class Guard:
     def __init__(self, model: MoCo, optimizer: torch.optim.SGD, most: int):
         self.optimizer, self.most = optimizer, most
         counters = [b for b in model.buffers() if b.dtype == torch.int64 and b is not model.queue_pointer]
-        self.moved = [model.running_statistics(), counters]  # by a forward pass
+        self.moved = [running_statistics(model), counters]  # by a forward pass
         device = model.queue.device
         self.in_row, self.skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
@@ -54,5 +58,59 @@ class Guard:
         return {"gradient_norm": self.norm, "bad_in_row": self.in_row, "skipped_steps": self.skipped}
 
 
+def running_statistics(model: MoCo) -> list[Tensor]:
+    """The running averages of all norms, of both branches; a forward pass in training moves them."""
+    return [b for b in (*model.query.buffers(), *model.key.buffers()) if b.is_floating_point()]
+
+
 def joined(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+class BadSteps:
+    """The host's account of the bad steps in a row that end a run."""
+
+    def __init__(self):
+        self.found = {}  # {step: its terms}
+
+    def note(self, step: int, terms: dict[str, float]) -> bool:
+        """Whether this step was bad."""
+        self.found = self.found | {step: terms} if terms["bad_in_row"] else {}
+        return bool(self.found)
+
+    def before(self) -> int:
+        """The number of steps done before them."""
+        return min(self.found) - 1
+
+    def describe(self, folder: Path, slices_of, write: bool) -> str:
+        """One line that names the last; all of them, with their slices, are written to bad_steps.json.
+
+        Args:
+            slices_of: step (from 0) -> names of the slices of its global batch.
+            write: only one process may.
+        """
+        rows = [
+            {
+                "step": step,
+                "terms": {name: str(terms[name]) for name in (*TERMS, "gradient_norm")},
+                "slices": slices_of(step - 1),
+            }
+            for step, terms in self.found.items()
+        ]
+        if write:
+            write_whole(folder / "bad_steps.json", json.dumps(rows, indent=1) + "\n")
+        slices = ", ".join(rows[-1]["slices"][:4]) + (" ..." if len(rows[-1]["slices"]) > 4 else "")
+        first, last = rows[0]["step"], rows[-1]["step"]
+        return (
+            f"run.max_bad_steps: steps {first} to {last} were not finite, the last one with "
+            f"{terms_text(self.found[last])}; its slices: {slices}; all in {folder / 'bad_steps.json'}; "
+            "the checkpoint is from before them"
+        )
+
+
+TERMS = ("loss", "global", "local", "accuracy", "similarity")  # of MoCo.forward, as they are logged
+
+
+def terms_text(terms: dict[str, float]) -> str:
+    named = {name: terms[name] for name in ("loss", "global", "local")} | {"gradient": terms["gradient_norm"]}
+    return ", ".join(f"{name} {value:.3g}" for name, value in named.items())

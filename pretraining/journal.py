@@ -1,17 +1,16 @@
-"""What a pretraining run says of itself: metrics.jsonl, the progress bar, and an account of bad steps."""
+"""What a pretraining run says of itself: metrics.jsonl and the progress bar."""
 
-import json
 import math
 import time
 from pathlib import Path
 
 from collapse import label_free_score, recent_similarity
-from data import SliceDataset
 from engine.config import Config
-from engine.files import MetricsLog, write_whole
+from engine.files import MetricsLog
 from engine.process import Process, progress
+from pretraining.guard import TERMS, BadSteps, terms_text
 from pretraining.monitor import describe_collapse
-from pretraining.schedule import StepBatches, learning_rate
+from pretraining.schedule import learning_rate
 
 
 class Journal:
@@ -23,7 +22,8 @@ class Journal:
         self.log = MetricsLog(Path(cfg.run.out), process, step, cfg.log.tensorboard)
         self.bar = progress(process, "pretrain", total=total_steps, initial=step)
         self.since, self.clock = step, time.perf_counter()
-        self.rank_text, self.unreadable, self.bad, self.warned = "", 0, {}, False
+        self.rank_text, self.unreadable, self.warned = "", 0, False
+        self.bad_steps = BadSteps()
         self.latest = {}  # the newest value of every column
         self.similarities = []  # the cosine of keys of every log line
         self.best = -math.inf  # the highest label-free score so far
@@ -34,8 +34,7 @@ class Journal:
         """Take in what is known of a step; returns it."""
         self.bar.update()
         self.unreadable += int(found["unreadable"])
-        self.bad = self.bad | {step: found} if found["bad_in_row"] else {}
-        if self.bad:
+        if self.bad_steps.note(step, found):
             self.process.say(f"step {step}: {terms_text(found)}: not finite, skipped")
         if step % self.cfg.log.every == 0 or step == self.total_steps:
             now = time.perf_counter()
@@ -102,46 +101,16 @@ class Journal:
     def epoch(self, step: int) -> float:
         return round(step / self.steps_per_epoch, 4)
 
-    def before_bad_steps(self) -> int:
-        """The number of steps done before the bad ones."""
-        return min(self.bad) - 1
-
-    def describe_bad_steps(self, folder: Path, dataset: SliceDataset, order: StepBatches) -> str:
-        """Write the bad steps with their slices to bad_steps.json; returns one line that names the last."""
-        rows = [
-            {
-                "step": step,
-                "terms": {name: str(found[name]) for name in (*TERMS, "gradient_norm")},
-                "slices": [dataset.names[i] for i in order.everyones(step - 1)],
-            }
-            for step, found in self.bad.items()
-        ]
-        if self.process.is_main:
-            write_whole(folder / "bad_steps.json", json.dumps(rows, indent=1) + "\n")
-        slices = ", ".join(rows[-1]["slices"][:4]) + (" ..." if len(rows[-1]["slices"]) > 4 else "")
-        first, last = rows[0]["step"], rows[-1]["step"]
-        return (
-            f"run.max_bad_steps: steps {first} to {last} were not finite, the last one with "
-            f"{terms_text(self.bad[last])}; its slices: {slices}; all in {folder / 'bad_steps.json'}; "
-            "the checkpoint is from before them"
-        )
-
     def close(self) -> None:
         self.bar.close()
         self.log.close()
 
 
-TERMS = ("loss", "global", "local", "accuracy", "similarity")
 ONE_POINT = 0.99  # mean cosine of the keys of different images; networks start at some 0.996
 
 
 def loss_text(found: dict) -> str:
     return f"loss {found['loss']:.3f}" + (f" local {found['local']:.3f}" if found["local"] else "")
-
-
-def terms_text(found: dict) -> str:
-    named = {name: found[name] for name in ("loss", "global", "local")} | {"gradient": found["gradient_norm"]}
-    return ", ".join(f"{name} {value:.3g}" for name, value in named.items())
 
 
 def one_point_text(found: dict) -> str:

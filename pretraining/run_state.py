@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 import torchvision
+from torch import Tensor
 
 from data import Intensity, SliceDataset
 from engine.config import Config, ConfigError, to_config
 from engine.files import load_checkpoint, load_optimizer, save_checkpoint, write_whole, written_whole
 from engine.process import Process, warn
-from models import MoCo
-from pretraining.guard import Guard
+from models import MoCo, gather
+from pretraining.guard import Guard, running_statistics
 
 # Keys that may change between the parts of an interrupted run: they do not touch what is computed.
 RUN_FREE = ("out", "device", "compile", "save", "max_bad", "skip", "timeout", "deterministic")
@@ -53,7 +54,7 @@ class RunState:
                 load_optimizer(self.optimizer, state["optimizer"])
                 statistics = state["running_statistics"]
                 if len(statistics) == process.world:  # else the model's, which are the mean, have to do
-                    self.model.set_running_statistics(statistics[process.rank])
+                    set_running_statistics(self.model, statistics[process.rank])
                 counts = (self.guard.in_row, self.guard.skipped)
                 for count, value in zip(counts, state["bad_steps"], strict=True):
                     count.fill_(value)
@@ -112,6 +113,28 @@ class RunState:
 def averaged_statistics(model: MoCo, process: Process):
     """Within, all processes have the mean of their running statistics; afterwards each its own again, so that
     looking at them changes nothing. Gives what each had, (world, n)."""
-    everyone = model.average_running_statistics()
+    everyone = average_running_statistics(model)
     yield everyone
-    model.set_running_statistics(everyone[process.rank])
+    set_running_statistics(model, everyone[process.rank])
+
+
+@torch.no_grad()
+def average_running_statistics(model: MoCo) -> Tensor:
+    """Give all processes the mean of their running statistics: what one process would have.
+
+    Moving averages are linear in the batch statistics, so doing this before they are read (evaluation,
+    checkpoint) equals doing it at every step. Call it on all processes. Returns what each process had,
+    (world, n), for `set_running_statistics`.
+    """
+    own = torch.cat([average.flatten() for average in running_statistics(model)])
+    everyone = gather(own[None])
+    set_running_statistics(model, everyone.mean(dim=0))
+    return everyone
+
+
+@torch.no_grad()
+def set_running_statistics(model: MoCo, values: Tensor) -> None:
+    """From one vector (n,) that holds them all, in order."""
+    averages = running_statistics(model)
+    for average, value in zip(averages, values.split([a.numel() for a in averages]), strict=True):
+        average.copy_(value.view_as(average))

@@ -1,4 +1,4 @@
-"""What belongs to which step of pretraining: the slices, the learning rate, saving and measuring."""
+"""How many steps there are, and what belongs to each: the slices, the learning rate, saving, measuring."""
 
 import math
 import time
@@ -6,8 +6,32 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.config import Config
+from engine.config import Config, ConfigError
 from engine.process import Process, seeded
+
+
+def count_steps(cfg: Config, size: int, process: Process) -> tuple[int, int]:
+    """Steps an epoch and in all, for a training set of `size` slices; checks what depends on both."""
+    batch, shares = cfg.optim.batch_size, process.world * cfg.optim.accumulate
+    if size < batch:
+        raise ConfigError(f"optim.batch_size: {batch}, but {cfg.data.list} lists only {size} slices")
+    if batch % shares:
+        raise ConfigError(
+            f"optim.batch_size: {batch} does not divide by {process.world} processes x "
+            f"{cfg.optim.accumulate} accumulation steps"
+        )
+    share, split = batch // shares, cfg.model.bn_split
+    if split and share % split and share > split:
+        raise ConfigError(f"model.bn_split: {split} does not divide the {share} samples of a forward pass")
+    if split and share < split and shares > 1:
+        process.say(f"note: BatchNorm sees {share} samples at a time, fewer than model.bn_split = {split}")
+    if cfg.model.queue_size > size:
+        process.say(
+            f"note: model.queue_size {cfg.model.queue_size} is above the {size} slices: a slice's own older "
+            "keys are among its negatives; half the slices or less is better"
+        )
+    steps_per_epoch = size // batch
+    return steps_per_epoch, cfg.optim.max_steps or cfg.optim.epochs * steps_per_epoch
 
 
 class StepBatches:

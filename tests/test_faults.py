@@ -23,6 +23,7 @@ import torch
 import train_moco
 from ct.slices import DataError
 from data import BatchReader
+from engine.config import to_config
 from models import Encoder, MoCo
 from prepare import commands
 from pretraining.guard import Guard, NotFinite
@@ -262,7 +263,7 @@ def take_step(model, optimizer, guard, view):
 def test_a_bad_step_changes_nothing(first):
     model, view = moco_and_views()
     optimizer = train_moco.make_optimizer(
-        train_moco.config.to_config({"optim": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}}), model
+        to_config({"optim": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}}), model
     )
     guard = Guard(model, optimizer, most=3)
     if not first:

@@ -21,6 +21,7 @@ from models import (
     load_encoder_weights,
     permuted_rows,
 )
+from pretraining.run_state import average_running_statistics
 
 
 def torchvision_resnet(arch, in_channels=1):
@@ -357,7 +358,7 @@ def train_on_rank(rank, world, port, results, dtype, steps):
         if world > 1:
             torch.distributed.all_reduce(loss)
         losses.append(loss.item() / world)
-    moco.average_running_statistics()
+    average_running_statistics(moco)
     torch.save(
         (losses, moco.state_dict(), [p.grad for p in moco.query.parameters()]), results / f"{rank}.pth"
     )

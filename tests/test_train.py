@@ -17,6 +17,7 @@ from engine.process import seeded
 from models import Encoder, WeightsError
 from prepare import commands
 from pretraining import journal
+from pretraining.monitor import CollapseMonitor
 from pretraining.schedule import StepBatches, learning_rate
 from train_moco import DEFAULTS, NULLABLE
 
@@ -132,10 +133,10 @@ def test_a_stopped_run_goes_on_with_the_same_losses(train, monkeypatch):
 
 def test_the_best_encoder_survives_a_stop(train, tmp_path, monkeypatch):
     found = iter([0.1, 0.9, 0.5, 0.7])  # at steps 0, 3, and 6; then again at 6
-    measure = train_moco.CollapseMonitor.structure
+    measure = CollapseMonitor.structure
     monkeypatch.setattr(journal, "label_free_score", lambda readout, similarities: readout)
     monkeypatch.setattr(
-        train_moco.CollapseMonitor,
+        CollapseMonitor,
         "structure",
         lambda self, encoder: measure(self, encoder) | {"grey_readout": next(found)},
     )

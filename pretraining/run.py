@@ -1,0 +1,195 @@
+"""What a pretraining run does around its steps: resume, read, log, measure, save, stop.
+
+train_moco.py trains; everything here serves that a run can be watched, killed and resumed without a trace.
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data import BatchReader, Intensity
+from engine.config import Config
+from engine.files import make_run_folder, write_whole, written_whole
+from engine.process import Process, Readback, warn
+from engine.stopping import STOP_MARKER, StopRequest, batch_loader, leave
+from models import MoCo
+from pretraining.guard import Guard, NotFinite
+from pretraining.journal import Journal
+from pretraining.monitor import CollapseMonitor, draw, show
+from pretraining.run_state import RunState, average_running_statistics, averaged_statistics
+from pretraining.schedule import Due, StepBatches, count_steps
+
+
+class Run:
+    """A run in its folder, from where its checkpoint says it is.
+
+    step      optimiser steps done
+    finished  the folder holds all results already; nothing else may be called then
+    guard     see guard.Guard
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        process: Process,
+        reader: BatchReader,
+        intensity: Intensity,
+        model: MoCo,
+        optimizer: torch.optim.SGD,
+        stop: StopRequest,
+    ):
+        self.cfg, self.process, self.reader, self.model, self.stop = cfg, process, reader, model, stop
+        self.dataset = reader.dataset
+        self.steps_per_epoch, self.total_steps = count_steps(cfg, len(self.dataset), process)
+        self.guard = Guard(model, optimizer, cfg.run.max_bad_steps)
+        self.folder = make_run_folder(cfg.run.out, process)
+        self.state = RunState(
+            self.folder, cfg, process, self.dataset, intensity, model, optimizer, self.guard
+        )
+        self.step, complete = self.state.resume()
+        self.finished = self.step >= self.total_steps and complete
+        if self.finished:
+            process.say(f"{self.folder} holds this run, finished after {self.step} steps; nothing to do")
+            return
+        if process.is_main:
+            (self.folder / STOP_MARKER).unlink(missing_ok=True)
+            write_whole(self.folder / "config.yaml", cfg.as_yaml())
+        self.monitor = CollapseMonitor(cfg, self.dataset, intensity, process)
+        process.say(
+            f"{len(self.dataset)} slices of {self.dataset.size[0]} x {self.dataset.size[1]} px; "
+            f"{self.total_steps} steps, {self.steps_per_epoch} an epoch; "
+            f"{process.world} x {process.device.type}, {process.precision}; "
+            f"collapse measured on {len(self.monitor.slices)} slices"
+            + (f"; going on from step {self.step}" if self.step else "")
+        )
+        self.journal = Journal(cfg, process, self.steps_per_epoch, self.total_steps, self.step)
+        self.due = Due(cfg, self.steps_per_epoch, process)
+        self.readback = Readback(process.device)
+
+    def distributed(self) -> nn.Module:
+        """The model with gradients averaged over processes; of a single process the model itself.
+
+        DDP arranges gradients anew after its first backward pass, and with more than two processes that
+        changes how sums are rounded: a run that was resumed would part from one that was never stopped. So
+        the first pass is one over black views that leaves no trace.
+        """
+        model, process, cfg = self.model, self.process, self.cfg
+        if process.world == 1:
+            return model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers
+            trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        samples = cfg.optim.batch_size // process.world // cfg.optim.accumulate
+        shape = (samples, cfg.model.in_channels, cfg.data.size, cfg.data.size)
+        view = torch.zeros(shape, device=process.device)
+        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]], device=process.device).expand(samples, -1)
+        self.guard.remember()
+        with process.autocast():
+            keys = model.train().encode_keys(view, whole, whole)
+            loss = trained(view, keys=keys)["loss"]
+        loss.backward()
+        model.zero_grad()
+        self.guard.put_back(torch.zeros((), dtype=torch.bool, device=process.device))
+        return trained
+
+    def batches(self) -> Iterator[tuple[Tensor, int]]:
+        """For each step that is left: this process's slices (n, 1, H, W) as stored, on the device, and how
+        many of them were unreadable and replaced. Measures the untrained encoder first."""
+        cfg, process = self.cfg, self.process
+        place = (len(self.dataset), cfg.optim.batch_size, cfg.seed, process, self.step, self.total_steps)
+        self.order = StepBatches(*place)
+        loader = batch_loader(self.reader, self.order, cfg.data.workers, process, cfg.run.timeout_minutes)
+        if self.due.measuring(self.step) and not process.from_main(self.knows_collapse):
+            self.measure_collapse()
+        self.model.train()
+        for stored, unreadable in loader:
+            yield stored.to(process.device, non_blocking=True), unreadable
+
+    def over_processes(self, terms: dict[str, Tensor], unreadable: int) -> dict[str, Tensor]:
+        """Means of a step's terms over all processes, and sums of what else they have to tell each other:
+        scalars on the device, and no host waits for them."""
+        events = {"unreadable": unreadable, "stop": bool(self.stop), "save": self.due.by_time()}
+        row = torch.zeros(len(terms) + len(events), device=self.process.device)
+        row[: len(terms)] = torch.stack(list(terms.values())) / self.process.world
+        for place, value in enumerate(events.values(), len(terms)):
+            if value:
+                row[place] = float(value)
+        if self.process.world > 1:
+            dist.all_reduce(row)
+        return dict(zip((*terms, *events), row))
+
+    def step_done(self, row: dict[str, Tensor]) -> bool:
+        """Count a step; log, measure and save what is due. Whether the run has to stop, with all saved.
+
+        row: of `over_processes`. The host learns of a step when the device has done it: on a GPU, during the
+        next one. Raises NotFinite after too many bad steps, with a checkpoint from before them.
+        """
+        self.step += 1
+        last = self.step == self.total_steps
+        measuring = last or self.due.measuring(self.step)
+        row = row | self.guard.counts()
+        arrived = self.readback.push(self.step, torch.stack(list(row.values())))
+        arrived += self.readback.arrived() if measuring else []
+        news = [self.journal.note(done, dict(zip(row, values))) for done, values in arrived]
+        if any(found["bad_in_row"] >= self.cfg.run.max_bad_steps for found in news):
+            self.give_up()
+        stopping = any(found["stop"] for found in news) and not last
+        if measuring and not stopping:
+            self.measure_collapse()
+        asked = any(found["save"] for found in news)
+        if stopping or last or self.due.by_step(self.step) or asked:
+            self.state.save(self.step)
+        return stopping
+
+    def knows_collapse(self) -> bool:
+        """Whether it was measured at this step before the run was stopped."""
+        return self.journal.knows_collapse(self.step)
+
+    def measure_collapse(self) -> None:
+        """Measure, log, and keep the encoder if it is the best so far."""
+        step = self.step
+        with averaged_statistics(self.model, self.process):
+            measured = self.journal.scored(step, self.monitor.measure(self.model))
+            for name in self.journal.names_to_keep(step, measured):
+                try:
+                    self.state.export(name, step, measured)
+                except OSError as error:
+                    warn(f"step {step}: no {name}.pth written ({error}); training goes on")
+        self.journal.collapse(step, measured)
+        if board := self.journal.log.board:
+            try:
+                show(board, step, measured, self.monitor.features_page(self.model))
+            except OSError as error:
+                warn(f"step {step}: no pictures for TensorBoard ({error}); training goes on")
+
+    def give_up(self) -> None:
+        """Save the state from before the bad steps, and raise NotFinite."""
+        bad = self.journal.bad_steps
+        self.step = self.model.step = bad.before()
+        self.guard.forget_row()
+        self.state.save(self.step)
+        raise NotFinite(bad.describe(self.folder, self.slices_of, self.process.is_main))
+
+    def slices_of(self, step: int) -> list[str]:
+        """The names of the slices of a step's global batch."""
+        return [self.dataset.names[i] for i in self.order.everyones(step)]
+
+    def leave(self) -> int:
+        """After a stop: say why, leave a marker; returns the exit code."""
+        return leave(self.folder, self.step, self.process.everyone(self.stop.reason), self.process)
+
+    def finish(self) -> None:
+        """Write the encoder and the pictures."""
+        self.journal.close()
+        average_running_statistics(self.model)
+        if self.process.is_main:
+            draw(self.folder, self.process)
+            with written_whole(self.folder / "features.png") as file:
+                self.monitor.features_page(self.model).save(file, format="PNG")
+            self.state.export("encoder", self.step, self.journal.latest)
+        self.process.say(f"encoder: {self.folder / 'encoder.pth'}")
+        self.process.barrier()
