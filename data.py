@@ -43,11 +43,11 @@ from ct.slices import (
     IGNORE,
     DataError,
     mask_size,
-    one_line,
     read_mask,
     read_stored,
     slice_header,
 )
+from engine.config import one_line
 
 __all__ = [
     "BatchReader",

@@ -108,6 +108,7 @@ from engine.files import make_run_folder, write_whole
 from engine.process import Process, start_process, warn
 from engine.stopping import STOP_MARKER, StopRequest, run_script
 from evaluation import report
+from evaluation.batches import Batches, frozen_collapse
 from evaluation.encoder_file import (
     build_encoder,
     check_same_encoder,
@@ -116,15 +117,7 @@ from evaluation.encoder_file import (
     normalisation,
     sha256,
 )
-from evaluation.segmenter import (
-    Batches,
-    Description,
-    build_model,
-    frozen_collapse,
-    frozen_features,
-    predict,
-    save_model,
-)
+from evaluation.segmenter import Description, build_model, frozen_features, predict, save_model
 from evaluation.supervised import Stopped, generator, train, training_positions
 from models import Encoder, WeightsError, read_weights
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ct.slices import IGNORE, SUFFIXES, DataError, one_line, open_npy
+from ct.slices import IGNORE, SUFFIXES, DataError, open_npy
+from engine.config import one_line
 
 MAX_SPACING = 1000  # mm between voxels
 MAX_JSON = 2**29  # bytes

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from engine.config import one_line
 from engine.files import written_whole
 
 IGNORE = 255  # the mask value of pixels that neither train nor count
@@ -124,12 +125,6 @@ def open_npy(path, ndim):
 def check_side(path, size):
     if min(size) < 1 or max(size) > MAX_SIDE:
         raise DataError(f"{path}: {size[0]} x {size[1]} px; 1 to {MAX_SIDE} a side can be read")
-
-
-def one_line(message, longest=200):
-    """A message, or an error, as a line for a terminal: not endless, and what cannot be printed escaped."""
-    text = " ".join(str(message).split())[:longest] or type(message).__name__
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def write_png(path, array):

@@ -3,6 +3,7 @@
 nibabel is needed here and nowhere else (pip install nibabel).
 """
 
+import gzip
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from ct.layout import MAX_SPACING
-from ct.slices import MAX_SIDE, DataError, one_line
+from ct.slices import MAX_SIDE, DataError
+from engine.config import one_line
+from engine.files import written_whole
 
 # Where slices, rows and columns run to, by slice axis: Left, Posterior, Superior or Inferior of the patient.
 # Axial slices lie as a radiologist sees them: the patient's right at the left, anterior at the top.
@@ -91,16 +94,19 @@ def check_header(image, path):
 def write_labels(path, labels, volume):
     """labels (S, H, W) uint8 in the view of `volume` -> a NIfTI on its file's grid, affine and header
     kept."""
-    nibabel = import_nibabel()
     path = Path(path)
     header = volume.image.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1, 0)
     header["cal_min"], header["cal_max"] = 0, 0
     voxels = np.ascontiguousarray(volume.restore(np.asarray(labels)).astype(np.uint8))
-    part = path.with_name("part-" + path.name)
-    nibabel.save(volume.image.__class__(voxels, volume.image.affine, header), part)
-    os.replace(part, path)
+    image = volume.image.__class__(voxels, volume.image.affine, header)
+    with written_whole(path) as file:
+        if path.suffix == ".gz":
+            with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
+                image.to_stream(packed)
+        else:
+            image.to_stream(file)
 
 
 def import_nibabel():

@@ -264,10 +264,9 @@ def config_errors():
         raise ConfigError(str(error)) from None
 
 
-def one_line(error: Exception) -> str:
-    """The message, not endless; of an error raised in a DataLoader worker, that which it was raised with."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if "Original Traceback" in str(error):
-        lines = [lines[-1].split(": ", 1)[-1]]
-    text = " ".join(line.strip() for line in lines)
-    return text if len(text) <= 900 else f"{text[:600]} ... {text[-200:]}"
+def one_line(message, longest: int = 200) -> str:
+    """A message, or an error, as a line for a terminal: not endless, and what cannot be printed escaped."""
+    text = " ".join(line.strip() for line in str(message).splitlines()).strip() or type(message).__name__
+    if len(text) > longest:
+        text = f"{text[: longest * 2 // 3]} ... {text[-longest // 4 :]}"
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)

@@ -164,7 +164,7 @@ def save_checkpoint(folder: Path, state: dict, name: str = "checkpoint.pth") -> 
     with written_whole(fresh) as file:
         torch.save(state, file)
     try:
-        check_intact(fresh)
+        read_back(fresh)
     except zipfile.BadZipFile as error:
         fresh.unlink()
         raise OSError(errno.EIO, f"not as written ({error})", str(fresh)) from None
@@ -174,8 +174,9 @@ def save_checkpoint(folder: Path, state: dict, name: str = "checkpoint.pth") -> 
     sync_folder(folder)
 
 
-def check_intact(path: Path) -> None:
-    """Raise BadZipFile or OSError unless a checkpoint's bytes are as written: torch.load does not look."""
+def read_back(path: Path) -> None:
+    """Read all of a checkpoint; BadZipFile or OSError unless its bytes are as written: torch.load does not
+    look."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} is damaged")
@@ -216,11 +217,11 @@ def load_checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict | None:
         if not path.exists():
             continue
         try:
-            check_intact(path)
+            read_back(path)
             with warnings.catch_warnings(action="ignore"):  # of odd tensors, which will not fit anyway
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except UNREADABLE as error:
-            failures.append(f"{path} ({one_line(error)[:100]})")
+            failures.append(f"{path} ({one_line(error, 100)})")
             continue
         if failures:
             warn(f"cannot read {failures[0]}; going on from {path}")

@@ -97,7 +97,7 @@ def naming_lost_workers(reader):
     try:
         yield
     except RuntimeError as error:
-        text = one_line(error)
+        text = cause_of(error)
         if "DataLoader" not in text:
             raise
         named = re.findall(r"pid\(?s?\)? ([\d, ]+)", text)  # none if all are too slow
@@ -133,7 +133,7 @@ def run_script(main, expected: tuple[type[Exception], ...] = ()) -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     except (ConfigError, OSError, *expected) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {cause_of(error)}", file=sys.stderr)
         code = 2
     except RuntimeError as error:
         if (reason := outside_cause(error)) is None:
@@ -155,7 +155,7 @@ LOST_PEER = re.compile(r"gloo|nccl|closed by peer|reset by peer|timed out|rendez
 
 def outside_cause(error: RuntimeError) -> str | None:
     """What to say of an error that other processes, the system or the hardware have caused; else None."""
-    text = one_line(error)
+    text = cause_of(error)
     if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(text):
         return f"out of memory; a smaller optim.batch_size or data.size, or optim.accumulate ({text[:160]})"
     if isinstance(error, dist.DistError) or ("RANK" in os.environ and LOST_PEER.search(text)):
@@ -165,3 +165,11 @@ def outside_cause(error: RuntimeError) -> str | None:
     if "DataLoader" in text:
         return text
     return None
+
+
+def cause_of(error: Exception) -> str:
+    """The message as one line; of an error raised in a DataLoader worker, that which it was raised with."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].split(": ", 1)[-1]
+    return one_line(text or error, 900)

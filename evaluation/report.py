@@ -25,8 +25,9 @@ from engine.config import ConfigError
 from engine.files import written_whole
 from engine.process import Process, progress
 from evaluation import metrics
+from evaluation.batches import Batches, chunks
 from evaluation.metrics import mean_or_none
-from evaluation.segmenter import Batches, chunks, segmentation_logits
+from evaluation.segmenter import segmentation_logits
 
 PICTURE_CASES = 4
 TILE = 288  # px, longer side of a slice in the picture

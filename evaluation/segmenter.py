@@ -1,32 +1,25 @@
-"""The segmentation model as an evaluation uses it: what it is, what it takes, its file, and its predictions.
+"""The segmentation model as an evaluation uses it: what it is, its file, and its predictions.
 
 LinearProbe             frozen encoder and linear decoder; its rival, DeepLabV3Plus, is in models.py
-Batches                 slices, or their frozen features computed once, in any order
 save_model, load_model  model.pth: the weights with all that is needed to use them
 segmentation_logits     of whole slices, or of windows of them
 segment, predict        labels of slices and volumes
 """
 
 import math
-import mmap
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from collapse import dense_structure
 from ct.slices import IGNORE, MAX_SIDE, DataError, read_stored, write_png
 from ct.volumes import read_volume, write_labels
 from data import Intensity, network_input
 from engine.config import Config, ConfigError
 from engine.files import make_run_folder, written_whole
 from engine.process import Process, progress
-from engine.stopping import ignore_stop_signals
-from losses import effective_rank
 from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, is_sound, read_weights, upsample
 
 SMALLEST_WINDOW = 64  # px
@@ -149,130 +142,6 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
         return [0]
     gaps = math.ceil((length - window) / max(1, window * (1 - overlap)))
     return [round(i * (length - window) / gaps) for i in range(gaps + 1)]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Batches of slices, or of their frozen features
-# ---------------------------------------------------------------------------------------------------------
-
-
-class Batches:
-    """Batches of the chosen slices of a data set, as the trained part of the model takes them.
-
-    Args:
-        positions: the slices that take part; slice i below is dataset[positions[i]].
-        prepare: turns images (n, 1, H, W), stored values on the device, into that: windowed or normalised
-            images, or frozen features.
-    """
-
-    def __init__(self, dataset, positions: list[int], prepare, cfg: Config, process: Process):
-        self.dataset, self.positions, self.prepare, self.process = dataset, positions, prepare, process
-        self.workers, self.batch_size = cfg.data.workers, cfg.optim.batch_size
-        self.window, self.overlap = cfg.eval.window, cfg.eval.overlap
-        self.inputs = self.masks = None
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def of(self, plan: list[list[int]]):
-        """For each list of slices in the plan: inputs, and masks (n, H, W) on the device."""
-        if self.inputs is not None:
-            for rows in plan:
-                kept = self.inputs[rows], self.masks[rows]
-                yield tuple(some.to(self.process.device, non_blocking=True) for some in kept)
-            return
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=[[self.positions[i] for i in rows] for rows in plan],
-            num_workers=min(self.workers, len(plan)),
-            pin_memory=self.process.device.type == "cuda",
-            worker_init_fn=ignore_stop_signals,
-        )
-        for images, masks in loader:
-            device = self.process.device
-            yield self.prepare(images.to(device, non_blocking=True)), masks.to(device, non_blocking=True)
-
-    def in_order(self) -> list[list[int]]:
-        """The plan of all slices, one after the other."""
-        return chunks(list(range(len(self))), self.batch_size)
-
-    def bytes(self) -> int:
-        """The memory that `keep` would take, in bytes."""
-        one, mask = next(self.of([[0]]))
-        return len(self) * (one.nbytes + mask.numel())
-
-    def keep(self, desc: str, folder: Path | None = None) -> None:
-        """Compute the inputs of all slices once and hold them in memory, or in files in `folder`.
-
-        The files have no name and end with the process, however that ends. Raises OSError if there is no
-        room for them; nothing is kept then.
-        """
-        plan = self.in_order()
-        batches = progress(self.process, desc, self.of(plan), len(plan))
-        if folder is not None:
-            with TemporaryFile(dir=folder) as inputs, TemporaryFile(dir=folder) as masks:
-                for some, mask in batches:
-                    append(inputs, some)
-                    append(masks, mask.to(torch.uint8))
-                self.inputs = mapped(inputs, some)
-                self.masks = mapped(masks, mask.to(torch.uint8))
-            return
-        inputs = masks = None
-        for rows, (some, mask) in zip(plan, batches):
-            if inputs is None:
-                inputs = some.new_empty(len(self), *some.shape[1:])
-                masks = mask.new_empty(len(self), *mask.shape[1:], dtype=torch.uint8)
-            inputs[rows], masks[rows] = some, mask.to(torch.uint8)
-        self.inputs, self.masks = inputs, masks
-
-
-def append(file, rows: Tensor) -> None:
-    file.write(rows.cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def mapped(file, like: Tensor) -> Tensor:
-    """All rows in a file as a tensor of rows `like` those given, read when they are used."""
-    file.flush()
-    shared = mmap.mmap(file.fileno(), 0)  # shared: not counted as memory of this process
-    return torch.frombuffer(shared, dtype=like.dtype).view(-1, *like.shape[1:])
-
-
-def chunks(rows: list, size: int) -> list[list]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-MONITORED = 2048
-STRUCTURED = 128
-STRUCTURE_POSITIONS = 64
-FROZEN_POSITIONS = 4096  # dense vectors of a frozen encoder for its effective rank
-
-
-@torch.no_grad()
-def frozen_collapse(batches: Batches) -> dict[str, dict]:
-    """How far the frozen encoder's features have collapsed, from batches of (n, D, h, w).
-
-    effective_rank: pooled: of the slices' mean vectors; dense: of single positions, the same number of each
-    slice by chance. structure: structure.py's measures, also of some positions by chance.
-    """
-    count = min(len(batches), MONITORED)
-    rows = [len(batches) * i // count for i in range(count)]
-    structured = set(rows[:: -(-count // STRUCTURED)])
-    pooled, dense, structure = [], [], []
-    plan = chunks(rows, batches.batch_size)
-    for some, (features, _) in zip(
-        plan, progress(batches.process, "effective rank", batches.of(plan), len(plan))
-    ):
-        vectors = features.float().flatten(2).mT.cpu()  # (n, h w, D)
-        chosen = torch.randperm(vectors.shape[1], generator=torch.Generator().manual_seed(len(dense)))
-        pooled.append(vectors.mean(dim=1))
-        dense.append(vectors[:, chosen[: max(1, FROZEN_POSITIONS // count)]].flatten(0, 1))
-        mine = [i for i, row in enumerate(some) if row in structured]
-        structure.append(vectors[mine][:, chosen[:STRUCTURE_POSITIONS]])
-    ranks = {"pooled": effective_rank(torch.cat(pooled)), "dense": effective_rank(torch.cat(dense))}
-    return {
-        "effective_rank": ranks | {"slices": count},
-        "structure": dense_structure(torch.cat(structure)),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from engine.config import Config, ConfigError
 from engine.files import MetricsLog, load_checkpoint, load_optimizer, save_checkpoint
 from engine.process import Process, progress, warn
 from engine.stopping import StopRequest, leave
+from evaluation.batches import Batches
 from evaluation.encoder_file import check_same_encoder, encoder_path, sha256
 from evaluation.report import percent
-from evaluation.segmenter import Batches, at_size
+from evaluation.segmenter import at_size
 from losses import segmentation_loss
 
 

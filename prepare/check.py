@@ -17,8 +17,9 @@ from ct.layout import (
     read_spacing,
     split_folder,
 )
-from ct.slices import IGNORE, DataError, in_threads, one_line, read_mask, read_stored
+from ct.slices import IGNORE, DataError, in_threads, read_mask, read_stored
 from data import default_window
+from engine.config import one_line
 
 SPLITS = ("train", "val", "test")
 BODY = -500  # HU; what lies above counts as body

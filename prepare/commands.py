@@ -15,7 +15,7 @@ from ct.organs import BTCV_ORGANS, class_colors
 from ct.pictures import contact_sheet, outlined, views_page
 from ct.slices import IGNORE, DataError, in_threads, read_mask, write_png
 from data import Intensity, SliceDataset, default_window, fit
-from engine.files import write_whole
+from engine.files import write_whole, written_whole
 from losses import matched_points
 from prepare.check import check_set
 from prepare.lists import remove_lists, split_cases, write_lists
@@ -32,14 +32,12 @@ def pack(args):
     out.parent.mkdir(parents=True, exist_ok=True)
     about, array = out.with_name(out.name + ".json"), out.with_name(out.name + ".npy")
     about.unlink(missing_ok=True)  # without it nobody takes the array for complete
-    part = array.with_name(array.name + ".part")
-    packed = np.lib.format.open_memmap(part, "w+", np.int16, (len(dataset), *dataset.size))
+    header = {"descr": "<i2", "fortran_order": False, "shape": (len(dataset), *dataset.size)}
     limits = np.iinfo(np.int16)
-    slices = in_threads(dataset.__getitem__, range(len(dataset)), "packing")
-    for row, image in zip(packed, slices):
-        row[:] = image[0].round().clamp(limits.min, limits.max).to(torch.int16).numpy()
-    packed.flush()
-    os.replace(part, array)
+    with written_whole(array) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for image in in_threads(dataset.__getitem__, range(len(dataset)), "packing"):
+            file.write(image[0].round().clamp(limits.min, limits.max).to(torch.int16).numpy())
     content = {
         "source": f"{args.root} {args.list}",
         "stored": dataset.stored,

@@ -21,8 +21,8 @@ from ct.slices import DataError
 from engine import stopping
 from engine.config import ConfigError, load_config
 from engine.process import Process
-from evaluation import report, segmenter, supervised
-from evaluation.segmenter import Batches
+from evaluation import batches, report, segmenter, supervised
+from evaluation.batches import Batches
 from models import Encoder, WeightsError
 from prepare import commands
 
@@ -149,7 +149,7 @@ def test_features_beyond_cache_gb_are_held_in_a_file(linear, phantom, tmp_path, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if full:
-        monkeypatch.setattr(segmenter, "append", no_room)
+        monkeypatch.setattr(batches, "append", no_room)
     in_file = evaluate(phantom, tmp_path, "cache_gb=0.0001")
     assert in_file["cases"] == cached["cases"]
     assert (tmp_path / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()

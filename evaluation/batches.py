@@ -1,0 +1,133 @@
+"""Batches of labelled slices, or of their frozen features computed once; and how far those have collapsed."""
+
+import mmap
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from collapse import dense_structure
+from engine.config import Config
+from engine.process import Process, progress
+from engine.stopping import ignore_stop_signals
+from losses import effective_rank
+
+MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
+STRUCTURED = 128  # slices (at most) whose dense structure is estimated
+STRUCTURE_POSITIONS = 64  # of each of them, by chance, where not all are taken
+FROZEN_POSITIONS = 4096  # dense vectors of a frozen encoder for its effective rank
+
+
+class Batches:
+    """Batches of the chosen slices of a data set, as the trained part of the model takes them.
+
+    Args:
+        positions: the slices that take part; slice i below is dataset[positions[i]].
+        prepare: turns images (n, 1, H, W), stored values on the device, into that: windowed or normalised
+            images, or frozen features.
+    """
+
+    def __init__(self, dataset, positions: list[int], prepare, cfg: Config, process: Process):
+        self.dataset, self.positions, self.prepare, self.process = dataset, positions, prepare, process
+        self.workers, self.batch_size = cfg.data.workers, cfg.optim.batch_size
+        self.window, self.overlap = cfg.eval.window, cfg.eval.overlap
+        self.inputs = self.masks = None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def of(self, plan: list[list[int]]):
+        """For each list of slices in the plan: inputs, and masks (n, H, W) on the device."""
+        if self.inputs is not None:
+            for rows in plan:
+                kept = self.inputs[rows], self.masks[rows]
+                yield tuple(some.to(self.process.device, non_blocking=True) for some in kept)
+            return
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[[self.positions[i] for i in rows] for rows in plan],
+            num_workers=min(self.workers, len(plan)),
+            pin_memory=self.process.device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,
+        )
+        for images, masks in loader:
+            device = self.process.device
+            yield self.prepare(images.to(device, non_blocking=True)), masks.to(device, non_blocking=True)
+
+    def in_order(self) -> list[list[int]]:
+        """The plan of all slices, one after the other."""
+        return chunks(list(range(len(self))), self.batch_size)
+
+    def bytes(self) -> int:
+        """The memory that `keep` would take, in bytes."""
+        one, mask = next(self.of([[0]]))
+        return len(self) * (one.nbytes + mask.numel())
+
+    def keep(self, desc: str, folder: Path | None = None) -> None:
+        """Compute the inputs of all slices once and hold them in memory, or in files in `folder`.
+
+        The files have no name and end with the process, however that ends. Raises OSError if there is no
+        room for them; nothing is kept then.
+        """
+        plan = self.in_order()
+        batches = progress(self.process, desc, self.of(plan), len(plan))
+        if folder is not None:
+            with TemporaryFile(dir=folder) as inputs, TemporaryFile(dir=folder) as masks:
+                for some, mask in batches:
+                    append(inputs, some)
+                    append(masks, mask.to(torch.uint8))
+                self.inputs = mapped(inputs, some)
+                self.masks = mapped(masks, mask.to(torch.uint8))
+            return
+        inputs = masks = None
+        for rows, (some, mask) in zip(plan, batches):
+            if inputs is None:
+                inputs = some.new_empty(len(self), *some.shape[1:])
+                masks = mask.new_empty(len(self), *mask.shape[1:], dtype=torch.uint8)
+            inputs[rows], masks[rows] = some, mask.to(torch.uint8)
+        self.inputs, self.masks = inputs, masks
+
+
+def append(file, rows: Tensor) -> None:
+    file.write(rows.cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def mapped(file, like: Tensor) -> Tensor:
+    """All rows in a file as a tensor of rows `like` those given, read when they are used."""
+    file.flush()
+    shared = mmap.mmap(file.fileno(), 0)  # shared: not counted as memory of this process
+    return torch.frombuffer(shared, dtype=like.dtype).view(-1, *like.shape[1:])
+
+
+def chunks(rows: list, size: int) -> list[list]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+@torch.no_grad()
+def frozen_collapse(batches: Batches) -> dict[str, dict]:
+    """How far the frozen encoder's features have collapsed, from batches of (n, D, h, w).
+
+    effective_rank: pooled: of the slices' mean vectors; dense: of single positions, the same number of each
+    slice by chance. structure: structure.py's measures, also of some positions by chance.
+    """
+    count = min(len(batches), MONITORED)
+    rows = [len(batches) * i // count for i in range(count)]
+    structured = set(rows[:: -(-count // STRUCTURED)])
+    pooled, dense, structure = [], [], []
+    plan = chunks(rows, batches.batch_size)
+    for some, (features, _) in zip(
+        plan, progress(batches.process, "effective rank", batches.of(plan), len(plan))
+    ):
+        vectors = features.float().flatten(2).mT.cpu()  # (n, h w, D)
+        chosen = torch.randperm(vectors.shape[1], generator=torch.Generator().manual_seed(len(dense)))
+        pooled.append(vectors.mean(dim=1))
+        dense.append(vectors[:, chosen[: max(1, FROZEN_POSITIONS // count)]].flatten(0, 1))
+        mine = [i for i, row in enumerate(some) if row in structured]
+        structure.append(vectors[mine][:, chosen[:STRUCTURE_POSITIONS]])
+    ranks = {"pooled": effective_rank(torch.cat(pooled)), "dense": effective_rank(torch.cat(dense))}
+    return {
+        "effective_rank": ranks | {"slices": count},
+        "structure": dense_structure(torch.cat(structure)),
+    }
