@@ -1,4 +1,4 @@
-"""eval_seg.py, segmenter.py, report.py: whole evaluations on a tiny phantom, and what each part promises."""
+"""eval_seg.py: whole evaluations on a tiny phantom, going on after a stop, prediction, what it refuses."""
 
 import csv
 import errno
@@ -14,30 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import eval_seg
 from ct import organs, slices
 from ct.slices import DataError
 from engine import stopping
-from engine.config import ConfigError, load_config
-from engine.process import Process
-from evaluation import batches, report, segmenter, supervised
-from evaluation.batches import Batches
+from engine.config import ConfigError
+from evaluation import batches, report, supervised
 from models import Encoder, WeightsError
-from prepare import commands
 
 PROJECT = Path(eval_seg.__file__).parent
 TINY = ["model.arch=resnet18", "model.output_stride=16", "data.workers=0", "run.device=cpu"]
 TINY += ["optim.steps=4", "optim.batch_size=4", "eval.every=2", "log.every=1", "seed=3"]
 FINETUNE = ["mode=finetune", "data.size=32", "optim.batch_size=2"]
-
-
-@pytest.fixture(scope="module")
-def phantom(tmp_path_factory):
-    """Five cases (3 train, 1 val, 1 test) of 6 slices of 48 px."""
-    root = tmp_path_factory.mktemp("set") / "phantom"
-    commands.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48"])
-    return root
 
 
 def run(*arguments) -> int:
@@ -102,7 +90,7 @@ def test_linear_evaluation_leaves_consistent_results(linear, phantom):
     assert results["mode"] == "linear" and results["effective_rank"]["pooled"] > 0
     assert 0 <= results["val_dice"] <= 1
     rows = list(csv.DictReader((out / "cases.csv").open()))
-    assert len(rows) == len(organs) * len(results["cases"]) and rows[0]["organ"] == "spleen"
+    assert len(rows) == len(names) * len(results["cases"]) and rows[0]["organ"] == "spleen"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(
         math.isfinite(line["loss"]) for line in lines
@@ -157,24 +145,6 @@ def test_features_beyond_cache_gb_are_held_in_a_file(linear, phantom, tmp_path, 
     captured = capsys.readouterr()
     assert "more than cache_gb: held in a file" in captured.out
     assert ("no file of features" in captured.err) == full
-
-
-def test_kept_batches_are_the_computed_ones(phantom, tmp_path):
-    """Values of two bytes too, from files that have no name while they are used."""
-    dataset = data.SegmentationDataset(phantom, "train.txt")
-    cfg = load_config(eval_seg.DEFAULTS, None, ["data.workers=0", "optim.batch_size=4"], eval_seg.NULLABLE)
-    process = Process(0, 1, torch.device("cpu"), "fp32")
-    for dtype in (torch.float32, torch.bfloat16):
-        batches = Batches(
-            dataset, [5, 3, 9, 0, 7], lambda x, dtype=dtype: x[..., ::8].to(dtype), cfg, process
-        )
-        plan = [[4, 0, 4], [2]]
-        computed = list(batches.of(plan))
-        batches.keep("features", tmp_path)
-        assert not list(tmp_path.iterdir())
-        for (inputs, masks), (expected, expected_masks) in zip(batches.of(plan), computed, strict=True):
-            assert torch.equal(inputs, expected) and inputs.dtype == dtype
-            assert torch.equal(masks, expected_masks)
 
 
 def test_a_frozen_encoder_stays_as_it_was(linear, encoder_file, phantom, tmp_path):
@@ -236,67 +206,6 @@ def test_two_processes_write_one_result_of_their_common_model(phantom, tmp_path)
         (tmp_path / "set" / name).symlink_to(phantom / name)
     (tmp_path / "set" / "test.txt").write_text((phantom / "train.txt").read_text())
     assert slow_dice(tmp_path / "masks", tmp_path / "set") == results["cases"]
-
-
-# ---- Order and shares -----------------------------------------------------------------------------------
-
-
-def test_batches_depend_on_seed_and_step_only_and_every_epoch_sees_every_slice():
-    cfg = eval_seg.load_config(eval_seg.DEFAULTS, None, ["optim.batch_size=6"], eval_seg.NULLABLE)
-
-    def batch(step, world):
-        processes = [Process(rank, world, torch.device("cpu"), "fp32") for rank in range(world)]
-        return [row for process in processes for row in supervised.training_rows(step, 10, cfg, process)]
-
-    for step in range(5):
-        assert batch(step, 1) == batch(step, 2) == batch(step, 3)
-    stream = [row for step in range(5) for row in batch(step, 1)]
-    for epoch in range(3):
-        assert sorted(stream[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    assert stream[:10] != stream[10:20]
-
-
-def test_label_fractions_are_nested_whole_cases():
-    class Set:
-        cases = [f"case{i // 4}" for i in range(40)]
-
-    shares = [supervised.training_positions(Set, fraction, seed=1) for fraction in (0.01, 0.25, 0.5, 1.0)]
-    assert [len(share) for share in shares] == [4, 8, 20, 40]  # 0.25 of 10 cases rounds to 2
-    for small, large in zip(shares, shares[1:]):
-        assert set(small) < set(large)
-    assert shares[2] != supervised.training_positions(Set, 0.5, seed=2)
-
-
-def test_slices_are_stacked_in_the_order_of_their_numbers():
-    names = ["a/slice10.png", "a/slice9.png", "a/slice100.png", "a/slice1.png"]
-    assert sorted(names, key=report.natural_order) == [names[3], names[1], names[0], names[2]]
-
-
-def test_scores_use_the_masks_own_grid_and_spacing(tmp_path):
-    """With a second slice of another size Dice counts each on its own grid, and there is no volume."""
-    truth = np.zeros((2, 8, 8), np.uint8)
-    truth[:, 2:6, 2:6] = 1
-    prediction = torch.zeros(2, 8, 8, dtype=torch.uint8)
-    prediction[:, 2:6, 4:8] = 1
-
-    class Set:
-        num_classes = 2
-        sizes = (8, 8)
-
-        def own_mask(self, i):
-            return truth[i][:: 8 // self.sizes[i], :: 8 // self.sizes[i]]
-
-        def to_own_grid(self, labels, i):
-            return labels[:: 8 // self.sizes[i], :: 8 // self.sizes[i]]
-
-        def spacing(self, case):
-            return 5.0, 1.0, 0.5
-
-    one = report.score_case(Set(), "case", [0, 1], prediction, full=True)
-    assert one.counts.tolist()[1] == [16, 32, 32] and one.hd95 == [None, 1.0]
-    Set.sizes = (8, 4)
-    other = report.score_case(Set(), "case", [0, 1], prediction, full=True)
-    assert other.counts.tolist()[1] == [8 + 2, 16 + 4, 16 + 4] and other.hd95 == [None, None]
 
 
 # ---- Encoder and normalisation --------------------------------------------------------------------------
@@ -389,42 +298,7 @@ def test_values_of_another_kind_than_trained_on_are_refused(linear, tmp_path):
         run(*TINY, f"run.out={linear[0]}", "--predict", tmp_path / "eight_bit.png", "--out", tmp_path / "out")
 
 
-# ---- Several runs ---------------------------------------------------------------------------------------
-
-
-class Smooth(torch.nn.Module):
-    """A model whose logits depend on the pixel alone, and that runs out of memory above `limit` pixels."""
-
-    def __init__(self, limit=10**9):
-        super().__init__()
-        self.limit, self.sizes = limit, []
-
-    def forward(self, images):
-        self.sizes.append(tuple(images.shape))
-        if images[:, 0].numel() > self.limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return torch.cat([images, 2 * images, images.square()], dim=1)
-
-
-@pytest.mark.parametrize("size", [(96, 96), (100, 70), (64, 200)])
-@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.75])
-def test_windows_cover_every_pixel_and_average_to_the_same(size, overlap):
-    images, model = torch.randn(2, 1, *size), Smooth()
-    logits = segmenter.segmentation_logits(model, images, size, 64, overlap)
-    torch.testing.assert_close(logits, Smooth()(images))
-    assert all(max(shape[2:]) <= 64 for shape in model.sizes) and len(model.sizes) > 1
-    starts = segmenter.window_starts(size[1], 64, overlap)
-    assert starts[0] == 0 and starts[-1] == max(0, size[1] - 64)
-    assert all(b - a <= max(1, 64 * (1 - overlap)) + 0.5 for a, b in zip(starts, starts[1:]))
-
-
-def test_what_does_not_fit_into_memory_is_divided():
-    images, model = torch.randn(4, 1, 256, 256), Smooth(limit=130**2)
-    logits = segmenter.segmentation_logits(model, images, (256, 256), None, 0.5)
-    torch.testing.assert_close(logits, Smooth()(images))
-    assert model.sizes[-1] == (1, 1, 128, 128)
-    with pytest.raises(DataError, match="no memory for a slice of 256 x 256 px"):
-        segmenter.segmentation_logits(Smooth(limit=100), images, (256, 256), None, 0.5)
+# ---- Windows --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [[], FINETUNE], ids=["linear", "finetune"])
@@ -437,35 +311,6 @@ def test_a_window_as_large_as_the_slice_changes_nothing(phantom, tmp_path, mode)
 def test_a_smaller_window_is_used(linear, phantom, tmp_path):
     smaller = evaluate(phantom, tmp_path / "smaller", "eval.window=32")
     assert smaller["dataset_dice"] != linear[1]["dataset_dice"]
-
-
-def test_compare_groups_by_encoder_and_averages_over_seeds(tmp_path, capsys):
-    runs = [
-        ("random", "linear", 0, 0.20),
-        ("random", "linear", 1, 0.30),
-        ("random", "finetune", 0, 0.5),
-        ("runs/x/encoder.pth", "linear", 0, 0.456),
-    ]
-    folders = []
-    for encoder, mode, seed, dice in runs:
-        folders.append(tmp_path / f"{mode}{seed}{len(folders)}")
-        folders[-1].mkdir()
-        rank = {"pooled": 10.0 + seed, "dense": 20.0}
-        content = {"encoder": encoder, "mode": mode, "seed": seed, "mean_dice": dice, "effective_rank": rank}
-        content["cases"] = {f"case{i}": {"liver": dice + 0.01 * i, "spleen": None} for i in range(4)}
-        content |= {"label_fraction": 1.0, "config": {"data": {"root": "data/phantom"}}}
-        (folders[-1] / "results.json").write_text(json.dumps(content))
-    run("--compare", *folders)
-    lines = capsys.readouterr().out.splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells[2] == ["random", "25.0 +- 7.1 (n=2)", "50.0", "10.3 / 20.0"]
-    assert cells[3] == ["runs/x", "45.6", "-", "10.0 / 20.0"]
-    assert cells[5] == ["Dice %", "linear: random", "linear: runs/x", "finetune: random"]
-    assert cells[7:9] == [["liver", "26.5", "47.1", "51.5"], ["spleen", "-", "-", "-"]]
-    assert cells[12] == ["linear: runs/x - random", "+20.6", "0.0", "4 of 4", "0.12"]
-    assert sum("predictions.png" in line for line in lines) == 4
-    with pytest.raises(ConfigError, match="no results.json"):
-        run("--compare", tmp_path)
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------
@@ -549,13 +394,3 @@ def test_an_evaluation_that_is_stopped_goes_on_where_it_was(phantom, tmp_path, m
     again = evaluate(phantom, out, *settings)
     assert again["cases"] == whole["cases"] and again["val_dice"] == whole["val_dice"]
     assert not (out / "stopped.json").exists()
-
-
-def test_label_colours_and_legend_are_drawn():
-    mask = np.zeros((20, 30), np.uint8)
-    mask[5:15, 5:15] = 6
-    painted = report.painted(np.zeros((20, 30), np.float32), mask)
-    assert painted.shape == (192, 288, 3) and not painted[0, 0].any()
-    assert np.abs(painted[96, 96] - 0.65 * organs.ORGAN_COLORS[6]).max() <= 1
-    page = report.prediction_page([("case/1.png", mask / 6.0, mask, mask)], organs.BTCV_ORGANS)
-    assert page.size[0] > 3 * 288

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from prepare import commands
-
 ROOT = Path(__file__).parent.parent
 
 TRAINING = """
@@ -322,15 +320,13 @@ def test_a_copy_in_slurms_folder_finds_the_project(project, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pretrain(tmp_path_factory):
+def pretrain(phantom):
     """Arguments of a small run that takes some seconds."""
-    root = tmp_path_factory.mktemp("phantom")
-    commands.main(["phantom", "--out", str(root), "--cases", "5", "--slices", "6", "--size", "48"])
     settings = (
         "run.device=cpu data.size=32 data.workers=0 model.arch=resnet18 model.queue_size=20 model.bn_split=2"
     )
     settings += " optim.batch_size=4 optim.max_steps=16 log.every=1 log.rank_every=0 run.save_steps=4"
-    return ("pretrain", "configs/phantom.yaml", f"data.root={root}", *settings.split())
+    return ("pretrain", "configs/phantom.yaml", f"data.root={phantom}", *settings.split())
 
 
 @pytest.mark.long

@@ -45,7 +45,7 @@ def test_files_that_the_readme_names_exist():
 
 
 def test_tests_that_the_docs_name_exist():
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for page in (ROOT / "docs").glob("*.md"):
         named = set(re.findall(r"\btest_\w+(?!\.py)\b", page.read_text()))
         missing = [name for name in named if f"def {name}(" not in tests]

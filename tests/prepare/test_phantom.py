@@ -1,12 +1,19 @@
 """The phantom: what its users rely on, and the anatomy that every case must have."""
 
 import functools
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from handmade import one_line_of, run
 
+from ct import layout
+from ct.layout import case_of, read_list
 from ct.organs import BTCV_ORGANS
+from ct.slices import read_mask, read_slice
+from data import SegmentationDataset
 from prepare.phantom import phantom_case, phantom_spacing
 
 SEEDS = range(8)
@@ -157,3 +164,40 @@ def test_threads_do_not_change_a_case():
     with ThreadPoolExecutor(3) as pool:
         for hu, labels in pool.map(lambda _: phantom_case(3, 24, 96), range(3)):
             assert np.array_equal(hu, case(3)[0]) and np.array_equal(labels, case(3)[1])
+
+
+# ---- As a data set on disk ----
+
+
+def test_phantom_set(phantom):
+    lists = {split: read_list(phantom / f"{split}.txt") for split in ("train", "val", "test", "unlabelled")}
+    cases = {split: {*map(case_of, names)} for split, names in lists.items()}
+    assert [len(cases[split]) for split in ("train", "val", "test")] == [3, 1, 1]
+    assert not cases["train"] & cases["val"] and not cases["test"] & (cases["train"] | cases["val"])
+    assert cases["unlabelled"] == cases["train"]
+    hu, labels = phantom_case(7 * 100_003, 6, 48)
+    index = 3
+    assert np.array_equal(read_slice(phantom / f"images/phantom000/{index:03d}.png"), hu[index])
+    assert np.array_equal(read_mask(phantom / f"masks/phantom000/{index:03d}.png"), labels[index])
+    assert layout.class_names(phantom) == BTCV_ORGANS
+    dataset = SegmentationDataset(phantom, "val.txt", num_classes=14)
+    assert dataset.spacing(dataset.cases[0]) == pytest.approx(phantom_spacing(6, 48))
+
+
+def test_phantom_is_reused_redone_or_refused(phantom, tmp_path, capsys):
+    own = shutil.copytree(phantom, tmp_path / "own")
+    same = ("phantom", "--out", own, "--cases", 5, "--slices", 6, "--size", 48, "--seed", 7)
+    image = own / "images/phantom000/000.png"
+    written = image.stat().st_mtime_ns
+    code, output, _ = run(capsys, *same)
+    assert code == 0 and "there already" in output and image.stat().st_mtime_ns == written
+    code, _, error = run(capsys, *same[:-1], 8)
+    assert code == 2 and one_line_of(error) and "other arguments" in error
+    content = image.read_bytes()
+    about = json.loads((own / "phantom.json").read_text())
+    (own / "phantom.json").write_text(json.dumps(about | {"complete": False}))  # as an interruption leaves it
+    image.write_bytes(b"")
+    code, output, _ = run(capsys, *same)
+    assert code == 0 and image.read_bytes() == content
+    code, _, error = run(capsys, "phantom", "--out", own / "images")
+    assert code == 2 and one_line_of(error) and "not empty" in error

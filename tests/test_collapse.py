@@ -1,4 +1,4 @@
-"""structure.py: DSE against loops that follow the paper's definition, and on features of known structure."""
+"""collapse.py: DSE against loops that follow the paper's definition, and on features of known structure."""
 
 import math
 
@@ -15,7 +15,6 @@ from collapse import (
     label_free_score,
     recent_similarity,
 )
-from pretraining.monitor import feature_colors
 
 
 def blobs(images=16, positions=24, channels=32, kinds=6, noise=0.1, seed=0):
@@ -132,26 +131,6 @@ def test_odd_features():
     assert all(math.isfinite(value) for value in constant.values())
     assert all(math.isfinite(v) for v in dense_structure(torch.randn(2, 1, 5)).values())
     assert math.isnan(dense_structure(torch.full((2, 3, 4), torch.nan))["dse"])
-
-
-def test_like_features_have_like_colours():
-    """Four kinds of positions, the same in all maps: four colours, whatever rotation the features have."""
-    torch.manual_seed(0)
-    kinds = torch.randint(0, 4, (3, 6, 5))
-    centres = torch.linalg.qr(torch.randn(16, 16))[0][:4] * torch.tensor([[4.0], [3.0], [2.0], [1.0]])
-    maps = (centres[kinds] + 0.01 * torch.randn(3, 6, 5, 16)).movedim(-1, 1)
-    colors = feature_colors(maps)
-    assert colors.shape == (3, 6, 5, 3) and colors.min() >= 0 and colors.max() <= 1
-    means = torch.stack([colors[kinds == kind].mean(dim=0) for kind in range(4)])
-    assert all(colors[kinds == kind].std(dim=0).max() < 0.02 for kind in range(4))
-    assert torch.pdist(means).min() > 0.3
-    rotation = torch.linalg.qr(torch.randn(16, 16))[0]
-    turned = feature_colors(torch.einsum("nchw,cd->ndhw", maps, rotation))
-    same = [
-        ((turned[..., i] - colors[..., i]).abs().max(), (1 - turned[..., i] - colors[..., i]).abs().max())
-        for i in range(3)
-    ]
-    assert all(min(plain, mirrored) < 1e-4 for plain, mirrored in same)
 
 
 def test_the_score_is_the_readout_less_a_tenth_of_the_recent_cosines():

@@ -1,0 +1,83 @@
+"""evaluation/report.py: scores, tables and pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import eval_seg
+from ct import organs
+from engine.config import ConfigError
+from evaluation import report
+
+
+def test_slices_are_stacked_in_the_order_of_their_numbers():
+    names = ["a/slice10.png", "a/slice9.png", "a/slice100.png", "a/slice1.png"]
+    assert sorted(names, key=report.natural_order) == [names[3], names[1], names[0], names[2]]
+
+
+def test_scores_use_the_masks_own_grid_and_spacing(tmp_path):
+    """With a second slice of another size Dice counts each on its own grid, and there is no volume."""
+    truth = np.zeros((2, 8, 8), np.uint8)
+    truth[:, 2:6, 2:6] = 1
+    prediction = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    prediction[:, 2:6, 4:8] = 1
+
+    class Set:
+        num_classes = 2
+        sizes = (8, 8)
+
+        def own_mask(self, i):
+            return truth[i][:: 8 // self.sizes[i], :: 8 // self.sizes[i]]
+
+        def to_own_grid(self, labels, i):
+            return labels[:: 8 // self.sizes[i], :: 8 // self.sizes[i]]
+
+        def spacing(self, case):
+            return 5.0, 1.0, 0.5
+
+    one = report.score_case(Set(), "case", [0, 1], prediction, full=True)
+    assert one.counts.tolist()[1] == [16, 32, 32] and one.hd95 == [None, 1.0]
+    Set.sizes = (8, 4)
+    other = report.score_case(Set(), "case", [0, 1], prediction, full=True)
+    assert other.counts.tolist()[1] == [8 + 2, 16 + 4, 16 + 4] and other.hd95 == [None, None]
+
+
+def test_compare_groups_by_encoder_and_averages_over_seeds(tmp_path, capsys):
+    runs = [
+        ("random", "linear", 0, 0.20),
+        ("random", "linear", 1, 0.30),
+        ("random", "finetune", 0, 0.5),
+        ("runs/x/encoder.pth", "linear", 0, 0.456),
+    ]
+    folders = []
+    for encoder, mode, seed, dice in runs:
+        folders.append(tmp_path / f"{mode}{seed}{len(folders)}")
+        folders[-1].mkdir()
+        rank = {"pooled": 10.0 + seed, "dense": 20.0}
+        content = {"encoder": encoder, "mode": mode, "seed": seed, "mean_dice": dice, "effective_rank": rank}
+        content["cases"] = {f"case{i}": {"liver": dice + 0.01 * i, "spleen": None} for i in range(4)}
+        content |= {"label_fraction": 1.0, "config": {"data": {"root": "data/phantom"}}}
+        (folders[-1] / "results.json").write_text(json.dumps(content))
+    eval_seg.main(["--compare", *map(str, folders)])
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[2] == ["random", "25.0 +- 7.1 (n=2)", "50.0", "10.3 / 20.0"]
+    assert cells[3] == ["runs/x", "45.6", "-", "10.0 / 20.0"]
+    assert cells[5] == ["Dice %", "linear: random", "linear: runs/x", "finetune: random"]
+    assert cells[7:9] == [["liver", "26.5", "47.1", "51.5"], ["spleen", "-", "-", "-"]]
+    assert cells[12] == ["linear: runs/x - random", "+20.6", "0.0", "4 of 4", "0.12"]
+    assert sum("predictions.png" in line for line in lines) == 4
+    with pytest.raises(ConfigError, match="no results.json"):
+        eval_seg.main(["--compare", str(tmp_path)])
+
+
+def test_label_colours_and_legend_are_drawn():
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:15, 5:15] = 6
+    painted = report.painted(np.zeros((20, 30), np.float32), mask)
+    assert painted.shape == (192, 288, 3) and not painted[0, 0].any()
+    assert np.abs(painted[96, 96] - 0.65 * organs.ORGAN_COLORS[6]).max() <= 1
+    page = report.prediction_page([("case/1.png", mask / 6.0, mask, mask)], organs.BTCV_ORGANS)
+    assert page.size[0] > 3 * 288

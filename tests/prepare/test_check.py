@@ -1,0 +1,52 @@
+"""prepare/check.py: what it counts, and that it names every bad file."""
+
+import numpy as np
+from handmade import png_bytes, put, random_set, run
+
+from ct.slices import read_mask, read_slice
+
+
+def test_check_counts_by_hand(tmp_path, capsys):
+    names = random_set(tmp_path, cases=("a", "b"), slices=2)
+    (tmp_path / "val.txt").write_text("\n".join(names[2:]))
+    (tmp_path / "train.txt").write_text("\n".join(names[:2]))
+    code, output, _ = run(capsys, "check", "--root", tmp_path)
+    train = np.stack([read_slice(tmp_path / "images" / name) for name in names[:2]])
+    unit = np.clip((train + 160) / 400, 0, 1)
+    masks = np.stack([read_mask(tmp_path / "masks" / name) for name in names])
+    body = train[train > -500]
+    assert code == 0 and "4 files read, 0 bad" in output and "12 x 10 px: 4 slices" in output
+    assert f"mean {train.mean():.1f}, std {train.std():.1f}" in output
+    assert f"mean {body.mean():.1f}, std {body.std():.1f}" in output
+    assert f"data.mean={unit.mean():.4f} data.std={unit.std():.4f}" in output
+    rows = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line[:5].strip().isdigit()}
+    for label in range(4):
+        assert rows[str(label)][-3:] == [str((masks == label).sum()), "4", "2"]
+
+
+def test_check_names_every_bad_file(tmp_path, capsys):
+    names = random_set(tmp_path)
+    (tmp_path / "classes.json").write_text('["background", "x", "y", "z"]')
+    put(tmp_path / "images" / names[0], png_bytes(np.zeros((12, 10), np.uint16))[:45])
+    (tmp_path / "images" / names[1]).unlink()
+    (tmp_path / "masks" / names[2]).unlink()
+    put(tmp_path / "masks" / names[3], np.zeros((10, 12), np.uint8))
+    put(tmp_path / "masks" / names[4], np.full((12, 10), 4, np.uint8))
+    code, output, _ = run(capsys, "check", "--root", tmp_path)
+    bad = [line for line in output.splitlines() if line.startswith("bad: ")]
+    assert code == 1 and len(bad) == 5 and "5 bad" in output
+    reasons = ("damaged", "missing", "mask", "(10, 12)", "label 4")
+    for name, reason in zip(names, reasons):
+        assert any(name in line and reason in line for line in bad), (name, bad)
+
+
+def test_check_without_masks_and_with_leaks(tmp_path, capsys):
+    for index in range(3):
+        put(tmp_path / f"images/a/{index}.png", np.full((4, 4), 50 * index, np.uint8))
+    (tmp_path / "train_abdomen.txt").write_text("a/0.png 0\na/1.png 0\na/2.png 0\n")
+    code, output, _ = run(capsys, "check", "--root", tmp_path)
+    assert code == 0 and "masks not needed" in output and "data.window=[0,255]" in output
+    (tmp_path / "train.txt").write_text("a/0\na/1\n")
+    (tmp_path / "test.txt").write_text("a/1\na/2\n")
+    code, output, _ = run(capsys, "check", "--root", tmp_path)
+    assert code == 0 and "1 slices of val or test are in other lists" in output and "the first: a" in output

@@ -1,0 +1,84 @@
+"""prepare/commands.py: packing, showing, and what the command line refuses."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from handmade import one_line_of, random_set, run
+from PIL import Image
+
+from ct import organs
+from ct.slices import DataError
+from data import SegmentationDataset, SliceDataset
+
+
+def test_pack(phantom, tmp_path, capsys):
+    name = tmp_path / "sub/packed"
+    code, output, _ = run(capsys, "pack", "--root", phantom, "--list", "train.txt", "--out", name)
+    assert code == 0 and "18 slices of 48 x 48 px; cases: 3" in output
+    slices = SliceDataset(phantom, "train.txt")
+    array = np.load(tmp_path / "sub/packed.npy")
+    assert array.shape == (18, 48, 48) and array.dtype == np.int16
+    about = json.loads((tmp_path / "sub/packed.json").read_text())
+    assert about["names"] == slices.names and {*about["spacing"]} >= {*about["cases"]}
+    for root in (name, f"{name}.npy", f"{name}.json"):
+        packed = pickle.loads(pickle.dumps(SliceDataset(root, "any.txt")))
+        assert packed.names == slices.names and packed.cases == slices.cases and packed.stored == "hu"
+        assert all(torch.equal(packed[index], slices[index]) for index in range(18))
+        assert torch.equal(packed[-1], slices[17])
+    with pytest.raises(DataError, match="holds no masks"):
+        SegmentationDataset(name, "train.txt")
+    (tmp_path / "sub/packed.json").write_text(json.dumps(about | {"names": about["names"][1:]}))
+    with pytest.raises(DataError, match="names: a list of 18"):
+        SliceDataset(name)
+    (tmp_path / "sub/packed.json").write_text(json.dumps(about | {"cases": [*range(18)]}))
+    with pytest.raises(DataError, match="cases: a list of 18"):
+        SliceDataset(name)
+    (tmp_path / "sub/packed.json").unlink()
+    with pytest.raises(DataError, match="packed.json"):
+        SliceDataset(name)
+
+
+def test_show(phantom, tmp_path, capsys):
+    code, _, error = run(
+        capsys, "show", "--root", phantom, "--list", "train.txt", "--out", tmp_path / "a.png"
+    )
+    assert code == 0, error
+    page = np.array(Image.open(tmp_path / "a.png"))
+    assert (page == organs.ORGAN_COLORS[6]).all(2).sum() > 200  # the outlines of the liver
+    code, _, error = run(
+        capsys,
+        "show",
+        "--root",
+        phantom,
+        "--list",
+        "train.txt",
+        "--views",
+        "--count",
+        2,
+        "--out",
+        tmp_path / "b.png",
+    )
+    assert code == 0 and Image.open(tmp_path / "b.png").width > 800, error
+
+
+def test_command_line_errors_are_one_line(tmp_path, capsys):
+    random_set(tmp_path / "set")
+    (tmp_path / "file").write_text("")
+    wrong = [
+        ("phantom", "--out", tmp_path / "file"),
+        ("phantom", "--out", tmp_path / "p", "--cases", 1),
+        ("phantom", "--out", tmp_path / "p", "--cases", "many"),
+        ("phantom",),
+        ("packk",),
+        (),
+        ("pack", "--root", tmp_path / "set", "--list", "nope.txt", "--out", tmp_path / "p"),
+        ("check", "--root", tmp_path / "nowhere"),
+        ("show", "--root", tmp_path / "set", "--list", "train.txt", "--out", tmp_path / "file/page.png"),
+        ("slice", "--images", tmp_path / "nope.nii", "--out", tmp_path / "s"),
+    ]
+    for argv in wrong:
+        code, _, error = run(capsys, *argv)
+        assert code == 2 and one_line_of(error), (argv, error)
