@@ -1,9 +1,14 @@
-"""What dense features are good for, without labels: the DSE of arXiv 2510.17299, and simpler measures.
+"""How far features have collapsed, and what they are good for, without labels.
 
-The effective rank of pooled features (RankMe) describes whole images. Segmentation needs features of single
-positions that fall into groups (dense_structure), differ within an image (image_share), and tell a linear
-decoder what is there (grey_readout). label_free_score is what the best checkpoint of a run is picked by.
-This file needs torch and losses.py only.
+    FeatureSample       singular values of pooled and of dense features of many slices
+    dense_structure     the DSE of arXiv 2510.17299
+    image_share         how much of the variance of dense features lies between images
+    grey_readout        what a linear map reads off dense features
+    label_free_score    what the best checkpoint of a run is picked by
+
+The effective rank of pooled features (RankMe, losses.effective_rank) describes whole images. Segmentation
+needs features of single positions that fall into groups (dense_structure), differ within an image
+(image_share), and tell a linear decoder what is there (grey_readout). Needs torch and losses.py only.
 """
 
 import math
@@ -12,12 +17,48 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from losses import effective_rank_of
+from losses import effective_rank_of, singular_values
+
+SLICES = 2048  # at most, whose features are measured, and as many vectors of single positions
+STRUCTURED = 128  # of them at most, whose dense structure is estimated
+POSITIONS = 64  # of each of those
 
 GROUP = 8  # images whose positions are clustered together
 CLUSTERS = 24  # of such a group
 IMAGE_CLUSTERS = 3  # of one image
 RECENT = 8  # log lines over which the cosine of keys is averaged
+
+
+class FeatureSample:
+    """What is measured of the features of many slices: one mean vector of each, and vectors of positions.
+
+    Args:
+        slices: how many there will be, over all calls of `add`.
+        generator: draws the positions, the same number in each slice.
+        vectors: so many of single positions.
+    """
+
+    def __init__(self, slices: int, generator: torch.Generator, vectors: int = SLICES):
+        self.positions, self.generator, self.vectors = -(-vectors // slices), generator, vectors
+        self.pooled, self.dense = [], []
+
+    def add(self, maps: Tensor) -> None:
+        """Maps (n, C, h, w) of the next slices."""
+        chosen = torch.randint(maps[0, 0].numel(), (len(maps), self.positions), generator=self.generator)
+        columns = chosen[:, None].expand(-1, maps.shape[1], -1).to(maps.device)
+        dense = maps.flatten(2).gather(2, columns)  # (n, C, positions)
+        self.pooled.append(maps.mean(dim=(2, 3)).float())
+        self.dense.append(dense.mT.flatten(0, 1).float())
+
+    def spectra(self) -> tuple[Tensor, Tensor]:
+        """Singular values of the pooled and of the dense features, see losses.singular_values."""
+        return singular_values(torch.cat(self.pooled)), singular_values(torch.cat(self.dense)[: self.vectors])
+
+
+def some_positions(maps: Tensor, generator: torch.Generator) -> Tensor:
+    """64 positions of maps (n, C, h, w), the same in all of them, or all if there are fewer: (n, P, C)."""
+    chosen = torch.randperm(maps[0, 0].numel(), generator=generator)[:POSITIONS]
+    return maps.flatten(2)[:, :, chosen].mT.float()
 
 
 @torch.no_grad()

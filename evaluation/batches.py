@@ -8,16 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from collapse import dense_structure
+from collapse import SLICES, STRUCTURED, FeatureSample, dense_structure, some_positions
 from engine.config import Config
-from engine.process import Process, progress
+from engine.process import Process, progress, seeded
 from engine.stopping import ignore_stop_signals
-from losses import effective_rank
-
-MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
-STRUCTURED = 128  # slices (at most) whose dense structure is estimated
-STRUCTURE_POSITIONS = 64  # of each of them, by chance, where not all are taken
-FROZEN_POSITIONS = 4096  # dense vectors of a frozen encoder for its effective rank
+from losses import effective_rank_of
 
 
 class Batches:
@@ -109,25 +104,21 @@ def chunks(rows: list, size: int) -> list[list]:
 def frozen_collapse(batches: Batches) -> dict[str, dict]:
     """How far the frozen encoder's features have collapsed, from batches of (n, D, h, w).
 
-    effective_rank: pooled: of the slices' mean vectors; dense: of single positions, the same number of each
-    slice by chance. structure: structure.py's measures, also of some positions by chance.
+    effective_rank: pooled: of the slices' mean vectors; dense: of single positions. structure: of some
+    slices, see collapse.dense_structure.
     """
-    count = min(len(batches), MONITORED)
+    count = min(len(batches), SLICES)
     rows = [len(batches) * i // count for i in range(count)]
     structured = set(rows[:: -(-count // STRUCTURED)])
-    pooled, dense, structure = [], [], []
+    sample, structure = FeatureSample(count, seeded("positions"), 2 * SLICES), []
     plan = chunks(rows, batches.batch_size)
-    for some, (features, _) in zip(
-        plan, progress(batches.process, "effective rank", batches.of(plan), len(plan))
-    ):
-        vectors = features.float().flatten(2).mT.cpu()  # (n, h w, D)
-        chosen = torch.randperm(vectors.shape[1], generator=torch.Generator().manual_seed(len(dense)))
-        pooled.append(vectors.mean(dim=1))
-        dense.append(vectors[:, chosen[: max(1, FROZEN_POSITIONS // count)]].flatten(0, 1))
+    found = progress(batches.process, "effective rank", batches.of(plan), len(plan))
+    for some, (features, _) in zip(plan, found):
+        sample.add(features)
         mine = [i for i, row in enumerate(some) if row in structured]
-        structure.append(vectors[mine][:, chosen[:STRUCTURE_POSITIONS]])
-    ranks = {"pooled": effective_rank(torch.cat(pooled)), "dense": effective_rank(torch.cat(dense))}
+        structure.append(some_positions(features[mine], seeded("readout")).cpu())
+    pooled, dense = map(effective_rank_of, sample.spectra())
     return {
-        "effective_rank": ranks | {"slices": count},
+        "effective_rank": {"pooled": pooled, "dense": dense, "slices": count},
         "structure": dense_structure(torch.cat(structure)),
     }

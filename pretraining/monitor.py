@@ -9,7 +9,7 @@ import heapq
 import importlib.util
 import json
 import math
-from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +19,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from collapse import dense_structure, grey_readout
+from collapse import SLICES, STRUCTURED, FeatureSample, dense_structure, grey_readout, some_positions
 from ct.pictures import contact_sheet, gray_tile, tile_size
 from data import Intensity, SliceDataset
 from engine.config import Config
 from engine.process import Process, progress, seeded
-from losses import effective_rank_of, singular_values
+from losses import effective_rank_of
 from models import Encoder, MoCo
 
-MONITORED = 2048  # slices (at most) and dense feature vectors that the collapse monitor measures
-STRUCTURED = 128  # slices (at most) whose dense structure is estimated
-STRUCTURE_POSITIONS = 64  # of each of them, by chance, where not all are taken
 KINDS = {  # of features, as their columns in metrics.jsonl end
     "": "pooled",
     "_dense": "dense",
@@ -44,17 +41,15 @@ class CollapseMonitor:
     """Effective rank, spectrum and dense structure of the encoder's features, without augmentation or labels.
 
     The slices are those of data.val, without such a list the first of the training list by case, at most
-    MONITORED; the rank is bounded by their number. Pooled features are one vector a slice, dense ones
-    MONITORED positions of the maps, drawn once and for all. The structure (structure.dense_structure) is
-    that of STRUCTURED of them at output stride 8, as a decoder will see them. The main process measures, the
-    others go on.
+    collapse.SLICES; the rank is bounded by their number. Their structure (collapse.dense_structure) is
+    measured at output stride 8, as a decoder will see them. Only the main process measures.
     """
 
     def __init__(self, cfg: Config, dataset: SliceDataset, intensity: Intensity, process: Process):
         self.intensity, self.process, self.size = intensity, process, cfg.data.size
         self.channels = cfg.model.in_channels
         dataset = validation_slices(cfg, dataset.size) or dataset
-        by_case = heapq.nsmallest(MONITORED, zip(dataset.cases, dataset.names, range(len(dataset))))
+        by_case = heapq.nsmallest(SLICES, zip(dataset.cases, dataset.names, range(len(dataset))))
         self.slices = Subset(dataset, [index for _, _, index in by_case])
 
     @torch.no_grad()
@@ -62,38 +57,35 @@ class CollapseMonitor:
         """Effective ranks (after the whitening between trunk and heads, too, if there is one) and spectra."""
         if not self.process.is_main:
             return {}
-        whitened = not isinstance(model.query.decorrelation, nn.Identity)
-        found = {"": [], "_dense": []} | ({"_whitened": [], "_whitened_dense": []} if whitened else {})
-        positions = -(-MONITORED // len(self.slices))  # of each slice's map
-        generator = seeded("positions")
+        encoder, whitening = model.query.encoder, model.query.decorrelation
+        sides = [""] if isinstance(whitening, nn.Identity) else ["", "_whitened"]
+        samples = {side: FeatureSample(len(self.slices), seeded("positions")) for side in sides}
         model.eval()
         loader = DataLoader(self.slices, batch_size=32)
         for stored in progress(self.process, "measuring collapse", loader):
-            maps = self.maps(model.query.encoder, stored)
-            chosen = torch.randint(maps[0, 0].numel(), (len(maps), positions), generator=generator)
-            sides = {"": maps} | ({"_whitened": model.query.decorrelation(maps)} if whitened else {})
-            for side, features in sides.items():
-                columns = chosen[:, None].expand(-1, features.shape[1], -1).to(features.device)
-                dense = features.flatten(2).gather(2, columns)  # (n, C, positions)
-                found[side].append(features.mean(dim=(2, 3)).float())
-                found[side + "_dense"].append(dense.transpose(1, 2).flatten(0, 1).float())
-        structure = self.structure(model.query.encoder)
+            maps = self.maps(encoder, stored)
+            for side, sample in samples.items():
+                sample.add(whitening(maps) if side else maps)
+        structure = self.structure(encoder)
         model.train()
-        spectra = {name: singular_values(torch.cat(rows)[:MONITORED]) for name, rows in found.items()}
+        spectra = {}
+        for side, sample in samples.items():
+            spectra[side], spectra[f"{side}_dense"] = sample.spectra()
         row = {f"effective_rank{name}": round(effective_rank_of(s), 3) for name, s in spectra.items()}
         row |= {name: round(value, 5) for name, value in structure.items()}
         return row | {f"spectrum{name}": [float(f"{v:.5g}") for v in s] for name, s in spectra.items()}
 
     def structure(self, encoder: Encoder) -> dict[str, float]:
         """DSE, its three terms, the share of variance between images, and the grey readout."""
-        some = range(0, len(self.slices), -(-len(self.slices) // STRUCTURED))
-        batches = list(self.stored(some))
-        maps = self.fine_maps(encoder, batches)
-        features = maps.flatten(2).mT.float()  # (n, P, C)
-        grey = torch.cat([self.neighbourhoods(stored, maps.shape[2:]) for stored in batches])
-        chosen = torch.randperm(features.shape[1], generator=seeded("readout"))[:STRUCTURE_POSITIONS]
-        readout = grey_readout(features[:, chosen], grey[:, chosen])
-        return dense_structure(features) | {"grey_readout": readout}
+        features, grey = [], []
+        with at_output_stride_8(encoder):
+            for stored in self.stored(range(0, len(self.slices), -(-len(self.slices) // STRUCTURED))):
+                maps = self.maps(encoder, stored)
+                around = self.neighbourhoods(stored, maps.shape[2:])
+                features.append(some_positions(maps, seeded("readout")))
+                grey.append(some_positions(around, seeded("readout")))  # the same positions
+        features = torch.cat(features)  # (n, P, C)
+        return dense_structure(features) | {"grey_readout": grey_readout(features, torch.cat(grey))}
 
     @torch.no_grad()
     def features_page(self, model: MoCo) -> Image.Image:
@@ -102,7 +94,8 @@ class CollapseMonitor:
         encoder.eval()
         count = min(PANEL, len(self.slices))
         chosen = [len(self.slices) * (2 * i + 1) // (2 * count) for i in range(count)]
-        maps = self.fine_maps(encoder, self.stored(chosen))
+        with at_output_stride_8(encoder):
+            maps = torch.cat([self.maps(encoder, stored) for stored in self.stored(chosen)])
         encoder.train(training)
         tiles, captions = [], []
         for i, colors in zip(chosen, feature_colors(maps)):
@@ -113,14 +106,6 @@ class CollapseMonitor:
             tiles.append(np.asarray(picture.resize(tile_size(unit.shape, TILE), Image.Resampling.NEAREST)))
             captions += [self.slices.dataset.names[self.slices.indices[i]], "features"]
         return contact_sheet(tiles, captions, columns=4)
-
-    def fine_maps(self, encoder: Encoder, batches: Iterable[Tensor]) -> Tensor:
-        """layer4 (n, C, h, w) of slices in stored values at output stride 8, as a decoder will see it."""
-        pretraining_stride = encoder.output_stride
-        encoder.set_output_stride(8)
-        maps = [self.maps(encoder, stored) for stored in batches]
-        encoder.set_output_stride(pretraining_stride)
-        return torch.cat(maps)
 
     def stored(self, rows) -> DataLoader:
         """Stored values (n, 1, H, W) of the slices `rows`, in batches."""
@@ -139,9 +124,18 @@ class CollapseMonitor:
         )
 
     def neighbourhoods(self, stored: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Mean grey values of the 3 x 3 cells around each position of a map (h, w): (n, h w, 9)."""
+        """Mean grey values of the 3 x 3 cells around each position of a map (h, w): (n, 9, h w)."""
         cells = F.adaptive_avg_pool2d(self.scaled(stored), shape)
-        return F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3).mT
+        return F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3)
+
+
+@contextmanager
+def at_output_stride_8(encoder: Encoder):
+    """Within, the encoder's maps are those that a decoder will see."""
+    pretraining_stride = encoder.output_stride
+    encoder.set_output_stride(8)
+    yield
+    encoder.set_output_stride(pretraining_stride)
 
 
 def validation_slices(cfg: Config, size: tuple[int, int] | None = None) -> SliceDataset | None:
