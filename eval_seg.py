@@ -8,7 +8,7 @@
 
 An evaluation leaves in run.out: config.yaml, metrics.jsonl, model.pth (the best on the validation cases, with
 all that --predict needs), results.json, cases.csv, table.md and predictions.png. The same command again
-prints its table; after a stop it goes on from the last validation or, if it was asked to stop (SIGTERM,
+prints its table; after a stop it resumes from the last validation or, if it was asked to stop (SIGTERM,
 SIGUSR1, Ctrl-C; exit code 75), from the last step.
 
 Under torchrun a batch is divided among the processes and gradients are averaged; BatchNorm normalises each
@@ -118,8 +118,8 @@ from evaluation.encoder_file import (
     sha256,
 )
 from evaluation.segmenter import Description, build_model, frozen_features, predict, save_model
-from evaluation.supervised import Stopped, generator, train, training_positions
-from models import Encoder, WeightsError, read_weights
+from evaluation.supervised import Stopped, train, training_positions
+from models import Encoder, WeightsError, read_weights, seeded
 
 NULLABLE = {
     "cache": (str, bool),
@@ -181,14 +181,7 @@ def check_config(cfg: Config) -> None:
 
 def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     """Train on the labelled cases, keep the best model on the validation cases, score the test cases."""
-    for name in ("encoder", "data.root"):
-        check(cfg, name, cfg.flat()[name], "a path (for the encoder also: random)")
-    wanted = f"a multiple of the {process.world} processes"
-    check(cfg, "optim.batch_size", cfg.optim.batch_size % process.world == 0, wanted)
-    if cfg.mode == "finetune":
-        # Image pooling leaves one value a slice, which BatchNorm cannot normalise alone.
-        enough = cfg.optim.batch_size >= 2 * process.world
-        check(cfg, "optim.batch_size", enough, "2 slices a process or more")
+    check_batch(cfg, process)
     folder = Path(cfg.run.out)
     if results := finished(cfg, folder):
         process.say(f"{folder}: finished already\n{report.organ_table(results)}")
@@ -200,24 +193,11 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     facts = encoder_facts(encoder_path(cfg))
     intensity = normalisation(cfg, facts, sets["train"].stored)
     encoder = build_encoder(cfg, facts, process)
-    about = Description(
-        mode=cfg.mode,
-        arch=encoder.arch,
-        in_channels=encoder.in_channels,
-        output_stride=encoder.output_stride,
-        classes=classes,
-        normalisation=intensity.as_dict(),
-        stored=sets["train"].stored,
-    )
+    shape = (encoder.arch, encoder.in_channels, encoder.output_stride)
+    about = Description(cfg.mode, *shape, classes, intensity.as_dict(), sets["train"].stored)
     model = build_model(about, encoder, process).eval()
-    positions = {split: list(range(len(dataset))) for split, dataset in sets.items()}
-    positions["train"] = training_positions(sets["train"], cfg.label_fraction, cfg.seed)
-    wanted = f"at most the {len(positions['train'])} training slices"
-    check(cfg, "optim.batch_size", cfg.optim.batch_size <= len(positions["train"]), wanted)
-    make_run_folder(folder, process)
-    if process.is_main:
-        (folder / STOP_MARKER).unlink(missing_ok=True)
-        write_whole(folder / "config.yaml", cfg.as_yaml())
+    positions = labelled_positions(cfg, sets)
+    open_folder(cfg, folder, process)
 
     def to_images(stored: Tensor) -> Tensor:
         return network_input(intensity.to_unit(stored), intensity, encoder.in_channels)
@@ -260,26 +240,57 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     model.load_state_dict(read_weights(folder / "model.pth")["state"])
     scores = report.score(scored, batches["test"], process, "test cases", full=True)
     if process.is_main:
-        results = report.summary(scores, classes) | {
-            "val_dice": best,
-            **collapse,
-            "encoder": cfg.encoder,
-            "encoder_sha256": sha256(encoder_path(cfg)),
-            "mode": cfg.mode,
-            "seed": cfg.seed,
-            "label_fraction": cfg.label_fraction,
-            "config": cfg.plain(),
-        }
         report.draw_predictions(folder / "predictions.png", sets["test"], scores, intensity, classes)
-        write_whole(folder / "cases.csv", report.cases_csv(results))
-        write_whole(folder / "table.md", report.organ_table(results) + "\n")
-        # results.json comes last: it marks the run as finished.
-        write_whole(folder / "results.json", json.dumps(results, indent=1))
-        for name in ("checkpoint.pth", "checkpoint.pth.previous"):
-            (folder / name).unlink(missing_ok=True)
-        process.say(report.organ_table(results))
+        write_results(cfg, folder, report.summary(scores, classes) | {"val_dice": best, **collapse})
         process.say(f"{folder}: results.json, cases.csv, table.md, predictions.png, model.pth")
     process.barrier()
+
+
+def check_batch(cfg: Config, process: Process) -> None:
+    """What must be given, and what the batch must be for this number of processes; raises ConfigError."""
+    for name in ("encoder", "data.root"):
+        check(cfg, name, cfg.flat()[name], "a path (for the encoder also: random)")
+    wanted = f"a multiple of the {process.world} processes"
+    check(cfg, "optim.batch_size", cfg.optim.batch_size % process.world == 0, wanted)
+    if cfg.mode == "finetune":
+        # Image pooling leaves one value a slice, which BatchNorm cannot normalise alone.
+        enough = cfg.optim.batch_size >= 2 * process.world
+        check(cfg, "optim.batch_size", enough, "2 slices a process or more")
+
+
+def labelled_positions(cfg: Config, sets: dict[str, SegmentationDataset]) -> dict[str, list[int]]:
+    """The slices of each split that take part: for training those of label_fraction of the cases."""
+    positions = {split: list(range(len(dataset))) for split, dataset in sets.items()}
+    positions["train"] = training_positions(sets["train"], cfg.label_fraction, cfg.seed)
+    wanted = f"at most the {len(positions['train'])} training slices"
+    check(cfg, "optim.batch_size", cfg.optim.batch_size <= len(positions["train"]), wanted)
+    return positions
+
+
+def open_folder(cfg: Config, folder: Path, process: Process) -> None:
+    make_run_folder(folder, process)
+    if process.is_main:
+        (folder / STOP_MARKER).unlink(missing_ok=True)
+        write_whole(folder / "config.yaml", cfg.as_yaml())
+
+
+def write_results(cfg: Config, folder: Path, results: dict) -> None:
+    """results.json, which comes last, since it marks the run as finished, and the tables made of it."""
+    results = results | {
+        "encoder": cfg.encoder,
+        "encoder_sha256": sha256(encoder_path(cfg)),
+        "mode": cfg.mode,
+        "seed": cfg.seed,
+        "label_fraction": cfg.label_fraction,
+        "config": cfg.plain(),
+    }
+    table = report.organ_table(results)
+    write_whole(folder / "cases.csv", report.cases_csv(results))
+    write_whole(folder / "table.md", table + "\n")
+    write_whole(folder / "results.json", json.dumps(results, indent=1))
+    for name in ("checkpoint.pth", "checkpoint.pth.previous"):
+        (folder / name).unlink(missing_ok=True)
+    print(table, flush=True)
 
 
 def finished(cfg: Config, folder: Path) -> dict | None:
@@ -353,7 +364,7 @@ def crop_augmentation(
     def augment(unit: Tensor, masks: Tensor, step: int) -> tuple[Tensor, Tensor]:
         share = len(unit)
         first, total = process.rank * share, process.world * share
-        unit, masks = crops(unit, masks, generator(cfg.seed, step), first, total)
+        unit, masks = crops(unit, masks, seeded("crops", cfg.seed, step), first, total)
         return network_input(unit, intensity, encoder.in_channels), masks
 
     return augment

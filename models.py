@@ -9,6 +9,7 @@ Copy this file together with losses.py; it needs torch and torchvision only.
 """
 
 import copy
+import hashlib
 import pickle
 import warnings
 import zipfile
@@ -446,14 +447,23 @@ class MoCo(nn.Module):
         """The permutation of the global batch (N,) in which keys are encoded; in order in evaluation."""
         if not self.training:
             return torch.arange(batch)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        return torch.randperm(batch, generator=generator)
+        return torch.randperm(batch, generator=seeded("keys", self.seed, self.step))
 
     def get_extra_state(self) -> dict[str, int]:
         return {"step": self.step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.step = state["step"]
+
+
+def seeded(*key) -> torch.Generator:
+    """A CPU generator whose state is a hash of the key: independent streams for independent purposes."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def seed_of(*key) -> int:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def mean_cosine(x: Tensor) -> Tensor:

@@ -5,11 +5,11 @@
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train_moco.py --config configs/abdomen1k.yaml optim.batch_size=2048             # many nodes
 
-Any setting below can stand in the config file or behind the command as section.key=value. A run that was
-stopped goes on when the same command is given again. Results, in run.out: encoder.pth (a torchvision ResNet
-without fc), encoder.json, both also for encoder_best (the highest label-free score, see structure.py),
-metrics.jsonl, config.yaml, checkpoint.pth, features.png (dense features as colours); curves.png and
-spectrum.png if matplotlib is installed, TensorBoard files if tensorboard is.
+Any setting below can be given in the config file or behind the command as section.key=value. The same
+command resumes a run that was stopped. Results, in run.out: encoder.pth (a torchvision ResNet without fc) and
+encoder.json, both also for encoder_best (the highest label-free score, see collapse.py), metrics.jsonl,
+config.yaml, checkpoint.pth, features.png (dense features as colours); curves.png and spectrum.png if
+matplotlib is installed, TensorBoard files if tensorboard is.
 """
 
 import argparse
@@ -38,7 +38,7 @@ run:
   save_steps: 0             # checkpoint every so many steps; 0: at the end of every epoch
   save_minutes: 30.0        # and whenever the last one is so old; 0: never for that reason
   max_bad_steps: 10         # so many steps in a row whose loss or gradient is not finite end the run
-  skip_bad: false           # unreadable slices: false: end the run | true: the next one stands in, counted
+  skip_bad: false           # unreadable slices: false: end the run | true: the next one is read instead
   timeout_minutes: 10.0     # how long to wait for another process, or for a reading one, before giving up
   deterministic: false      # the same bits on the same GPU, slower; a CPU run always gives the same bits
 data:
@@ -90,7 +90,7 @@ decorrelation:
 optim:
   epochs: 200
   batch_size: 256           # global: over all processes and accumulation steps
-  accumulate: 1             # parts that each process's share of a batch is worked off in
+  accumulate: 1             # parts of a process's share of a batch, one after the other
   lr: 0.03                  # SGD with momentum, warm-up, then half a cosine to 0
   momentum: 0.9
   weight_decay: 1.0e-4
@@ -116,9 +116,9 @@ from contextlib import nullcontext
 import torch
 
 from data import BatchReader, DataError, Intensity, SliceDataset, TwoViews, default_window, network_input
-from engine.process import Process, seeded, start_process
+from engine.process import Process, start_process
 from engine.stopping import StopRequest, naming_lost_workers, run_script
-from models import ARCHITECTURES, LAYERS, Encoder, MoCo, WeightsError, load_encoder_weights, slices
+from models import ARCHITECTURES, LAYERS, Encoder, MoCo, WeightsError, load_encoder_weights, seeded, slices
 from pretraining.run import NotFinite, Run
 from pretraining.schedule import learning_rate
 

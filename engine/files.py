@@ -72,7 +72,7 @@ def make_run_folder(path: str | Path, process: Process) -> Path:
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object a line. A run that goes on after `done` steps drops later lines.
+    """metrics.jsonl, one JSON object a line. A run that is resumed after `done` steps drops later lines.
 
     On a full disk lines wait in memory for the next one. With `tensorboard`, the numbers also go to event
     files in the folder, if tensorboard is installed.

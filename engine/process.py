@@ -1,6 +1,5 @@
-"""The processes of a run and their devices, seeds, progress bars, and values on their way to the host."""
+"""The processes of a run and their devices, progress bars, and values on their way to the host."""
 
-import hashlib
 import os
 import sys
 from collections import deque
@@ -106,12 +105,6 @@ def start_process(run: Config) -> Process:
     if precision == "bf16" and kind == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         process.say("run.precision: this CPU has no instructions for bf16, fp32 is ten times as fast on it")
     return process
-
-
-def seeded(*key) -> torch.Generator:
-    """A CPU generator whose state is a hash of the key: independent streams for independent purposes."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def progress(process: Process, desc: str, iterable=None, total: int | None = None, initial: int = 0) -> tqdm:

@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader
 
 from collapse import SLICES, STRUCTURED, FeatureSample, dense_structure, some_positions
 from engine.config import Config
-from engine.process import Process, progress, seeded
+from engine.process import Process, progress
 from engine.stopping import ignore_stop_signals
 from losses import effective_rank_of
+from models import seeded
 
 
 class Batches:

@@ -51,7 +51,7 @@ def frozen_features(encoder: Encoder, images: Tensor) -> Tensor:
 
 @dataclass
 class Description:
-    """What it takes to rebuild and use a trained model; stands in model.pth beside the weights."""
+    """What it takes to rebuild and use a trained model; in model.pth beside the weights."""
 
     mode: str
     arch: str

@@ -17,6 +17,7 @@ from evaluation.encoder_file import check_same_encoder, encoder_path, sha256
 from evaluation.report import percent
 from evaluation.segmenter import at_size
 from losses import segmentation_loss
+from models import seed_of, seeded
 
 
 class Stopped(Exception):
@@ -46,16 +47,7 @@ def train(
     optimizer = torch.optim.SGD(
         parameter_groups(cfg, trained), momentum=0.9, weight_decay=cfg.optim.weight_decay
     )
-    start, best = 0, None
-    if state := process.from_main(lambda: load_checkpoint(folder)):
-        try:
-            trained.load_state_dict(state["trained"])
-            load_optimizer(optimizer, state["optimizer"])
-            start, best, encoder = state["step"], state["best"], state["encoder_sha256"]
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-            raise ConfigError(f"run.out: the checkpoint in {folder} is not one of this program") from None
-        check_same_encoder(cfg, encoder)
-        process.say(f"going on from step {start}")
+    start, best = resume(cfg, process, trained, optimizer)
     log = MetricsLog(folder, process, done=start)
     network = torch.compile(trained) if cfg.run.compile else trained
     if process.world > 1:
@@ -67,7 +59,7 @@ def train(
     plan = [training_rows(step, len(batches), cfg, process) for step in steps]
     bar = progress(process, f"training ({cfg.mode})", steps, cfg.optim.steps, start)
     for step, (inputs, masks) in zip(bar, batches.of(plan)):
-        torch.manual_seed(cfg.seed * 1_000_003 + step * process.world + process.rank)  # for dropout
+        torch.manual_seed(seed_of("dropout", cfg.seed, step, process.rank))
         inputs, masks = augment(inputs, masks, step)
         with process.autocast():
             logits = network(inputs)  # (n, K, h, w)
@@ -97,15 +89,38 @@ def train(
         looking = process.world == 1 or done % cfg.log.every == 0  # asking all processes takes time
         stopping = not last and looking and any(process.everyone(bool(stop)))
         if process.is_main and not last and ("val_dice" in row or stopping):
-            state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": done, "best": best, "encoder_sha256": sha256(encoder_path(cfg))}
-            try:
-                save_checkpoint(folder, state)
-            except OSError as error:
-                warn(f"step {done}: no checkpoint written ({error}); training goes on")
+            save(cfg, trained, optimizer, done, best)
         if stopping:
             raise Stopped(leave(folder, done, process.everyone(stop.reason), process))
     return best
+
+
+def resume(cfg: Config, process: Process, trained: nn.Module, optimizer) -> tuple[int, float | None]:
+    """Load the checkpoint of run.out, if there is one: the steps done, and the best validation Dice so far.
+
+    Raises ConfigError for one of another program, or of another encoder file.
+    """
+    state = process.from_main(lambda: load_checkpoint(Path(cfg.run.out)))
+    if state is None:
+        return 0, None
+    try:
+        trained.load_state_dict(state["trained"])
+        load_optimizer(optimizer, state["optimizer"])
+        start, best, encoder = state["step"], state["best"], state["encoder_sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise ConfigError(f"run.out: the checkpoint in {cfg.run.out} is not one of this program") from None
+    check_same_encoder(cfg, encoder)
+    process.say(f"going on from step {start}")
+    return start, best
+
+
+def save(cfg: Config, trained: nn.Module, optimizer, step: int, best: float | None) -> None:
+    state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"step": step, "best": best, "encoder_sha256": sha256(encoder_path(cfg))}
+    try:
+        save_checkpoint(Path(cfg.run.out), state)
+    except OSError as error:
+        warn(f"step {step}: no checkpoint written ({error}); training goes on")
 
 
 def parameter_groups(cfg: Config, trained: nn.Module) -> list[dict]:
@@ -135,19 +150,14 @@ def training_rows(step: int, count: int, cfg: Config, process: Process) -> list[
     return [epoch_order(cfg.seed, at // count, count)[at % count] for at in range(first, first + share)]
 
 
-def generator(seed: int, number: int) -> torch.Generator:
-    """A CPU generator for a pair of numbers, such as seed and step."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
-
-
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
-    return torch.randperm(count, generator=generator(seed, epoch)).tolist()
+    return torch.randperm(count, generator=seeded("epoch", seed, epoch)).tolist()
 
 
 def training_positions(dataset, fraction: float, seed: int) -> list[int]:
     """The slices of a share of the cases, at least one: the first of a seeded order, so that shares nest."""
     cases = sorted(set(dataset.cases))
-    order = torch.randperm(len(cases), generator=generator(seed, 0)).tolist()
+    order = torch.randperm(len(cases), generator=seeded("labels", seed)).tolist()
     chosen = {cases[i] for i in order[: max(1, round(fraction * len(cases)))]}
     return [i for i, case in enumerate(dataset.cases) if case in chosen]

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from data import Intensity, SliceDataset, network_input
 from engine.config import ConfigError, OneLineParser, to_config
 from engine.files import load_checkpoint, write_whole
-from engine.process import seeded, start_process
+from engine.process import start_process
 from engine.stopping import run_script
 from losses import at_least_float32, local_nce_per_image
-from models import MoCo
+from models import MoCo, seeded
 from pretraining.monitor import validation_slices
 from train_moco import build_model, make_views
 

@@ -23,9 +23,9 @@ from collapse import SLICES, STRUCTURED, FeatureSample, dense_structure, grey_re
 from ct.pictures import contact_sheet, gray_tile, tile_size
 from data import Intensity, SliceDataset
 from engine.config import Config
-from engine.process import Process, progress, seeded
+from engine.process import Process, progress
 from losses import effective_rank_of
-from models import Encoder, MoCo
+from models import Encoder, MoCo, seeded
 
 KINDS = {  # of features, as their columns in metrics.jsonl end
     "": "pooled",

@@ -29,7 +29,7 @@ class Run:
 
     step      optimiser steps done
     finished  the folder holds all results already; nothing else may be called then
-    guard     see guard.Guard
+    guard     see pretraining/guard.py
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a pretraining run keeps on disk: its checkpoint, from which it goes on, and the encoders it is for."""
+"""What a pretraining run keeps on disk: its checkpoint, to resume from, and the encoders it is for."""
 
 import hashlib
 import json

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from engine.config import Config, ConfigError
-from engine.process import Process, seeded
+from engine.process import Process
+from models import seeded
 
 
 def count_steps(cfg: Config, size: int, process: Process) -> tuple[int, int]:

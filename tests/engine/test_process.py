@@ -3,7 +3,7 @@
 import torch
 
 from engine import config, process
-from engine.process import seeded
+from models import seeded
 from train_moco import DEFAULTS, NULLABLE
 
 
