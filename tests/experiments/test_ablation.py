@@ -18,7 +18,7 @@ from experiments import ablation, findings
 from experiments.position import local_task, noise, set_borders
 from models import Encoder, MoCo
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "experiments" / "configs"
 PROTOCOL = """
 phantom: {cases: 10, slices: 6, size: 64, seed: 0}
