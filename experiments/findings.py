@@ -24,6 +24,7 @@ from ct.pictures import contact_sheet, gray_tile
 from ct.slices import read_stored
 from data import Intensity, SegmentationDataset
 from engine.config import ConfigError
+from evaluation.metrics import mean_or_none
 from evaluation.report import TILE, painted, percent, table
 
 GROUPS = {  # of the organs of BTCV
@@ -128,9 +129,9 @@ def markdown(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]], title: s
     return f"**{title}**\n\n{table(rows)}" if len(rows) > 1 else ""
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation in percent."""
-    values = [100 * value for value in values]
+def spread(values: list[float | None]) -> str:
+    """Mean and standard deviation in percent, of those that are defined."""
+    values = [100 * value for value in values if value is not None]
     if not values:
         return "-"
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
@@ -156,8 +157,9 @@ def main_table(cells: Path, protocol: dict) -> str:
     return markdown(heading, rows, "Test Dice in %, mean ± standard deviation over seeds")
 
 
-def group_dice(results: dict, group: str) -> float:
-    return mean(results["dice"][organ] for organ in GROUPS[group] if results["dice"].get(organ) is not None)
+def group_dice(results: dict, group: str) -> float | None:
+    """None if none of its organs is there or was found."""
+    return mean_or_none(results["dice"].get(organ) for organ in GROUPS[group])
 
 
 def tuned_dice(cells: list[Path], fraction: float) -> list[float]:
@@ -170,7 +172,7 @@ def organ_table(cells: Path, protocol: dict) -> str:
     names = [name for name in protocol["methods"] if chosen_cells(cells / name)]
     found = {name: [results_of(cell)["dice"] for cell in chosen_cells(cells / name)] for name in names}
     rows = [
-        (organ, *(spread([dice[organ] for dice in found[name] if dice[organ] is not None]) for name in names))
+        (organ, *(spread([dice[organ] for dice in found[name]]) for name in names))
         for organ in (found[names[0]][0] if names else ())
     ]
     return markdown(("organ", *names), rows, "Linear Dice in % of each organ")

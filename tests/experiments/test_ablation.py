@@ -236,6 +236,13 @@ def test_settings_of_the_projects_protocols_are_valid(path):
         script.check_config(cfg)
 
 
+def test_organs_that_are_not_there_leave_a_gap():
+    dice = {"liver": 0.5, "aorta": None}
+    assert findings.group_dice({"dice": dice}, "large organs") == 0.5
+    assert findings.group_dice({"dice": dice}, "vessels") is None
+    assert findings.spread([0.5, None, 0.7]) == "60.0 ± 14.1" and findings.spread([None]) == "-"
+
+
 def test_kendall_tau():
     assert findings.kendall_tau([1, 2, 3], [10, 20, 30]) == 1
     assert findings.kendall_tau([1, 2, 3], [3, 2, 1]) == -1
