@@ -5,12 +5,13 @@
     bash launch.sh ablation --out runs/other phantom.seed=7        # the same on other patients
     bash launch.sh ablation --table                  # only the tables of what is finished
 
-The protocol, with every setting, is the config file. In OUT: cells/METHOD/lrRATE-seedN/ with the small files
-that tables and figures are made of (results of each evaluation, metrics of the pretraining), and work/, which
-may be deleted. A cell whose small files are there is not run again.
+The protocol, with every setting, is the config file. In OUT: protocol.yaml; cells.jsonl, which tables and
+figures are made of (see cells.py); and work/, which may be deleted when nothing runs. What is in cells.jsonl
+is not run again.
 """
 
 import argparse
+import base64
 import json
 import os
 import shutil
@@ -19,29 +20,17 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 
 from engine.config import ConfigError, OneLineParser, from_yaml, read_yaml, to_config
 from engine.files import write_whole
+from engine.process import start_process
 from engine.stopping import STOPPED, run_script
-from experiments import findings
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One pretraining and what is evaluated of it. `rate` is None for an encoder that is not pretrained."""
-
-    method: str
-    rate: float | None
-    seed: int
-
-    @property
-    def path(self) -> Path:
-        rate = "" if self.rate is None else f"lr{self.rate:g}-"
-        return Path(self.method) / f"{rate}seed{self.seed}"
+from experiments import figures, findings
+from experiments.cells import Cell, Cells, best_rate, evaluation_name, evaluation_record, pretraining_record
 
 
 class Ablation:
@@ -49,6 +38,7 @@ class Ablation:
 
     def __init__(self, protocol: dict, out: Path, jobs: int):
         self.protocol, self.out, self.jobs = protocol, out, jobs
+        self.cells = Cells(out)
         self.root = Path(protocol["data"]["root"]) if "data" in protocol else out / "work" / "data"
         self.methods = protocol["methods"] | protocol["variants"]
         self.running, self.stopping = set(), threading.Event()
@@ -90,7 +80,7 @@ class Ablation:
             like = self.protocol["variants"][like]["like"]
         if self.methods[like] is None:
             return Cell(method, None, seed)
-        return Cell(method, findings.best_rate(self.out / "cells" / like), seed)
+        return Cell(method, best_rate(self.cells.read(), like), seed)
 
     # ---- Steps of a cell ----
 
@@ -112,27 +102,24 @@ class Ablation:
             settings = self.protocol["pretrain"] | self.changes(cell.method)
             settings |= {"optim.lr": cell.rate, "seed": cell.seed, "data.root": self.root, "run.out": folder}
             self.script(cell, "train_moco.py", settings)
-            self.check_same_encoder(cell, folder)
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            measured = [row["step"] for row in rows if "dse" in row]
-            for row in rows:  # spectra are long: the first and the last one will do
-                if measured[0] < row["step"] < measured[-1]:
-                    for name in [name for name in row if name.startswith("spectrum")]:
-                        del row[name]
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            self.keep(cell, "metrics.jsonl", text)
             (folder / "checkpoint.pth.previous").unlink(missing_ok=True)
+        encoder = json.loads((folder / "encoder.json").read_text())["sha256"]
+        self.check_same_encoder(cell, folder, encoder)
+        if self.cells.record(cell).get("pretraining", {}).get("encoder_sha256") != encoder:
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            made = {"encoder_sha256": encoder} | processor(self.protocol["pretrain"])
+            self.cells.keep(cell, pretraining=made | pretraining_record(rows))
         return str(folder / "encoder.pth")
 
-    def check_same_encoder(self, cell: Cell, folder: Path) -> None:
+    def check_same_encoder(self, cell: Cell, folder: Path, encoder: str) -> None:
         """A cell speaks of one encoder. If work/ was deleted it is made again, on the same machine to the
         last bit; on another one it may differ, and what is there is not mixed with results of the new one."""
-        before = findings.results_of(self.out / "cells" / cell.path)
-        if before and before["encoder_sha256"] != json.loads((folder / "encoder.json").read_text())["sha256"]:
+        before = self.cells.record(cell).get("linear")
+        if before and before["encoder_sha256"] != encoder:
             shutil.rmtree(folder)
             raise ConfigError(
-                f"{cell.path}: pretrained again, it is another encoder than that of its linear.json (another "
-                f"machine or version?); delete {self.out / 'cells' / cell.path} to measure all of it anew"
+                f"{cell.name}: pretrained again, it is another encoder than that of its linear evaluation "
+                f"(another machine or version?); delete its line of {self.cells.path} to measure all anew"
             )
 
     def changes(self, method: str) -> dict:
@@ -144,60 +131,60 @@ class Ablation:
     def linear(self, cell: Cell) -> None:
         self.evaluate(cell, "linear")
 
-    def evaluate(self, cell: Cell, mode: str, fraction: float | None = None, snapshot: str = "") -> None:
-        name = mode + ("" if fraction is None else f"-{100 * fraction:g}") + snapshot
-        if (self.out / "cells" / cell.path / f"{name}.json").is_file():
+    def evaluate(
+        self, cell: Cell, mode: str, fraction: float | None = None, step: int | None = None, again=False
+    ) -> None:
+        """Run eval_seg.py with the last encoder or that of `step`, if that is not done or wanted `again`."""
+        name = evaluation_name(mode, fraction, step)
+        if name in self.cells.record(cell) and not again:
             return
         encoder = self.pretrain(cell)
-        if snapshot:
-            encoder = str(Path(encoder).with_name(f"encoder{snapshot.replace('-', '_')}.pth"))
+        if step is not None:
+            encoder = str(Path(encoder).with_name(f"encoder_{step}.pth"))
         settings = self.protocol[mode] | {"encoder": encoder, "seed": cell.seed, "data.root": self.root}
         settings |= {"model.arch": self.protocol["pretrain"]["model.arch"], "mode": mode}
         settings |= {"run.out": self.work(cell) / name}
         settings |= {} if fraction is None else {"label_fraction": fraction}
         self.script(cell, "eval_seg.py", settings)
         results = json.loads((self.work(cell) / name / "results.json").read_text())
-        self.keep(cell, f"{name}.json", json.dumps(findings.shortened(results), separators=(",", ":")))
-        print(f"{cell.path} {name}: {findings.describe(results)}", flush=True)
-        if mode == "finetune" or snapshot:
+        self.cells.keep(cell, **{name: evaluation_record(results) | processor(self.protocol[mode])})
+        print(f"{cell.name} {name}: {findings.describe(results)}", flush=True)
+        if mode == "finetune" or step is not None:
             shutil.rmtree(self.work(cell) / name)
 
     def evaluate_snapshots(self, cell: Cell) -> None:
         """The encoders of earlier measurements of collapse: do label-free measures predict Dice?"""
         if cell.rate is None:
             return
-        steps = [row["step"] for row in findings.metrics(self.out / "cells" / cell.path) if "dse" in row]
-        for step in steps[1:-1]:
-            self.evaluate(cell, "linear", snapshot=f"-{step}")
+        for row in self.cells.record(cell)["pretraining"]["monitor"][1:-1]:
+            self.evaluate(cell, "linear", step=row["step"])
 
     def position_cues(self, cell: Cell) -> None:
         """How well the trained network solves the local task on noise."""
-        path = self.out / "cells" / cell.path / "position.json"
-        if cell.rate is None or self.changes(cell.method).get("local.weight") == 0 or path.is_file():
+        if cell.rate is None or self.changes(cell.method).get("local.weight") == 0:
+            return
+        if "position" in self.cells.record(cell):
             return
         self.pretrain(cell)
         folder = self.work(cell) / "pretrain"
         self.call(self.work(cell) / "log.txt", "-m", "experiments.position", str(folder))
-        self.keep(cell, "position.json", (folder / "position.json").read_text())
+        self.cells.keep(cell, position=json.loads((folder / "position.json").read_text()))
 
     def predict(self, cell: Cell) -> None:
         """Masks that the linear decoder gives for the slices shown in the figure."""
-        shown = self.out / "cells" / cell.path / "masks"
-        if shown.is_dir():
+        if "masks" in self.cells.record(cell):
             return
         work = self.work(cell)
-        if not (work / "linear" / "model.pth").is_file():  # the cell is from an earlier folder of work
-            self.pretrain(cell)
-            (self.out / "cells" / cell.path / "linear.json").unlink(missing_ok=True)
-        self.linear(cell)
+        # Without its model the cell is from an earlier folder of work.
+        self.evaluate(cell, "linear", again=not (work / "linear" / "model.pth").is_file())
         inputs, masks = work / "shown", work / "masks"
-        for name in findings.shown_slices(self.root):
+        names = figures.shown_slices(self.root)
+        for name in names:
             (inputs / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.root / "images" / name, inputs / name)
         options = ("--predict", str(inputs), "--out", str(masks))
         self.script(cell, "eval_seg.py", {"run.out": work / "linear"}, *options)
-        shutil.copytree(masks, shown.with_name("masks.part"), dirs_exist_ok=True)
-        shown.with_name("masks.part").rename(shown)
+        self.cells.keep(cell, masks={n: base64.b64encode((masks / n).read_bytes()).decode() for n in names})
 
     # ---- Processes ----
 
@@ -249,12 +236,7 @@ class Ablation:
             process.send_signal(signal.SIGTERM)
 
     def work(self, cell: Cell) -> Path:
-        return self.out / "work" / cell.path
-
-    def keep(self, cell: Cell, name: str, text: str) -> None:
-        folder = self.out / "cells" / cell.path
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, text)
+        return self.out / "work" / cell.name
 
 
 class Stopped(Exception):
@@ -265,6 +247,15 @@ def as_yaml(value) -> str:
     return yaml.safe_dump(str(value) if isinstance(value, Path) else value, default_flow_style=True).split(
         "\n"
     )[0]
+
+
+def processor(settings: dict) -> dict[str, str]:
+    """{"precision", "machine"} of a script that is run here with these settings."""
+    run = {name: settings.get(f"run.{name}", "auto") for name in ("device", "precision")}
+    process = start_process(to_config(run | {"deterministic": False}))
+    gpu = process.device.type == "cuda"
+    machine = torch.cuda.get_device_name() if gpu else torch.backends.cpu.get_cpu_capability()
+    return {"precision": process.precision, "machine": machine}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -299,9 +290,10 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped:
             print("stopped and saved; the same command goes on from there", file=sys.stderr)
             return STOPPED
-    print(findings.tables(ablation.out / "cells", protocol))
+    records = ablation.cells.read()
+    print(findings.tables(records, protocol))
     if args.figures:
-        findings.draw(ablation.out / "cells", protocol, ablation.root, Path(args.figures))
+        figures.draw(records, protocol, ablation.root, Path(args.figures))
     return 0
 
 

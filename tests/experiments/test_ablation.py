@@ -1,0 +1,406 @@
+"""The ablation: what is run, what is not run again, what is kept of it, and what the tables say of it."""
+
+import base64
+import json
+import re
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import eval_seg
+import train_moco
+from engine import config
+from engine.config import ConfigError
+from experiments import ablation, findings
+from experiments.cells import Cell, Cells, cell_of, evaluation_record, pretraining_record, thinned
+from experiments.position import local_task, noise, set_borders
+from models import Encoder, MoCo
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "experiments" / "configs"
+RESULTS = ROOT / "experiments" / "results"
+PROTOCOL = """
+phantom: {cases: 10, slices: 6, size: 64, seed: 0}
+seeds: [0, 1]
+rates: [0.01, 0.04]
+fractions: [0.5, 1.0]
+pretrain:
+  data: {size: 32, workers: 0}
+  model: {arch: resnet18, output_stride: 16, queue_size: 16, bn_split: 4}
+  optim: {epochs: 2, batch_size: 8, warmup_epochs: 1}
+  log: {every: 2, rank_every: 1, encoders: true, tensorboard: false}
+linear:
+  data: {workers: 0}
+  optim: {steps: 4, batch_size: 8}
+  eval: {every: 4}
+finetune:
+  data: {size: 32, workers: 0}
+  model: {output_stride: 16}
+  optim: {steps: 2, batch_size: 4}
+  eval: {every: 2}
+methods:
+  random: null
+  moco: {local.weight: 0, decorrelation.method: none}
+  full: {}
+variants:
+  "full, grid": {like: full, local.match: grid}
+  "of a variant": {like: "full, grid", local.grid: 2}
+"""
+DICE = {("moco", 0.01): 0.1, ("moco", 0.04): 0.2, ("full", 0.01): 0.5, ("full", 0.04): 0.4}
+SPECTRUM = {"spectrum": [1.0, 0.5], "spectrum_dense": [1.0, 0.1]}
+SPECTRUM |= {"effective_rank": 1.9, "effective_rank_dense": 1.4}
+SHOWN = "case/000.png"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run ablation.py with stand-ins for the scripts: they leave what they should, and note the call."""
+    (tmp_path / "protocol.yaml").write_text(PROTOCOL)
+    calls, machine = [], ["one"]
+
+    def call(self, log, script, *words):
+        settings = dict(word.split("=", 1) for word in words if "=" in word)
+        calls.append((script, settings))
+        if script == "data.py":
+            for name, kind in (("images", np.uint16), ("masks", np.uint8)):
+                (Path(words[2]) / name / "case").mkdir(parents=True)
+                Image.fromarray(np.ones((8, 8), kind)).save(Path(words[2]) / name / SHOWN)
+            (Path(words[2]) / "test.txt").write_text(SHOWN + "\n")
+            (Path(words[2]) / "classes.json").write_text('["background", "liver"]')
+        elif script == "train_moco.py":
+            folder = Path(settings["run.out"])
+            folder.mkdir(parents=True)
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics()))
+            (folder / "encoder.json").write_text(json.dumps({"sha256": machine[0]}))
+        elif script == "eval_seg.py" and "mode" in settings:
+            folder = Path(settings["run.out"])
+            folder.mkdir(parents=True)
+            method, rate = folder.parent.parent.name, folder.parent.name
+            rate = float(rate[2:].split("-")[0]) if rate.startswith("lr") else None
+            dice = DICE.get((method, rate), 0.3)
+            (folder / "results.json").write_text(json.dumps(results(dice) | {"encoder_sha256": machine[0]}))
+            (folder / "model.pth").write_text("")
+        elif script == "-m":
+            cues = {name: {"accuracy": 0.25, "loss": 1.0} for name in findings.PAIRS}
+            (Path(words[1]) / "position.json").write_text(json.dumps(cues))
+        else:
+            mask = Path(words[words.index("--out") + 1]) / SHOWN
+            mask.parent.mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(mask)
+
+    monkeypatch.setattr(ablation.Ablation, "call", call)
+
+    def run(*arguments, on="one"):
+        calls.clear()
+        machine[0] = on
+        place = ["--protocol", str(tmp_path / "protocol.yaml"), "--out", str(tmp_path / "out"), "--jobs", "1"]
+        code = ablation.main([*place, *arguments])
+        return code, list(calls)
+
+    yield run
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def metrics():
+    """Rows of metrics.jsonl, the monitor's by themselves."""
+    rows = []
+    for step in (0, 3, 6):
+        if step:
+            rows.append({"step": step, "loss": 5.0, "local": 0.5678, "similarity": 0.5, "lr": 0.1})
+        rows.append({"step": step, "dse": step / 10, "grey_readout": 0.6123456} | SPECTRUM)
+    return rows
+
+
+def results(dice):
+    organs = [organ for group in findings.GROUPS.values() for organ in group]
+    found = dict.fromkeys(organs, dice) | {"left adrenal gland": None}
+    return {
+        "mean_dice": dice,
+        "val_dice": dice,
+        "dice": found,
+        "cases": {"case": found},
+        "hd95": 12.3456789,
+        "hd95_cases": {"case": {}},
+        "label_fraction": 1.0,
+        "effective_rank": {"pooled": 10 * dice, "dense": -dice, "slices": 5},
+        "structure": {"dse": dice, "inter": 0.5, "intra": 0.5, "dimension": 0.5, "image_share": dice},
+    }
+
+
+def test_everything_runs_once_and_the_best_rate_goes_on(run, tmp_path, capsys):
+    code, calls = run()
+    assert code == 0
+    pretrained = [s["run.out"].split("work/")[1] for script, s in calls if script == "train_moco.py"]
+    assert sorted(pretrained) == sorted(
+        [f"{method}/lr{rate}-seed0/pretrain" for method in ("moco", "full") for rate in (0.01, 0.04)]
+        + ["moco/lr0.04-seed1/pretrain", "full/lr0.01-seed1/pretrain", "full, grid/lr0.01-seed0/pretrain"]
+        + ["of a variant/lr0.01-seed0/pretrain"]
+    )
+    variant = next(s for script, s in calls if script == "train_moco.py" and "grid" in s["run.out"])
+    assert variant["local.match"] == "grid" and variant["optim.lr"] == "0.01" and "like" not in variant
+    second = next(s for script, s in calls if "of a variant" in s.get("run.out", ""))
+    assert (second["local.match"], second["local.grid"], second["optim.lr"]) == ("grid", "2", "0.01")
+    tuned = [s for script, s in calls if s.get("mode") == "finetune"]
+    assert len(tuned) == 3 * 2 * 2  # methods, seeds, fractions
+    snapshots = [s["encoder"] for _, s in calls if "encoder_3.pth" in s.get("encoder", "")]
+    assert len(snapshots) == 2  # of the first seed
+    text = re.sub(" +", " ", capsys.readouterr().out)
+    assert "| full | 2 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
+    assert "| random | 2 | 30.0 ± 0.0 |" in text
+    assert "| moco | 10.0 | 20.0 |" in text
+
+    assert run() == (0, [])  # nothing is run again
+    forget(tmp_path / "out", Cell("full", 0.01, 1), "finetune-50")
+    assert [s["mode"] for _, s in run()[1]] == ["finetune"]
+
+
+def forget(out, cell, name):
+    """Take what has that name out of the cell's record."""
+    cells = Cells(out)
+    records = cells.read()
+    del next(record for record in records if cells.record(cell) == record)[name]
+    cells.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_a_cell_speaks_of_one_encoder(run, tmp_path):
+    run()
+    cells, cell = Cells(tmp_path / "out"), Cell("full", 0.01, 1)
+    kept = cells.read()
+    shutil.rmtree(tmp_path / "out/work")
+    assert [script for script, _ in run()[1]] == ["data.py"]  # all is measured
+    forget(tmp_path / "out", cell, "finetune-50")
+    rest = cells.read()
+    for _ in range(2):  # nor does it use what the refused run made
+        with pytest.raises(ConfigError, match="full/lr0.01-seed1: pretrained again, it is another encoder"):
+            run(on="another")
+    assert cells.read() == rest
+    assert [script for script, _ in run()[1] if script != "data.py"] == ["train_moco.py", "eval_seg.py"]
+    assert cells.read() == kept
+    cell = Cell("full", 0.01, 0)
+    forget(tmp_path / "out", cell, "masks")  # what needs the decoder measures it again
+    shutil.rmtree(tmp_path / "out/work")
+    with pytest.raises(ConfigError, match="full/lr0.01-seed0: pretrained again"):
+        run(on="another")
+    assert "linear" in cells.record(cell) and "masks" not in cells.record(cell)
+    assert [script for script, _ in run()[1]].count("eval_seg.py") == 2  # evaluation, prediction
+    assert cells.read() == kept
+
+
+def test_an_encoder_that_was_left_unchecked_is_checked(run, tmp_path):
+    """The machine went down between pretraining it again and comparing it."""
+    run()
+    forget(tmp_path / "out", Cell("full", 0.01, 1), "finetune-50")
+    card = tmp_path / "out/work/full/lr0.01-seed1/pretrain/encoder.json"
+    card.write_text('{"sha256": "another"}')
+    with pytest.raises(ConfigError, match="full/lr0.01-seed1: pretrained again"):
+        run()
+    assert not card.parent.exists()
+
+
+def test_what_is_kept(run, tmp_path):
+    run("pretrain.run.precision=bf16")
+    cells = Cells(tmp_path / "out")
+    record = cells.record(Cell("full", 0.01, 0))
+    assert [row["step"] for row in record["pretraining"]["monitor"]] == [0, 3, 6]
+    assert record["pretraining"]["precision"] == "bf16" and record["linear"]["precision"] == "fp32"
+    assert {record[name]["machine"] for name in ("pretraining", "linear", "linear-3", "finetune-100")} == {
+        torch.backends.cpu.get_cpu_capability()
+    }
+    assert base64.b64decode(record["masks"][SHOWN]).startswith(b"\x89PNG")
+    assert "pretraining" not in cells.record(Cell("random", None, 0))
+    lines = cells.path.read_text().splitlines()
+    assert len(lines) == 10 and lines == sorted(lines)  # by method, rate and seed
+
+
+# ---- Records ----
+
+
+def test_threads_and_processes_lose_nothing(tmp_path):
+    cells = [Cell("full", rate, seed) for rate in (None, 0.1) for seed in range(8)]
+
+    def measure(cell):
+        for name in ("linear", "position"):
+            Cells(tmp_path).keep(cell, **{name: cell.seed})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(measure, cells))
+    assert Cells(tmp_path).read() == [
+        vars(cell) | {"linear": cell.seed, "position": cell.seed} for cell in cells
+    ]
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path):
+    Cells(tmp_path).keep(Cell("full", 0.1, 0), linear={})
+    with open(tmp_path / "cells.jsonl", "a") as file:
+        file.write('{"method": "full"\n')
+    with pytest.raises(ConfigError, match="cells.jsonl: line 2 is not the record of a cell"):
+        Cells(tmp_path).keep(Cell("full", 0.1, 1), linear={})
+
+
+def test_label_free_measures_are_not_rounded():
+    rows = metrics()
+    rows[1]["similarity"] = 0.51234567
+    kept = pretraining_record(rows)
+    first, _, last = kept["monitor"]
+    assert "similarity" not in first and "score" not in first
+    assert last["similarity"] == (0.51234567 + 0.5) / 2
+    assert last["score"] == 0.6123456 - 0.1 * last["similarity"]
+    assert kept["curves"] == {
+        "step": [3, 6],
+        "loss": [5.0, 5.0],
+        "local": [0.568, 0.568],
+        "similarity": [0.512, 0.5],
+    }
+    rows[-1]["score"] = 0.5  # of the run itself
+    assert pretraining_record(rows)["monitor"][-1]["score"] == 0.5
+
+
+def test_evaluations_keep_their_cases():
+    kept = evaluation_record(results(0.123456) | {"encoder_sha256": "x"})
+    assert kept["mean_dice"] == kept["dice"]["liver"] == 0.12346 and kept["hd95"] == 12.34568
+    assert kept["cases"] == {"case": [0.123] * 12 + [None]} and "hd95_cases" not in kept
+
+
+def test_lines_of_a_thinned_spectrum_pass_all_its_values():
+    rank_deficient = [(1 + i) ** -0.7 + 0.01 * ((7 * i) % 5 == 0) / (1 + i) for i in range(500)] + [1e-9] * 50
+    for spectrum in (rank_deficient, [3.0, 1.0], [2.0]):
+        thin = thinned(spectrum)
+        assert thin["index"][0] == 0 and thin["index"][-1] == len(spectrum) - 1
+        heights = np.log10(np.maximum(thin["value"], 1e-6 * spectrum[0]))
+        lines = np.interp(range(len(spectrum)), thin["index"], heights)
+        exact = np.log10(np.maximum(spectrum, 1e-6 * spectrum[0]))
+        assert np.abs(lines - exact).max() < np.log10(1.011)  # two roundings
+    assert len(thinned(rank_deficient)["index"]) < 100
+    assert thinned([0.0, 0.0])["value"] == [0.0, 0.0]  # collapsed
+
+
+# ---- The committed results ----
+
+
+def test_committed_results_are_small_and_give_the_tables_of_the_readme():
+    files = [path for path in RESULTS.rglob("*") if path.is_file() and "work" not in path.parts]
+    assert {path.name for path in files} == {"cells.jsonl", "protocol.yaml"}
+    assert sum(path.stat().st_size for path in files) < 1.5e6
+    for folder in RESULTS.iterdir():
+        name = "ablation_ct.yaml" if folder.name == "ablation-ct" else "ablation.yaml"
+        protocol = ablation.read_protocol(str(CONFIGS / name), [])
+        records = Cells(folder).read()
+        assert {"machine", "precision"} <= set(records[0]["linear"])
+        text = findings.tables(records, protocol)
+        assert "Test Dice in %" in text and "Kendall's tau" in text
+        if folder.name == "ablation":
+            table = re.sub(" +", " ", text)
+            assert "| full-queue512 | 3 | 46.8 ± 1.0 |" in table
+            assert "| moco-queue512 | 3 | 29.6 ± 8.3 |" in table
+
+
+# ---- Options and protocols ----
+
+
+def test_a_part_of_it(run, capsys):
+    _, calls = run("--only", "full", "--seeds", "1")
+    assert {s["run.out"].split("work/")[1].split("/")[0] for _, s in calls if "run.out" in s} == {"full"}
+    assert "moco" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="fulll"):
+        run("--only", "fulll")
+
+
+def test_another_protocol_needs_another_folder(run, tmp_path):
+    run("--only", "random")
+    with pytest.raises(ConfigError, match="phantom"):
+        run("phantom.seed=7")
+    with pytest.raises(ConfigError, match="section.key=value"):
+        run("seeds=7")
+    text = PROTOCOL.replace("random: null", "random: null\n  more: {local.grid: 2}")
+    (tmp_path / "protocol.yaml").write_text(text)
+    assert run("--only", "random")[0] == 0  # a new method may join
+
+
+def test_figures_of_what_is_there(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figures"
+    run("--only", "random")
+    with pytest.raises(ConfigError, match="no finished pretraining"):
+        run("--figures", str(out))
+    run()
+    always = {"dice.png", "spectra.png", "training.png", "measures.png"}
+    assert run("--figures", str(out)) == (0, [])
+    assert {f.name for f in out.iterdir()} == always | {"labels.png", "segmentations.png"}
+    shutil.rmtree(out)
+    for record in Cells(tmp_path / "out").read():
+        for name in record.keys() & {"finetune-50", "finetune-100", "masks"}:
+            forget(tmp_path / "out", cell_of(record), name)
+    run("--figures", str(out))
+    assert {f.name for f in out.iterdir()} == always
+
+
+def test_protocols_that_are_none(tmp_path):
+    path = tmp_path / "p.yaml"
+    for text in (
+        "a: 1",
+        PROTOCOL.replace("seeds: [0, 1]", "seeds: []"),
+        PROTOCOL.replace("linear:", "liner:"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="not a protocol"):
+            ablation.read_protocol(str(path), [])
+
+
+def test_a_failing_script_is_named_with_its_last_line(tmp_path):
+    protocol = yaml.safe_load(PROTOCOL)
+    one = ablation.Ablation(protocol, tmp_path, 1)
+    with pytest.raises(
+        ConfigError, match="train_moco.py ended with code 2 and said: error: unknown key 'a.b'"
+    ):
+        one.call(tmp_path / "log.txt", str(ROOT / "train_moco.py"), "a.b=1")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("ablation*.yaml")), ids=lambda path: path.name)
+def test_settings_of_the_projects_protocols_are_valid(path):
+    protocol = ablation.read_protocol(str(path), [])
+    assert {"random", "moco", "full"} <= set(protocol["methods"])
+    for changes in protocol["variants"].values():
+        assert changes["like"] in protocol["methods"] | protocol["variants"]
+    one = ablation.Ablation(protocol, Path("out"), 1)
+    trained = [name for name, own in one.methods.items() if own is not None]
+    pretraining = [(train_moco, protocol["pretrain"] | one.changes(name)) for name in trained]
+    for script, settings in [*pretraining, (eval_seg, protocol["linear"]), (eval_seg, protocol["finetune"])]:
+        words = [f"{key}={ablation.as_yaml(value)}" for key, value in settings.items()]
+        cfg = config.load_config(script.DEFAULTS, None, [*words, "data.root=x"], script.NULLABLE)
+        script.check_config(cfg)
+
+
+def test_organs_that_are_not_there_leave_a_gap():
+    dice = {"liver": 0.5, "aorta": None}
+    assert findings.group_dice({"dice": dice}, "large organs") == 0.5
+    assert findings.group_dice({"dice": dice}, "vessels") is None
+    assert findings.spread([0.5, None, 0.7]) == "60.0 ± 14.1" and findings.spread([None]) == "-"
+
+
+def test_kendall_tau():
+    assert findings.kendall_tau([1, 2, 3], [10, 20, 30]) == 1
+    assert findings.kendall_tau([1, 2, 3], [3, 2, 1]) == -1
+    assert findings.kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
+    assert findings.kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 6**0.5)  # tau-b with one tie
+
+
+# ---- Position cues ----
+
+
+def test_local_task_of_equal_views_is_easy_and_of_noise_is_chance():
+    torch.manual_seed(0)
+    moco = MoCo(Encoder("resnet18", output_stride=16), queue_size=16, local={}).eval()
+    query, key = (4 * (view - 0.5) for view in noise((32, 1, 64, 64), torch.Generator().manual_seed(0)))
+    box = torch.tensor([[0.1, 0.1, 0.9, 0.9, 0.0]]).expand(32, 5)
+    assert local_task(moco, query, query, box, box)["accuracy"] == 1
+    moco.query.local_projector = moco.key.local_projector = torch.nn.Identity()
+    set_borders(moco, "reflect")
+    assert local_task(moco, query, key, box, box)["accuracy"] < 0.3
