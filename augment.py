@@ -12,6 +12,7 @@ mid-window) changes its width. A strength of 0 leaves that change out entirely.
 """
 
 import math
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -241,29 +242,18 @@ def sampling_grid(x, y):
 # ---- Grey values ---------------------------------------------------------------------------------
 
 
+@dataclass
 class Photometric:
     """Changes of the grey values of (N, 1, h, w), each image by its own row of the table; see TwoViews."""
 
-    def __init__(
-        self,
-        brightness=0.0,
-        contrast=0.0,
-        gamma=0.0,
-        blur=0.0,
-        noise=0.0,
-        autocontrast=0.0,
-        equalize=0.0,
-        value_range=(0.0, 1.0),
-    ):
-        self.brightness = brightness
-        self.contrast = contrast
-        self.gamma = gamma
-        self.blur = blur
-        self.noise = noise
-        self.autocontrast = autocontrast
-        self.equalize = equalize
-        self.low, self.high = value_range
-        self.on = any((brightness, contrast, gamma, blur, noise, autocontrast, equalize))
+    brightness: float = 0.0
+    contrast: float = 0.0
+    gamma: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+    autocontrast: float = 0.0
+    equalize: float = 0.0
+    value_range: tuple = (0.0, 1.0)
 
     def noise_field(self, size, generator, device):
         """One field of standard normal numbers a step, (2h, 2w); each view reads it from its own corner."""
@@ -273,7 +263,8 @@ class Photometric:
 
     def __call__(self, x, table, field):
         """Changes x in place, and returns it."""
-        if not self.on:
+        *strengths, _ = vars(self).values()  # the last one is value_range
+        if not any(strengths):
             return x
         numbers = self.numbers(to_device(table, x.device))
         corners = noise_corners(table, x.shape[-2:])
@@ -300,9 +291,9 @@ class Photometric:
     def change(self, x, numbers, field, corners):
         """The changes of images that fit the cache together, in place."""
         stretch, level, exponent, factor, shift, sigma, *weights = numbers
-        scaled = (self.low, self.high) != (0, 1)
+        (low, high), scaled = self.value_range, tuple(self.value_range) != (0, 1)
         if scaled:
-            x.sub_(self.low).div_(self.high - self.low)
+            x.sub_(low).div_(high - low)
         x.clamp_(0, 1)
         if self.autocontrast:
             x.copy_(torch.where(stretch < 0, autocontrast(x), x))
@@ -318,7 +309,7 @@ class Photometric:
             x.addcmul_(read_noise(field, corners, x.shape[-2:]), sigma)
         x.clamp_(0, 1)
         if scaled:
-            x.mul_(self.high - self.low).add_(self.low)
+            x.mul_(high - low).add_(low)
 
 
 def blur_weights(amount, largest):

@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from augment import SegmentationAugment, TwoViews
+from augment import SegmentationAugment, TwoViews  # noqa: F401 (can be imported from here, too)
 from ct.layout import (
     Cases,
     Strings,
     all_slices,
-    class_names,
     find_slices,
     mask_path,
     packed_at,
@@ -48,19 +47,6 @@ from ct.slices import (
     slice_header,
 )
 from engine.config import one_line
-
-__all__ = [
-    "BatchReader",
-    "DataError",
-    "Intensity",
-    "SegmentationAugment",
-    "SegmentationDataset",
-    "SliceDataset",
-    "TwoViews",
-    "class_names",
-    "default_window",
-    "network_input",
-]
 
 BAD_IN_A_ROW = 100  # unreadable slices one after the other that end a run with skip_bad too
 log = logging.getLogger("med-moco")

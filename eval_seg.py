@@ -17,7 +17,7 @@ process's share (no SyncBatchNorm: shares of 4 crops and more do without). Cases
 
 import argparse
 
-from engine.config import settings_parser
+from engine.config import Config, ConfigError, load_config, settings_parser
 
 DEFAULTS = """
 seed: 0
@@ -92,18 +92,7 @@ from torch import Tensor
 
 from augment import SegmentationAugment
 from ct.layout import class_names
-from ct.slices import DataError
-from data import Intensity, SegmentationDataset, network_input
-from engine.config import (
-    Config,
-    ConfigError,
-    check,
-    check_choice,
-    check_fraction,
-    check_positive,
-    check_range,
-    load_config,
-)
+from data import DataError, Intensity, SegmentationDataset, network_input
 from engine.files import make_run_folder, write_whole
 from engine.process import Process, start_process, warn
 from engine.stopping import STOP_MARKER, StopRequest, run_script
@@ -142,41 +131,39 @@ PHOTOMETRIC = ("brightness", "contrast", "gamma", "noise")
 
 def check_config(cfg: Config) -> None:
     """Everything that is impossible whatever the data is; raises ConfigError."""
-    check_choice(cfg, "mode", ("linear", "finetune"))
+    cfg.check_choice("mode", "linear", "finetune")
     if cfg.optim.lr is None:
         cfg.optim["lr"] = 0.5 if cfg.mode == "linear" else 0.05
     if isinstance(cfg.cache, bool):  # YAML reads on and off as true and false
         cfg["cache"] = "on" if cfg.cache else "off"
-    check_choice(cfg, "cache", ("auto", "on", "off"))
-    check_choice(cfg, "run.device", ("auto", "cpu", "cuda"))
-    check_choice(cfg, "run.precision", ("auto", "fp32", "bf16"))
-    check_positive(cfg, "label_fraction", "cache_gb", "eval.every", "log.every")
-    check_positive(cfg, "run.timeout_minutes")
-    check_positive(cfg, "optim.steps", "optim.batch_size", "optim.lr", "optim.encoder_lr_factor")
-    check_fraction(cfg, "label_fraction", "augment.flip", "eval.overlap")
-    check(cfg, "eval.overlap", cfg.eval.overlap < 1, "0 or more, below 1")
-    check(cfg, "eval.window", cfg.eval.window is None or cfg.eval.window >= 32, "32 px or more, or null")
-    check(cfg, "seed", 0 <= cfg.seed < 2**31, "0 to 2147483647")
+    cfg.check_choice("cache", "auto", "on", "off")
+    cfg.check_choice("run.device", "auto", "cpu", "cuda")
+    cfg.check_choice("run.precision", "auto", "fp32", "bf16")
+    cfg.check_positive("label_fraction", "cache_gb", "eval.every", "log.every")
+    cfg.check_positive("run.timeout_minutes")
+    cfg.check_positive("optim.steps", "optim.batch_size", "optim.lr", "optim.encoder_lr_factor")
+    cfg.check_fraction("label_fraction", "augment.flip", "eval.overlap")
+    cfg.check("eval.overlap", cfg.eval.overlap < 1, "0 or more, below 1")
+    cfg.check("eval.window", cfg.eval.window is None or cfg.eval.window >= 32, "32 px or more, or null")
+    cfg.check("seed", 0 <= cfg.seed < 2**31, "0 to 2147483647")
     for name in ("data.workers", "optim.weight_decay", *(f"augment.{n}" for n in PHOTOMETRIC)):
-        check(cfg, name, cfg.flat()[name] >= 0, "0 or more")
-    check_range(cfg, "augment.scale")
-    check(cfg, "augment.scale", cfg.augment.scale[0] > 0, "[low, high], both above 0")
-    check(cfg, "data.size", cfg.data.size is None or 0 < cfg.data.size <= 8192, "1 to 8192 px, or null")
-    check(cfg, "model.in_channels", cfg.model.in_channels in (1, 3), "1 or 3")
+        cfg.check(name, cfg.flat()[name] >= 0, "0 or more")
+    cfg.check_range("augment.scale")
+    cfg.check("augment.scale", cfg.augment.scale[0] > 0, "[low, high], both above 0")
+    cfg.check("data.size", cfg.data.size is None or 0 < cfg.data.size <= 8192, "1 to 8192 px, or null")
+    cfg.check("model.in_channels", cfg.model.in_channels in (1, 3), "1 or 3")
     for name in ("data.train", "data.test"):
-        check(cfg, name, cfg.flat()[name] != "", "a list file")
-    check(cfg, "data.std", cfg.data.std is None or cfg.data.std > 0, "a value above 0, or null")
+        cfg.check(name, cfg.flat()[name] != "", "a list file")
+    cfg.check("data.std", cfg.data.std is None or cfg.data.std > 0, "a value above 0, or null")
     if isinstance(cfg.data.window, list):
-        check_range(cfg, "data.window")
+        cfg.check_range("data.window")
     else:
-        check(cfg, "data.window", cfg.data.window in (None, "auto"), "[low, high], auto or null")
+        cfg.check("data.window", cfg.data.window in (None, "auto"), "[low, high], auto or null")
     if isinstance(cfg.data.classes, int):
-        check(cfg, "data.classes", 2 <= cfg.data.classes <= 255, "2 to 255, the background included")
+        cfg.check("data.classes", 2 <= cfg.data.classes <= 255, "2 to 255, the background included")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# An evaluation
-# ---------------------------------------------------------------------------------------------------------
+# ---- An evaluation -------------------------------------------------------------------------------
 
 
 def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
@@ -249,13 +236,13 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
 def check_batch(cfg: Config, process: Process) -> None:
     """What must be given, and what the batch must be for this number of processes; raises ConfigError."""
     for name in ("encoder", "data.root"):
-        check(cfg, name, cfg.flat()[name], "a path (for the encoder also: random)")
+        cfg.check(name, cfg.flat()[name], "a path (for the encoder also: random)")
     wanted = f"a multiple of the {process.world} processes"
-    check(cfg, "optim.batch_size", cfg.optim.batch_size % process.world == 0, wanted)
+    cfg.check("optim.batch_size", cfg.optim.batch_size % process.world == 0, wanted)
     if cfg.mode == "finetune":
         # Image pooling leaves one value a slice, which BatchNorm cannot normalise alone.
         enough = cfg.optim.batch_size >= 2 * process.world
-        check(cfg, "optim.batch_size", enough, "2 slices a process or more")
+        cfg.check("optim.batch_size", enough, "2 slices a process or more")
 
 
 def labelled_positions(cfg: Config, sets: dict[str, SegmentationDataset]) -> dict[str, list[int]]:
@@ -263,7 +250,7 @@ def labelled_positions(cfg: Config, sets: dict[str, SegmentationDataset]) -> dic
     positions = {split: list(range(len(dataset))) for split, dataset in sets.items()}
     positions["train"] = training_positions(sets["train"], cfg.label_fraction, cfg.seed)
     wanted = f"at most the {len(positions['train'])} training slices"
-    check(cfg, "optim.batch_size", cfg.optim.batch_size <= len(positions["train"]), wanted)
+    cfg.check("optim.batch_size", cfg.optim.batch_size <= len(positions["train"]), wanted)
     return positions
 
 
@@ -358,7 +345,7 @@ def crop_augmentation(
     """Augmented crops of windowed images, as the network takes them: a function of (seed, step)."""
     if intensity.window is None:
         for name in PHOTOMETRIC:
-            check(cfg, f"augment.{name}", cfg.augment[name] == 0, "0, since data.window is null")
+            cfg.check(f"augment.{name}", cfg.augment[name] == 0, "0, since data.window is null")
     crops = SegmentationAugment(cfg.data.size or size, **cfg.augment)
 
     def augment(unit: Tensor, masks: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -370,9 +357,7 @@ def crop_augmentation(
     return augment
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:

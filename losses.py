@@ -17,9 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------------------
-# Contrastive losses
-# ---------------------------------------------------------------------------------------------------------
+# ---- Contrastive losses --------------------------------------------------------------------------
 
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
@@ -148,9 +146,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Matched regions: which points of two crops show the same anatomy
-# ---------------------------------------------------------------------------------------------------------
+# ---- Matched regions: which points of two crops show the same anatomy ----------------------------
 
 
 def matched_points(
@@ -218,9 +214,7 @@ def sample_regions(feature_map: Tensor, points: Tensor) -> Tensor:
     return sampled[:, :, 0].transpose(1, 2).contiguous()  # else a Linear copies its weight for each image
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Feature decorrelation
-# ---------------------------------------------------------------------------------------------------------
+# ---- Feature decorrelation -----------------------------------------------------------------------
 
 
 class InverseSqrt(torch.autograd.Function):
@@ -412,9 +406,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Collapse, and the evaluation's loss
-# ---------------------------------------------------------------------------------------------------------
+# ---- Collapse, and the evaluation's loss ---------------------------------------------------------
 
 
 def singular_values(features: Tensor) -> Tensor:

@@ -14,19 +14,7 @@ matplotlib is installed, TensorBoard files if tensorboard is.
 
 import argparse
 
-from engine.config import (
-    Config,
-    ConfigError,
-    check,
-    check_choice,
-    check_fraction,
-    check_not_negative,
-    check_positive,
-    check_range,
-    config_errors,
-    load_config,
-    settings_parser,
-)
+from engine.config import Config, ConfigError, config_errors, load_config, settings_parser
 
 DEFAULTS = """
 seed: 0
@@ -200,45 +188,43 @@ def pretrain(cfg: Config, process: Process, reader: BatchReader, stop: StopReque
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Setting up
-# ---------------------------------------------------------------------------------------------------------
+# ---- Setting up ----------------------------------------------------------------------------------
 
 
 def check_config(cfg: Config) -> None:
     """Raise a ConfigError for the first value that cannot work."""
     if cfg.data.root is None:
         raise ConfigError("data.root: is missing; the folder of the data set")
-    check_choice(cfg, "run.device", ("auto", "cpu", "cuda"))
-    check_choice(cfg, "run.precision", ("auto", "fp32", "bf16"))
-    check_choice(cfg, "model.arch", tuple(ARCHITECTURES))
-    check_choice(cfg, "local.match", ("overlap", "grid"))
-    check_choice(cfg, "local.layer", LAYERS)
-    check_choice(cfg, "local.negatives", ("image", "batch"))
-    check_choice(cfg, "decorrelation.method", ("zca", "iternorm", "none"))
-    check_choice(cfg, "decorrelation.position", ("output", "bn3"))
-    check(cfg, "model.output_stride", cfg.model.output_stride in (8, 16, 32), "8, 16 or 32")
-    check(cfg, "model.in_channels", cfg.model.in_channels in (1, 3), "1 or 3")
-    check_positive(cfg, "data.size", "data.std", "model.dim", "model.queue_size", "model.temperature")
-    check_positive(cfg, "local.grid", "local.temperature")
-    check(cfg, "data.size", cfg.data.size <= 8192, "1 to 8192 px")
+    cfg.check_choice("run.device", "auto", "cpu", "cuda")
+    cfg.check_choice("run.precision", "auto", "fp32", "bf16")
+    cfg.check_choice("model.arch", *ARCHITECTURES)
+    cfg.check_choice("local.match", "overlap", "grid")
+    cfg.check_choice("local.layer", *LAYERS)
+    cfg.check_choice("local.negatives", "image", "batch")
+    cfg.check_choice("decorrelation.method", "zca", "iternorm", "none")
+    cfg.check_choice("decorrelation.position", "output", "bn3")
+    cfg.check("model.output_stride", cfg.model.output_stride in (8, 16, 32), "8, 16 or 32")
+    cfg.check("model.in_channels", cfg.model.in_channels in (1, 3), "1 or 3")
+    cfg.check_positive("data.size", "data.std", "model.dim", "model.queue_size", "model.temperature")
+    cfg.check_positive("local.grid", "local.temperature")
+    cfg.check("data.size", cfg.data.size <= 8192, "1 to 8192 px")
     if cfg.decorrelation.eps is not None:
-        check_positive(cfg, "decorrelation.eps")
-    check_positive(cfg, "run.max_bad_steps", "run.timeout_minutes")
-    check_positive(cfg, "optim.epochs", "optim.batch_size", "optim.accumulate", "optim.lr", "log.every")
-    check_fraction(cfg, "augment.flip", "augment.autocontrast", "augment.equalize", "augment.contrast")
-    check_fraction(cfg, "model.momentum", "optim.momentum", "local.min_overlap")
-    check_range(cfg, "augment.scale")
+        cfg.check_positive("decorrelation.eps")
+    cfg.check_positive("run.max_bad_steps", "run.timeout_minutes")
+    cfg.check_positive("optim.epochs", "optim.batch_size", "optim.accumulate", "optim.lr", "log.every")
+    cfg.check_fraction("augment.flip", "augment.autocontrast", "augment.equalize", "augment.contrast")
+    cfg.check_fraction("model.momentum", "optim.momentum", "local.min_overlap")
+    cfg.check_range("augment.scale")
     low, high = cfg.augment.scale
-    check(cfg, "augment.scale", low > 0 and high <= 1, "two fractions of the slice's area")
-    check_not_negative(cfg, "seed", "data.workers", "local.weight", "log.rank_every", "model.bn_split")
-    check_not_negative(cfg, "model.weight")
-    check(cfg, "local.weight", cfg.model.weight + cfg.local.weight > 0, "above 0 if model.weight is 0")
-    check_not_negative(cfg, "run.save_steps", "run.save_minutes", "decorrelation.group_size")
-    check_not_negative(cfg, "augment.brightness", "augment.gamma", "augment.blur", "augment.noise")
-    check_not_negative(cfg, "optim.weight_decay", "optim.warmup_epochs", "optim.max_steps")
+    cfg.check("augment.scale", low > 0 and high <= 1, "two fractions of the slice's area")
+    cfg.check_not_negative("seed", "data.workers", "local.weight", "log.rank_every", "model.bn_split")
+    cfg.check_not_negative("model.weight")
+    cfg.check("local.weight", cfg.model.weight + cfg.local.weight > 0, "above 0 if model.weight is 0")
+    cfg.check_not_negative("run.save_steps", "run.save_minutes", "decorrelation.group_size")
+    cfg.check_not_negative("augment.brightness", "augment.gamma", "augment.blur", "augment.noise")
+    cfg.check_not_negative("optim.weight_decay", "optim.warmup_epochs", "optim.max_steps")
     if cfg.data.window is not None and cfg.data.window != "auto":
-        check_range(cfg, "data.window")
+        cfg.check_range("data.window")
     if cfg.model.queue_size < cfg.optim.batch_size:
         raise ConfigError(
             f"model.queue_size: {cfg.model.queue_size} is below optim.batch_size {cfg.optim.batch_size}"

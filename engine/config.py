@@ -1,7 +1,7 @@
 """Settings: YAML over commented defaults, then section.key=value; a mistake is one line that names the key.
 
 cfg = load_config(DEFAULTS, "configs/x.yaml", ["optim.lr=0.1"], NULLABLE)
-check_positive(cfg, "optim.lr")
+cfg.check_positive("optim.lr")
 cfg.optim.lr
 """
 
@@ -79,6 +79,37 @@ class Config(dict):
             if not name.startswith(ignore) and mine.get(name) != theirs.get(name):
                 return name
         return None
+
+    def check(self, name: str, holds: bool, wanted: str) -> None:
+        """Raise a ConfigError that names the key and says what is wanted, unless the condition holds."""
+        if not holds:
+            raise ConfigError(f"{name}: {shown(self.flat()[name])} is impossible; wanted {wanted}")
+
+    def check_choice(self, name: str, *choices: str) -> None:
+        value = self.flat()[name]
+        if value not in choices:
+            near = difflib.get_close_matches(value[:100], choices, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name}: {shown(value)} is not one of {', '.join(choices)}{hint}")
+
+    def check_positive(self, *names: str) -> None:
+        for name in names:
+            self.check(name, 0 < self.flat()[name] < float("inf"), "a value above 0")
+
+    def check_not_negative(self, *names: str) -> None:
+        for name in names:
+            self.check(name, 0 <= self.flat()[name] < float("inf"), "0 or a value above it")
+
+    def check_fraction(self, *names: str) -> None:
+        for name in names:
+            self.check(name, 0 <= self.flat()[name] <= 1, "a value from 0 to 1")
+
+    def check_range(self, *names: str) -> None:
+        """Two finite numbers, the first below the second."""
+        for name in names:
+            value = self.flat()[name]
+            numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+            self.check(name, numbers and len(value) == 2 and value[0] < value[1], "[low, high], low < high")
 
 
 def load_config(
@@ -216,43 +247,6 @@ def check_content(name: str, value) -> None:
             raise ConfigError(f"{name}: {shown(one)} is impossible; wanted a number below 2**31")
         if isinstance(one, str) and CONTROL.search(one):
             raise ConfigError(f"{name}: {shown(one)} holds control characters")
-
-
-def check(cfg: Config, name: str, holds: bool, wanted: str) -> None:
-    """Raise a ConfigError that names the key and says what is wanted, unless the condition holds."""
-    if not holds:
-        raise ConfigError(f"{name}: {shown(cfg.flat()[name])} is impossible; wanted {wanted}")
-
-
-def check_choice(cfg: Config, name: str, choices: tuple[str, ...]) -> None:
-    value = cfg.flat()[name]
-    if value not in choices:
-        near = difflib.get_close_matches(value[:100], choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name}: {shown(value)} is not one of {', '.join(choices)}{hint}")
-
-
-def check_positive(cfg: Config, *names: str) -> None:
-    for name in names:
-        check(cfg, name, 0 < cfg.flat()[name] < float("inf"), "a value above 0")
-
-
-def check_not_negative(cfg: Config, *names: str) -> None:
-    for name in names:
-        check(cfg, name, 0 <= cfg.flat()[name] < float("inf"), "0 or a value above it")
-
-
-def check_fraction(cfg: Config, *names: str) -> None:
-    for name in names:
-        check(cfg, name, 0 <= cfg.flat()[name] <= 1, "a value from 0 to 1")
-
-
-def check_range(cfg: Config, *names: str) -> None:
-    """Two finite numbers, the first below the second."""
-    for name in names:
-        value = cfg.flat()[name]
-        numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
-        check(cfg, name, numbers and len(value) == 2 and value[0] < value[1], "[low, high], low < high")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 IGNORE = 255
 
 
-# ------------------------------------------------------------------------------------------------------- Dice
+# ---- Dice ----------------------------------------------------------------------------------------
 
 
 def dice_counts(prediction: Tensor, truth: Tensor, num_classes: int) -> Tensor:
@@ -102,7 +102,7 @@ def sign_flip_test(differences: list[float], draws: int = 100_000) -> float:
     return float((means >= means[0] * (1 - 1e-9)).double().mean())
 
 
-# ----------------------------------------------------------------------------------------- Hausdorff distance
+# ---- Hausdorff distance --------------------------------------------------------------------------
 
 
 def hd95(prediction: Tensor, truth: Tensor, spacing: tuple[float, float, float]) -> float | None:

@@ -144,9 +144,7 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
     return [round(i * (length - window) / gaps) for i in range(gaps + 1)]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Prediction
-# ---------------------------------------------------------------------------------------------------------
+# ---- Prediction ----------------------------------------------------------------------------------
 
 
 def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:

@@ -31,9 +31,7 @@ MEASURES = {  # of collapse, in the results of an evaluation and what the monito
 PICKING = {"score": "by label-free score", "grey_readout": "by grey readout", "dse": "by DSE"}  # columns
 PAIRS = ("slices", "slices, reflected", "noise", "noise, reflected")  # see position.py
 
-# ---------------------------------------------------------------------------------------------------------
-# Tables
-# ---------------------------------------------------------------------------------------------------------
+# ---- Tables --------------------------------------------------------------------------------------
 
 
 def tables(records: list[dict], protocol: dict) -> str:
@@ -160,9 +158,7 @@ def position_table(records: list[dict]) -> str:
     return markdown(("method", "local loss", *PAIRS), rows, "Regions matched rightly, in %")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Do label-free measures predict Dice?
-# ---------------------------------------------------------------------------------------------------------
+# ---- Do label-free measures predict Dice? --------------------------------------------------------
 
 
 def checkpoints(records: list[dict]) -> list[tuple[Cell, str, dict]]:
