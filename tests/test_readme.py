@@ -1,4 +1,4 @@
-"""What the README promises beyond the modules' own tests: copying, configs, launching."""
+"""What README and docs promise beyond the modules' own tests: copying, configs, links, launching."""
 
 import re
 import shutil
@@ -14,6 +14,7 @@ import train_moco
 from engine import config
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_losses_and_models_can_be_copied_alone(tmp_path):
@@ -24,6 +25,30 @@ def test_losses_and_models_can_be_copied_alone(tmp_path):
     (tmp_path / "example.py").write_text(example)
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_augment_can_be_copied_alone(tmp_path):
+    shutil.copy(ROOT / "augment.py", tmp_path)
+    (tmp_path / "example.py").write_text(AUGMENT_EXAMPLE)
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "(4, 1, 32, 32) (4, 1, 32, 32) (4, 5) (4, 5)\n"
+
+
+AUGMENT_EXAMPLE = """
+import sys
+
+import torch
+
+for name in ("torchvision", "PIL", "yaml", "tqdm"):
+    sys.modules[name] = None  # importing it fails
+from augment import TwoViews
+
+batch = torch.rand(4, 1, 48, 64, generator=torch.Generator().manual_seed(0))
+found = TwoViews(size=32)(batch, torch.Generator().manual_seed(1))
+assert all(part.isfinite().all() for part in found) and not torch.equal(*found[:2])
+print(*(tuple(part.shape) for part in found))
+"""
 
 
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "ablation" not in path.name]
@@ -39,17 +64,60 @@ def test_every_config_is_valid_and_opens_with_its_purpose(path):
 
 def test_files_that_the_readme_names_exist():
     text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"\b(?:configs|docs)/[\w.-]+\.\w+", text)) | set(re.findall(r"`(\w+\.py)`", text))
+    named = set(re.findall(r"\b(?:configs|docs)/[\w.-]+\.\w+", text))
+    named |= set(re.findall(r"`((?:\w+/)*\w+\.py|\w+/)`", text))
     assert len(named) > 15
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_code_that_the_readme_points_to_exists():
+    text = (ROOT / "README.md").read_text()
+    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
+    answers = text[text.index("- *Where is the local loss") : text.index("## Copying a piece")]
+    named = set(re.findall(r"`(?:\w+\.)?(\w+)`", answers)) - {"py"}
+    assert {"local_nce_per_image", "fold_whitening", "save", "SliceDataset"} <= named
+    assert [name for name in sorted(named) if not re.search(rf"(def|class) {name}\b", sources)] == []
+
+
+def test_configs_and_modules_that_the_docs_name_exist():
+    for page in PAGES:
+        text = page.read_text()
+        named = set(re.findall(r"\b(?:experiments/)?configs/[\w.-]+\.\w+", text))
+        named |= {name for name in re.findall(r"`((?:\w+/)*\w+\.py)`", text) if not name.startswith("test_")}
+        assert [name for name in sorted(named) if not (ROOT / name).exists()] == [], page.name
+
+
 def test_tests_that_the_docs_name_exist():
-    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    for page in (ROOT / "docs").glob("*.md"):
-        named = set(re.findall(r"\btest_\w+(?!\.py)\b", page.read_text()))
-        missing = [name for name in named if f"def {name}(" not in tests]
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    tests = "".join(files.values())
+    for page in PAGES:
+        named = set(re.findall(r"\btest_\w+(?:\.py)?\b", page.read_text()))
+        missing = [name for name in named if name not in files and f"def {name}(" not in tests]
         assert missing == [], page.name
+
+
+@pytest.mark.parametrize(("page", "most"), [("README.md", 170), ("docs/RESULTS.md", 250)])
+def test_a_page_stays_short(page, most):
+    assert len((ROOT / page).read_text().splitlines()) <= most
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere_inside_the_project(page):
+    text = page.read_text()
+    assert "../" not in text, "a path that leads out of the project"
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file() and target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def anchors(markdown):
+    """The names by which a page's headings can be linked to, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", markdown, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("script", ["train_moco.py", "eval_seg.py"])
