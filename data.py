@@ -37,15 +37,7 @@ from ct.layout import (
     split_folder,
     without_suffix,
 )
-from ct.slices import (
-    AIR,
-    IGNORE,
-    DataError,
-    mask_size,
-    read_mask,
-    read_stored,
-    slice_header,
-)
+from ct.slices import AIR, IGNORE, DataError, mask_size, read_mask, read_stored, slice_header
 from engine.config import one_line
 
 BAD_IN_A_ROW = 100  # unreadable slices one after the other that end a run with skip_bad too

@@ -95,7 +95,7 @@ from ct.layout import class_names
 from data import DataError, Intensity, SegmentationDataset, network_input
 from engine.files import make_run_folder, write_whole
 from engine.process import Process, start_process, warn
-from engine.stopping import STOP_MARKER, StopRequest, run_script
+from engine.stopping import StopRequest, begin, run_script
 from evaluation import report
 from evaluation.batches import Batches, frozen_collapse
 from evaluation.encoder_file import (
@@ -139,15 +139,13 @@ def check_config(cfg: Config) -> None:
     cfg.check_choice("cache", "auto", "on", "off")
     cfg.check_choice("run.device", "auto", "cpu", "cuda")
     cfg.check_choice("run.precision", "auto", "fp32", "bf16")
-    cfg.check_positive("label_fraction", "cache_gb", "eval.every", "log.every")
-    cfg.check_positive("run.timeout_minutes")
+    cfg.check_positive("label_fraction", "cache_gb", "run.timeout_minutes", "eval.every", "log.every")
     cfg.check_positive("optim.steps", "optim.batch_size", "optim.lr", "optim.encoder_lr_factor")
     cfg.check_fraction("label_fraction", "augment.flip", "eval.overlap")
     cfg.check("eval.overlap", cfg.eval.overlap < 1, "0 or more, below 1")
     cfg.check("eval.window", cfg.eval.window is None or cfg.eval.window >= 32, "32 px or more, or null")
     cfg.check("seed", 0 <= cfg.seed < 2**31, "0 to 2147483647")
-    for name in ("data.workers", "optim.weight_decay", *(f"augment.{n}" for n in PHOTOMETRIC)):
-        cfg.check(name, cfg.flat()[name] >= 0, "0 or more")
+    cfg.check_not_negative("data.workers", "optim.weight_decay", *(f"augment.{n}" for n in PHOTOMETRIC))
     cfg.check_range("augment.scale")
     cfg.check("augment.scale", cfg.augment.scale[0] > 0, "[low, high], both above 0")
     cfg.check("data.size", cfg.data.size is None or 0 < cfg.data.size <= 8192, "1 to 8192 px, or null")
@@ -184,7 +182,7 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     about = Description(cfg.mode, *shape, classes, intensity.as_dict(), sets["train"].stored)
     model = build_model(about, encoder, process).eval()
     positions = labelled_positions(cfg, sets)
-    open_folder(cfg, folder, process)
+    begin(make_run_folder(folder, process), cfg, process)
 
     def to_images(stored: Tensor) -> Tensor:
         return network_input(intensity.to_unit(stored), intensity, encoder.in_channels)
@@ -252,13 +250,6 @@ def labelled_positions(cfg: Config, sets: dict[str, SegmentationDataset]) -> dic
     wanted = f"at most the {len(positions['train'])} training slices"
     cfg.check("optim.batch_size", cfg.optim.batch_size <= len(positions["train"]), wanted)
     return positions
-
-
-def open_folder(cfg: Config, folder: Path, process: Process) -> None:
-    make_run_folder(folder, process)
-    if process.is_main:
-        (folder / STOP_MARKER).unlink(missing_ok=True)
-        write_whole(folder / "config.yaml", cfg.as_yaml())
 
 
 def write_results(cfg: Config, folder: Path, results: dict) -> None:

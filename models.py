@@ -354,11 +354,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def encode_keys(
-        self,
-        key_view: Tensor,
-        query_box: Tensor | None = None,
-        key_box: Tensor | None = None,
-        parts: int = 1,
+        self, key_view: Tensor, query_box: Tensor | None = None, key_box: Tensor | None = None, parts: int = 1
     ) -> Keys:
         """Shuffle the key views over the global batch, encode them, and put the keys back in order.
 

@@ -206,11 +206,10 @@ def check_config(cfg: Config) -> None:
     cfg.check("model.output_stride", cfg.model.output_stride in (8, 16, 32), "8, 16 or 32")
     cfg.check("model.in_channels", cfg.model.in_channels in (1, 3), "1 or 3")
     cfg.check_positive("data.size", "data.std", "model.dim", "model.queue_size", "model.temperature")
-    cfg.check_positive("local.grid", "local.temperature")
+    cfg.check_positive("local.grid", "local.temperature", "run.max_bad_steps", "run.timeout_minutes")
     cfg.check("data.size", cfg.data.size <= 8192, "1 to 8192 px")
     if cfg.decorrelation.eps is not None:
         cfg.check_positive("decorrelation.eps")
-    cfg.check_positive("run.max_bad_steps", "run.timeout_minutes")
     cfg.check_positive("optim.epochs", "optim.batch_size", "optim.accumulate", "optim.lr", "log.every")
     cfg.check_fraction("augment.flip", "augment.autocontrast", "augment.equalize", "augment.contrast")
     cfg.check_fraction("model.momentum", "optim.momentum", "local.min_overlap")
@@ -218,33 +217,26 @@ def check_config(cfg: Config) -> None:
     low, high = cfg.augment.scale
     cfg.check("augment.scale", low > 0 and high <= 1, "two fractions of the slice's area")
     cfg.check_not_negative("seed", "data.workers", "local.weight", "log.rank_every", "model.bn_split")
-    cfg.check_not_negative("model.weight")
+    cfg.check_not_negative("model.weight", "run.save_steps", "run.save_minutes", "decorrelation.group_size")
     cfg.check("local.weight", cfg.model.weight + cfg.local.weight > 0, "above 0 if model.weight is 0")
-    cfg.check_not_negative("run.save_steps", "run.save_minutes", "decorrelation.group_size")
     cfg.check_not_negative("augment.brightness", "augment.gamma", "augment.blur", "augment.noise")
     cfg.check_not_negative("optim.weight_decay", "optim.warmup_epochs", "optim.max_steps")
     if cfg.data.window is not None and cfg.data.window != "auto":
         cfg.check_range("data.window")
-    if cfg.model.queue_size < cfg.optim.batch_size:
-        raise ConfigError(
-            f"model.queue_size: {cfg.model.queue_size} is below optim.batch_size {cfg.optim.batch_size}"
-        )
+    batch = cfg.optim.batch_size
+    cfg.check("model.queue_size", cfg.model.queue_size >= batch, f"optim.batch_size, {batch}, or more")
 
 
 def build_model(cfg: Config, process: Process) -> MoCo:
-    plan = cfg.decorrelation
-    options = {"group_size": plan.group_size, "sync": plan.sync}
-    if plan.eps is not None:
-        options["eps"] = plan.eps
-    in_trunk = in_moco = None
+    plan, at_output, in_trunk = cfg.decorrelation, None, {}
+    options = {"group_size": plan.group_size, "sync": plan.sync} | ({"eps": plan.eps} if plan.eps else {})
     if plan.method != "none" and plan.position == "bn3":
         in_trunk = {"whitening": plan.method, **options}
     elif plan.method != "none":
-        in_moco = {"method": plan.method, **options}
+        at_output = {"method": plan.method, **options}
+    stride = cfg.model.output_stride
     with config_errors():
-        encoder = Encoder(
-            cfg.model.arch, cfg.model.in_channels, output_stride=cfg.model.output_stride, **in_trunk or {}
-        )
+        encoder = Encoder(cfg.model.arch, cfg.model.in_channels, output_stride=stride, **in_trunk)
     if cfg.model.init != "random":
         process.say(str(load_encoder_weights(encoder, cfg.model.init)))
     with config_errors():
@@ -255,7 +247,7 @@ def build_model(cfg: Config, process: Process) -> MoCo:
             cfg.model.momentum,
             cfg.model.temperature,
             local=dict(cfg.local) if cfg.local.weight else None,
-            decorrelation=in_moco,
+            decorrelation=at_output,
             bn_split=cfg.model.bn_split,
             seed=cfg.seed,
             weight=cfg.model.weight,

@@ -99,9 +99,8 @@ def decode_png(path, size):
             if image.size != size[::-1]:
                 raise DataError("two headers")  # before it allocates what the second one says
             return np.array(image)
-    except (
-        Exception
-    ) as error:  # OSError, SyntaxError, struct.error, zlib.error ...: whatever a damaged chunk causes
+    except Exception as error:
+        # OSError, SyntaxError, struct.error, zlib.error ...: whatever a damaged chunk causes
         raise DataError(f"{path}: damaged PNG ({one_line(error)})") from None
 
 

@@ -185,9 +185,8 @@ def from_yaml(text: str):
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise
-    except (
-        Exception
-    ) as error:  # of 2001-99-99, !!bool x, 5000 digits, deep nesting: PyYAML lets many kinds out
+    except Exception as error:
+        # of 2001-99-99, !!bool x, 5000 digits, deep nesting: PyYAML lets many kinds out
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
 

@@ -90,7 +90,8 @@ class MetricsLog:
         """Numbers that are not finite, which JSON does not have, are written as null."""
         if self.file is None:
             return
-        row = {name: None if is_odd(value) else value for name, value in row.items()}
+        odd = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+        row = row | dict.fromkeys(odd)
         complaining = not self.waiting
         self.waiting += json.dumps(row).encode() + b"\n"
         try:
@@ -113,10 +114,6 @@ class MetricsLog:
             self.file.close()
         if self.board:
             self.board.close()
-
-
-def is_odd(value) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def tensorboard_writer(folder: Path, done: int):
@@ -218,7 +215,7 @@ def load_checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict | None:
             failures.append(f"{path} ({one_line(error, 100)})")
             continue
         if failures:
-            warn(f"cannot read {failures[0]}; going on from {path}")
+            warn(f"cannot read {failures[0]}; continuing from {path}")
         return state
     if failures:
         raise ConfigError(f"run.out: cannot read {failures[0]}; remove it to start anew")

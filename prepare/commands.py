@@ -15,6 +15,7 @@ from ct.organs import BTCV_ORGANS, class_colors
 from ct.pictures import contact_sheet, outlined, views_page
 from ct.slices import IGNORE, DataError, in_threads, read_mask, write_png
 from data import Intensity, SliceDataset, default_window, fit
+from engine.config import OneLineParser
 from engine.files import write_whole, written_whole
 from losses import matched_points
 from prepare.check import check_set
@@ -136,13 +137,8 @@ def show_masks(dataset, slices, captions, args):
     return contact_sheet(tiles, captions, names)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help explains)\n")
-
-
 def parse(argv):
-    parser = Parser(description="Data sets of CT slices: make, convert, check and show them.")
+    parser = OneLineParser(description="Data sets of CT slices: make, convert, check and show them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="phantom|slice|pack|check|show")
 
     def command(name, function, help):

@@ -67,45 +67,28 @@ def joined(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-class BadSteps:
-    """The host's account of the bad steps in a row that end a run."""
+def bad_steps_text(bad: dict[int, dict], slices_of, folder: Path, write: bool) -> str:
+    """One line about the bad steps in a row that end a run; with `write`, all of it in bad_steps.json.
 
-    def __init__(self):
-        self.found = {}  # {step: its terms}
-
-    def note(self, step: int, terms: dict[str, float]) -> bool:
-        """Whether this step was bad."""
-        self.found = self.found | {step: terms} if terms["bad_in_row"] else {}
-        return bool(self.found)
-
-    def before(self) -> int:
-        """The number of steps done before them."""
-        return min(self.found) - 1
-
-    def describe(self, folder: Path, slices_of, write: bool) -> str:
-        """One line that names the last; all of them, with their slices, are written to bad_steps.json.
-
-        Args:
-            slices_of: step (from 0) -> names of the slices of its global batch.
-            write: only one process may.
-        """
-        rows = [
-            {
-                "step": step,
-                "terms": {name: str(terms[name]) for name in (*TERMS, "gradient_norm")},
-                "slices": slices_of(step - 1),
-            }
-            for step, terms in self.found.items()
-        ]
-        if write:
-            write_whole(folder / "bad_steps.json", json.dumps(rows, indent=1) + "\n")
-        slices = ", ".join(rows[-1]["slices"][:4]) + (" ..." if len(rows[-1]["slices"]) > 4 else "")
-        first, last = rows[0]["step"], rows[-1]["step"]
-        return (
-            f"run.max_bad_steps: steps {first} to {last} were not finite, the last one with "
-            f"{terms_text(self.found[last])}; its slices: {slices}; all in {folder / 'bad_steps.json'}; "
-            "the checkpoint is from before them"
-        )
+    bad: {step: its terms}. slices_of: step (from 0) -> names of the slices of its global batch.
+    """
+    rows = [
+        {
+            "step": step,
+            "terms": {name: str(terms[name]) for name in (*TERMS, "gradient_norm")},
+            "slices": slices_of(step - 1),
+        }
+        for step, terms in bad.items()
+    ]
+    if write:
+        write_whole(folder / "bad_steps.json", json.dumps(rows, indent=1) + "\n")
+    slices = ", ".join(rows[-1]["slices"][:4]) + (" ..." if len(rows[-1]["slices"]) > 4 else "")
+    first, last = rows[0]["step"], rows[-1]["step"]
+    return (
+        f"run.max_bad_steps: steps {first} to {last} were not finite, the last one with "
+        f"{terms_text(bad[last])}; its slices: {slices}; all in {folder / 'bad_steps.json'}; "
+        "the checkpoint is from before them"
+    )
 
 
 TERMS = ("loss", "global", "local", "accuracy", "similarity")  # of MoCo.forward, as they are logged

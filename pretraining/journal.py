@@ -8,7 +8,7 @@ from collapse import label_free_score, recent_similarity
 from engine.config import Config
 from engine.files import MetricsLog
 from engine.process import Process, progress
-from pretraining.guard import TERMS, BadSteps, terms_text
+from pretraining.guard import TERMS, terms_text
 from pretraining.monitor import describe_collapse
 from pretraining.schedule import learning_rate
 
@@ -23,7 +23,7 @@ class Journal:
         self.bar = progress(process, "pretrain", total=total_steps, initial=step)
         self.since, self.clock = step, time.perf_counter()
         self.rank_text, self.unreadable, self.warned = "", 0, False
-        self.bad_steps = BadSteps()
+        self.bad = {}  # {step: its terms} of the bad steps in a row
         self.latest = {}  # the newest value of every column
         self.similarities = []  # the cosine of keys of every log line
         self.best = -math.inf  # the highest label-free score so far
@@ -34,7 +34,8 @@ class Journal:
         """Take in what is known of a step; returns it."""
         self.bar.update()
         self.unreadable += int(found["unreadable"])
-        if self.bad_steps.note(step, found):
+        self.bad = self.bad | {step: found} if found["bad_in_row"] else {}
+        if self.bad:
             self.process.say(f"step {step}: {terms_text(found)}: not finite, skipped")
         if step % self.cfg.log.every == 0 or step == self.total_steps:
             now = time.perf_counter()

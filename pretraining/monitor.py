@@ -8,7 +8,6 @@ draw, show          pictures in the run's folder, and on a TensorBoard
 import heapq
 import importlib.util
 import json
-import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -188,28 +187,24 @@ def draw(folder: Path, process: Process) -> None:
         return
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [row for row in rows if "loss" in row]
     ranks = [row for row in rows if "effective_rank" in row]
+    losses = ("global", "local") if any(row.get("local") for row in rows) else ("global",)
+    panels = {
+        "InfoNCE": {name: name for name in losses},
+        "accuracy and similarity": {
+            "accuracy": "queries nearest to their own key",
+            "similarity": "cosine of keys",
+        },
+        "effective rank": {f"effective_rank{name}": label for name, label in KINDS.items()},
+    }
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    steps = [row["step"] for row in losses]
-    for name in ("global", "local") if any(row["local"] for row in losses) else ("global",):
-        axes[0].plot(steps, [row[name] for row in losses], label=name)
-    for name, label in {
-        "accuracy": "queries nearest to their own key",
-        "similarity": "cosine of keys",
-    }.items():
-        axes[1].plot(steps, [row.get(name, math.nan) for row in losses], label=label)
-    for name, label in KINDS.items():
-        if f"effective_rank{name}" in ranks[0]:
-            axes[2].plot(
-                [r["step"] for r in ranks], [r[f"effective_rank{name}"] for r in ranks], "o-", label=label
-            )
-    titles = ("InfoNCE", "accuracy and similarity", "effective rank")
-    for axis, title in zip(axes, titles, strict=True):
+    for axis, (title, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for column, label in columns.items():
+            points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
+            if points:
+                axis.plot(*zip(*points), "o-" if title == "effective rank" else "-", label=label)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    for axis in axes:
         axis.legend()
     figure.savefig(folder / "curves.png", dpi=110)
     spectrum_figure(ranks[0], ranks[-1]).savefig(folder / "spectrum.png", dpi=110)
@@ -226,21 +221,11 @@ def spectrum_figure(*rows: dict):
         for i, (name, label) in enumerate(KINDS.items()):
             if f"spectrum{name}" in row:
                 values = torch.tensor(row[f"spectrum{name}"])
-                axis.plot(
-                    range(1, 1 + len(values)),
-                    values / values[0].clamp(min=1e-12),
-                    style,
-                    color=f"C{i}",
-                    label=f"{label}, step {row['step']}",
-                )
-    axis.set(
-        xscale="log",
-        yscale="log",
-        ylim=(1e-5, 1.5),
-        xlabel="number",
-        ylabel="singular value / largest",
-        title="Spectrum",
-    )
+                values = values / values[0].clamp(min=1e-12)
+                numbers, label = range(1, 1 + len(values)), f"{label}, step {row['step']}"
+                axis.plot(numbers, values, style, color=f"C{i}", label=label)
+    axis.set(xscale="log", yscale="log", ylim=(1e-5, 1.5), title="Spectrum")
+    axis.set(xlabel="number", ylabel="singular value / largest")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="lower left")
     return figure

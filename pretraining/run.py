@@ -13,14 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import BatchReader, Intensity
 from engine.config import Config
-from engine.files import make_run_folder, write_whole, written_whole
+from engine.files import make_run_folder, written_whole
 from engine.process import Process, Readback, warn
-from engine.stopping import STOP_MARKER, StopRequest, batch_loader, leave
+from engine.stopping import StopRequest, batch_loader, begin, leave
 from models import MoCo
-from pretraining.guard import Guard, NotFinite
+from pretraining.guard import Guard, NotFinite, bad_steps_text
 from pretraining.journal import Journal
 from pretraining.monitor import CollapseMonitor, draw, show
-from pretraining.run_state import RunState, average_running_statistics, averaged_statistics
+from pretraining.run_state import average_running_statistics, averaged_statistics, export, resume, save
 from pretraining.schedule import Due, StepBatches, count_steps
 
 
@@ -42,29 +42,24 @@ class Run:
         optimizer: torch.optim.SGD,
         stop: StopRequest,
     ):
-        self.cfg, self.process, self.reader, self.model, self.stop = cfg, process, reader, model, stop
-        self.dataset = reader.dataset
+        self.cfg, self.process, self.reader, self.dataset = cfg, process, reader, reader.dataset
+        self.intensity, self.model, self.optimizer, self.stop = intensity, model, optimizer, stop
         self.steps_per_epoch, self.total_steps = count_steps(cfg, len(self.dataset), process)
         self.guard = Guard(model, optimizer, cfg.run.max_bad_steps)
         self.folder = make_run_folder(cfg.run.out, process)
-        self.state = RunState(
-            self.folder, cfg, process, self.dataset, intensity, model, optimizer, self.guard
-        )
-        self.step, complete = self.state.resume()
+        self.step, complete = resume(self)
         self.finished = self.step >= self.total_steps and complete
         if self.finished:
             process.say(f"{self.folder} holds this run, finished after {self.step} steps; nothing to do")
             return
-        if process.is_main:
-            (self.folder / STOP_MARKER).unlink(missing_ok=True)
-            write_whole(self.folder / "config.yaml", cfg.as_yaml())
+        begin(self.folder, cfg, process)
         self.monitor = CollapseMonitor(cfg, self.dataset, intensity, process)
         process.say(
             f"{len(self.dataset)} slices of {self.dataset.size[0]} x {self.dataset.size[1]} px; "
             f"{self.total_steps} steps, {self.steps_per_epoch} an epoch; "
             f"{process.world} x {process.device.type}, {process.precision}; "
             f"collapse measured on {len(self.monitor.slices)} slices"
-            + (f"; going on from step {self.step}" if self.step else "")
+            + (f"; resuming from step {self.step}" if self.step else "")
         )
         self.journal = Journal(cfg, process, self.steps_per_epoch, self.total_steps, self.step)
         self.due = Due(cfg, self.steps_per_epoch, process)
@@ -103,7 +98,9 @@ class Run:
         place = (len(self.dataset), cfg.optim.batch_size, cfg.seed, process, self.step, self.total_steps)
         self.order = StepBatches(*place)
         loader = batch_loader(self.reader, self.order, cfg.data.workers, process, cfg.run.timeout_minutes)
-        if self.due.measuring(self.step) and not process.from_main(self.knows_collapse):
+        if self.due.measuring(self.step) and not process.from_main(
+            lambda: self.journal.knows_collapse(self.step)
+        ):
             self.measure_collapse()
         self.model.train()
         for stored, unreadable in loader:
@@ -142,12 +139,8 @@ class Run:
             self.measure_collapse()
         asked = any(found["save"] for found in news)
         if stopping or last or self.due.by_step(self.step) or asked:
-            self.state.save(self.step)
+            save(self)
         return stopping
-
-    def knows_collapse(self) -> bool:
-        """Whether it was measured at this step before the run was stopped."""
-        return self.journal.knows_collapse(self.step)
 
     def measure_collapse(self) -> None:
         """Measure, log, and keep the encoder if it is the best so far."""
@@ -156,27 +149,27 @@ class Run:
             measured = self.journal.scored(step, self.monitor.measure(self.model))
             for name in self.journal.names_to_keep(step, measured):
                 try:
-                    self.state.export(name, step, measured)
+                    export(self, name, measured)
                 except OSError as error:
-                    warn(f"step {step}: no {name}.pth written ({error}); training goes on")
+                    warn(f"step {step}: no {name}.pth written ({error}); training continues")
         self.journal.collapse(step, measured)
         if board := self.journal.log.board:
             try:
                 show(board, step, measured, self.monitor.features_page(self.model))
             except OSError as error:
-                warn(f"step {step}: no pictures for TensorBoard ({error}); training goes on")
+                warn(f"step {step}: no pictures for TensorBoard ({error}); training continues")
 
     def give_up(self) -> None:
         """Save the state from before the bad steps, and raise NotFinite."""
-        bad = self.journal.bad_steps
-        self.step = self.model.step = bad.before()
+        bad = self.journal.bad
+        self.step = self.model.step = min(bad) - 1
         self.guard.forget_row()
-        self.state.save(self.step)
-        raise NotFinite(bad.describe(self.folder, self.slices_of, self.process.is_main))
+        save(self)
 
-    def slices_of(self, step: int) -> list[str]:
-        """The names of the slices of a step's global batch."""
-        return [self.dataset.names[i] for i in self.order.everyones(step)]
+        def slices_of(step: int) -> list[str]:
+            return [self.dataset.names[i] for i in self.order.everyones(step)]
+
+        raise NotFinite(bad_steps_text(bad, slices_of, self.folder, self.process.is_main))
 
     def leave(self) -> int:
         """After a stop: say why, leave a marker; returns the exit code."""
@@ -190,6 +183,6 @@ class Run:
             draw(self.folder, self.process)
             with written_whole(self.folder / "features.png") as file:
                 self.monitor.features_page(self.model).save(file, format="PNG")
-            self.state.export("encoder", self.step, self.journal.latest)
+            export(self, "encoder", self.journal.latest)
         self.process.say(f"encoder: {self.folder / 'encoder.pth'}")
         self.process.barrier()
