@@ -10,13 +10,29 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes of the tests
 
 TINY_TRAINING = """
-model: {arch: resnet18, output_stride: 16, queue_size: 9, bn_split: 0, momentum: 0.9}
+model: {arch: tiny, output_stride: 16, queue_size: 9, bn_split: 0, momentum: 0.9}
 data: {size: 32, workers: 0}
 local: {grid: 2}
 decorrelation: {group_size: 32}
 optim: {epochs: 2, batch_size: 6, warmup_epochs: 1}
 log: {every: 1, rank_every: 0, tensorboard: false}
 """
+
+
+def pytest_configure():
+    import tiny
+
+    tiny.register()
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Runs scripts in forks of one process that has imported everything."""
+    from forks import Server
+
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

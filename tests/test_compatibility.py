@@ -15,7 +15,7 @@ from ct.slices import write_png
 from models import Encoder, load_encoder_weights
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SMALL = ["run.device=cpu", "data.workers=0", "model.arch=resnet18"]
+SMALL = ["run.device=cpu", "data.workers=0", "model.arch=tiny"]
 
 
 def draw(path: Path, values: np.ndarray) -> None:
@@ -106,7 +106,8 @@ def test_imagenet_weights_are_a_baseline(btcv, tmp_path, monkeypatch):
     weights.parent.mkdir(parents=True)
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    results = evaluate(btcv, tmp_path / "out", "btcv_imagenet.yaml", "data.size=32")
+    settings = ("model.arch=resnet18", "data.size=32")
+    results = evaluate(btcv, tmp_path / "out", "btcv_imagenet.yaml", *settings)
     assert results["mode"] == "finetune" and results["encoder"].startswith("torchvision:~")
 
 

@@ -34,7 +34,7 @@ TOLERATED = ("warning: ", "note: ", "slices of different sizes")  # lines that s
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 
 TINY = """
-model: {arch: resnet18, output_stride: 16, queue_size: 6, bn_split: 0, momentum: 0.9}
+model: {arch: tiny, output_stride: 16, queue_size: 6, bn_split: 0, momentum: 0.9}
 data: {root: set, list: few.txt, val: few.txt, size: 32, workers: 0}
 local: {grid: 2}
 decorrelation: {group_size: 32}
@@ -43,7 +43,7 @@ log: {every: 1, rank_every: 0, tensorboard: false}
 """
 TINY_EVAL = """
 encoder: random
-model: {arch: resnet18, output_stride: 32}
+model: {arch: tiny, output_stride: 32}
 data: {root: set, train: few.txt, val: few.txt, test: few.txt, workers: 0}
 optim: {steps: 2, batch_size: 4}
 eval: {every: 1}
@@ -243,23 +243,18 @@ NASTY = {
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def bench(tmp_path_factory, server):
     pytest.importorskip("nibabel")
-    bench = Bench(tmp_path_factory.mktemp("corruption"))
-    yield bench
-    bench.close()
+    return Bench(tmp_path_factory.mktemp("corruption"), server)
 
 
 class Bench:
     """A server, and a folder with sound input for every kind of case."""
 
-    def __init__(self, folder):
-        self.server, self.sound, self.work = Server(), folder / "sound", folder / "work"
+    def __init__(self, folder, server):
+        self.server, self.sound, self.work = server, folder / "sound", folder / "work"
         self.sound.mkdir()
         write_sound_files(self.sound, self.command)
-
-    def close(self):
-        self.server.close()
 
     def command(self, arguments, code=0):
         end = self.server.run(self.sound, arguments.split())
@@ -395,7 +390,7 @@ def test_sound_input(bench, name):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
+        bench = Bench(Path(folder), Server())
         what, end, wrong = bench.case(sys.argv[1], int(sys.argv[2]))
         print(what, f"exit code {end['code']}", end["out"], end["err"], wrong or "as it should be", sep="\n")
-        bench.close()
+        bench.server.close()

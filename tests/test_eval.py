@@ -23,7 +23,7 @@ from evaluation import batches, report, supervised
 from models import Encoder, WeightsError
 
 PROJECT = Path(eval_seg.__file__).parent
-TINY = ["model.arch=resnet18", "model.output_stride=16", "data.workers=0", "run.device=cpu"]
+TINY = ["model.arch=tiny", "model.output_stride=16", "data.workers=0", "run.device=cpu"]
 TINY += ["optim.steps=4", "optim.batch_size=4", "eval.every=2", "log.every=1", "seed=3"]
 FINETUNE = ["mode=finetune", "data.size=32", "optim.batch_size=2"]
 
@@ -50,9 +50,9 @@ def encoder_file(tmp_path_factory):
     """encoder.pth and encoder.json as train_moco.py leaves them, with a normalisation of its own."""
     folder = tmp_path_factory.mktemp("pretrained")
     torch.manual_seed(5)
-    torch.save(Encoder("resnet18").export_state_dict(), folder / "encoder.pth")
+    torch.save(Encoder("tiny").export_state_dict(), folder / "encoder.pth")
     normalisation = {"window": [-200.0, 300.0], "mean": 0.4, "std": 0.3}
-    facts = {"arch": "resnet18", "in_channels": 1, "normalisation": normalisation}
+    facts = {"arch": "tiny", "in_channels": 1, "normalisation": normalisation}
     (folder / "encoder.json").write_text(json.dumps(facts))
     return folder / "encoder.pth"
 
@@ -157,7 +157,8 @@ def test_a_frozen_encoder_stays_as_it_was(linear, encoder_file, phantom, tmp_pat
 def test_linear_training_fits_what_it_is_given(phantom, tmp_path):
     """The liver of the training cases is learned: images, labels and upsampled logits lie on one another."""
     lists = ["data.test=train.txt", "data.val=null", "eval.every=100"]
-    results = evaluate(phantom, tmp_path, *lists, "model.output_stride=8", "optim.steps=100", "optim.lr=0.2")
+    model = ["model.arch=resnet18", "model.output_stride=8"]
+    results = evaluate(phantom, tmp_path, *lists, *model, "optim.steps=100", "optim.lr=0.2")
     assert results["val_dice"] is None
     assert results["dice"]["liver"] > 0.8
 
@@ -193,6 +194,7 @@ def test_two_processes_write_one_result_of_their_common_model(phantom, tmp_path)
         "eval_seg.py",
     ]
     overrides = [f"data.root={phantom}", f"run.out={tmp_path}/run", "encoder=random", "data.test=train.txt"]
+    overrides += ["model.arch=resnet18"]
     done = subprocess.run(
         [*command, *TINY, *overrides], cwd=PROJECT, capture_output=True, text=True, timeout=600
     )
@@ -223,7 +225,7 @@ def test_normalisation_travels_with_the_encoder(phantom, encoder_file, tmp_path)
         ("data.mean=0.5", r"data.mean: 0.5 contradicts 0.4 of .*encoder\.pth"),
         ("data.window=[-160, 240]", r"data.window: \[-160, 240\] contradicts \[-200.0, 300.0\]"),
         ("data.window=null", r"data.window: None contradicts \[-200.0, 300.0\]"),
-        ("model.arch=resnet50", "model.arch: 'resnet50' contradicts 'resnet18'"),
+        ("model.arch=resnet50", "model.arch: 'resnet50' contradicts 'tiny'"),
     ],
 )
 def test_a_config_that_contradicts_the_encoder_is_refused(phantom, encoder_file, tmp_path, override, message):
@@ -236,7 +238,7 @@ def test_an_encoder_file_that_changed_is_noticed(phantom, encoder_file, tmp_path
     own = tmp_path / "encoder.pth"
     own.write_bytes(encoder_file.read_bytes())
     evaluate(phantom, tmp_path / "out", "optim.steps=1", encoder=own)
-    torch.save(Encoder("resnet18").export_state_dict(), own)
+    torch.save(Encoder("tiny").export_state_dict(), own)
     with pytest.raises(ConfigError, match="has changed since"):
         evaluate(phantom, tmp_path / "out", "optim.steps=1", encoder=own)
 
@@ -354,7 +356,7 @@ def test_damaged_and_malicious_encoder_files_are_refused(phantom, encoder_file, 
     torch.save({"state_dict": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")  # a pickled class: code
     (tmp_path / "short.pth").write_bytes(encoder_file.read_bytes()[:50_000])
     (tmp_path / "other.pth").write_bytes(encoder_file.read_bytes())
-    (tmp_path / "other.json").write_text('{"arch": "resnet18"}')
+    (tmp_path / "other.json").write_text('{"arch": "tiny"}')
     for name in ("code.pth", "short.pth"):
         with pytest.raises(WeightsError, match=name):
             evaluate(phantom, tmp_path / "out", encoder=tmp_path / name)

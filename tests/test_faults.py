@@ -1,14 +1,15 @@
 """What a pretraining run survives: real processes, real signals, at seeded random moments.
 
-The long tests (`pytest -m long`) repeat the short ones often, and with torchrun's restarts and two nodes.
+The processes are forks of one that has imported everything. The long tests (`pytest -m long`) repeat the
+short ones often, and under torchrun, with its restarts and with two nodes.
 """
 
 import errno
+import functools
 import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from pretraining.guard import NotFinite
 ROOT = Path(__file__).parent.parent
 TINY = """
 run: {save_steps: 2}
-model: {arch: resnet18, output_stride: 16, queue_size: 20, bn_split: 2, momentum: 0.9}
+model: {arch: tiny, output_stride: 16, queue_size: 20, bn_split: 2, momentum: 0.9}
 data: {size: 32, workers: 1}
 local: {grid: 2}
 decorrelation: {group_size: 32}
@@ -36,22 +37,29 @@ optim: {epochs: 2, batch_size: 4, warmup_epochs: 1}
 log: {every: 1, rank_every: 1, tensorboard: false}
 """
 STEPS = 8  # 18 slices: four steps an epoch
+SLOWER = "model.arch=resnet18"  # where the test has to be faster than the run
 IN_TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
 
 class Run:
-    """train_moco.py with the tiny settings as a process, or several."""
+    """train_moco.py with the tiny settings as a process; or as several, by the arguments for `torchrun`."""
 
-    def __init__(self, phantom, out, *overrides, torchrun=(), preexec=None):
-        self.out, self.log, config = out, out.with_suffix(".log"), out.with_suffix(".yaml")
+    def __init__(self, server, phantom, out, *overrides, torchrun=(), log=None, **options):
+        self.out, self.log, config = out, log or out.with_suffix(".log"), out.with_suffix(".yaml")
         config.write_text(TINY)
-        script = (ROOT / "train_moco.py", "--config", config, f"data.root={phantom}")
-        command = [sys.executable, *torchrun, *script, f"run.out={out}", *overrides]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = ["train_moco.py", "--config", config, f"data.root={phantom}", f"run.out={out}", *overrides]
+        if not torchrun:
+            self.process = server.start(command, self.log, **options)
+            return
+        command = [sys.executable, *torchrun, "tests/tiny.py", *map(str, command)]
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [str(part) for part in command], stdout=log, stderr=log, env=environment, preexec_fn=preexec
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+
+    def at_pause(self, number):
+        """Send the signal where the run pauses, and let it go on."""
+        self.process.wait_for_pause()
+        self.process.send_signal(number)
+        self.process.go_on()
 
     def wait_for(self, pattern, seconds=600):
         """Until the log holds the pattern, or the run ends; returns the match."""
@@ -92,10 +100,16 @@ def assert_same(out, other):
 
 
 @pytest.fixture(scope="module")
-def whole(phantom, tmp_path_factory):
+def start(server, phantom):
+    """start(out, *overrides, ...) -> a Run on the phantom."""
+    return functools.partial(Run, server, phantom)
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
     """A run that nothing has happened to."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert Run(phantom, out).end() == 0
+    assert start(out).end() == 0
     return out
 
 
@@ -103,23 +117,23 @@ def whole(phantom, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(3, STEPS), pytest.param(25, 90, marks=pytest.mark.long)])
-def test_a_killed_run_goes_on_bitwise(phantom, whole, tmp_path, kills, steps):
+def test_a_killed_run_goes_on_bitwise(start, whole, tmp_path, kills, steps):
     """kill -9 at random moments: between steps, inside a step, while a checkpoint is being written."""
     chance = random.Random(kills)
     out, often = tmp_path / "run", ("run.save_steps=1", f"optim.max_steps={steps}")
     if steps != STEPS:
         whole = tmp_path / "whole"
-        assert Run(phantom, whole, f"optim.max_steps={steps}").end() == 0
+        assert start(whole, f"optim.max_steps={steps}").end() == 0
     done = writing = 0
     while done < kills:
-        run = Run(phantom, out, *often)
+        run = start(out, *often, pauses=(f"step {steps}/",))  # and is not over before it is killed
         assert run.wait_for(r"slices of")
-        time.sleep(chance.uniform(0, 1))
+        time.sleep(chance.uniform(0, 0.5))
         run.process.kill()
         assert run.end() == -signal.SIGKILL, run.log.read_text()
         done, writing = done + 1, writing + bool(list(out.glob("*.part")))
     print(f"{done} kills, {writing} of them while a file was being written")
-    assert Run(phantom, out, *often).end() == 0
+    assert start(out, *often).end() == 0
     assert_same(out, whole)
     assert not [*out.glob("*.part"), *out.glob("*.new")]
 
@@ -132,66 +146,90 @@ def test_a_killed_run_goes_on_bitwise(phantom, whole, tmp_path, kills, steps):
         pytest.param("SIGINT", marks=pytest.mark.long),
     ],
 )
-def test_a_stopped_run_saves_and_goes_on_bitwise(phantom, whole, tmp_path, name):
+def test_a_stopped_run_saves_and_goes_on_bitwise(start, whole, tmp_path, name):
     out = tmp_path / "run"
-    run = Run(phantom, out, "run.save_steps=100")
-    run.wait_for("step 3/")
-    run.process.send_signal(signal.Signals[name])
+    run = start(out, "run.save_steps=100", pauses=("step 3/",))
+    run.at_pause(signal.Signals[name])
     assert run.end() == 75, run.log.read_text()
     marker = json.loads((out / "stopped.json").read_text())
     assert marker["reason"] == name and 3 <= marker["step"] < STEPS
     assert f"stopped after step {marker['step']} ({name})" in run.log.read_text()
-    assert Run(phantom, out).end() == 0
+    assert start(out).end() == 0
     assert_same(out, whole)
     assert not (out / "stopped.json").exists()
-    again = Run(phantom, out)
+    again = start(out)
     assert again.end() == 0 and "nothing to do" in again.log.read_text()
 
 
-def test_a_second_ctrl_c_ends_at_once(phantom, tmp_path):
-    run = Run(phantom, tmp_path / "run", "data.workers=0", "optim.batch_size=18", "data.size=256")
-    run.wait_for("step 1/")
-    run.process.send_signal(signal.SIGINT)
+def test_a_second_ctrl_c_ends_at_once(start, tmp_path):
+    settings = ("data.workers=0", "optim.batch_size=18", "data.size=128")
+    run = start(tmp_path / "run", *settings, pauses=("step 1/", "stopped after"))
+    run.at_pause(signal.SIGINT)
     run.wait_for("Ctrl-C again")
     run.process.send_signal(signal.SIGINT)
+    run.process.go_on()  # if the step was faster than we are
     assert run.end() == -signal.SIGINT
 
 
-def test_two_ranks_stop_at_the_same_step_and_go_on_bitwise(phantom, tmp_path):
+def start_two(start, out, port, *overrides, pauses=()):
+    """Two ranks as processes without torchrun; the first one pauses."""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in ("0", "1"):
+        options = {"environment": place | {"RANK": rank, "LOCAL_RANK": rank}, "pauses": pauses}
+        ranks.append(start(out, *overrides, log=out.with_suffix(f".{rank}.log"), **options))
+        pauses = ()
+    return ranks
+
+
+def test_two_ranks_stop_at_the_same_step_and_go_on_bitwise(start, tmp_path, free_port):
     """The signal goes to one of them only."""
-    two = (*IN_TORCHRUN, "--nproc-per-node=2")
     whole, out = tmp_path / "whole", tmp_path / "run"
-    assert Run(phantom, whole, torchrun=two).end() == 0
-    run = Run(phantom, out, "run.save_steps=100", torchrun=two)
+    assert [rank.end() for rank in start_two(start, whole, free_port)] == [0, 0]
+    ranks = start_two(start, out, free_port, "run.save_steps=100", pauses=("step 3/",))
+    ranks[0].process.wait_for_pause()
+    ranks[1].process.send_signal(signal.SIGUSR1)
+    ranks[0].process.go_on()
+    assert [rank.end() for rank in ranks] == [75, 75], logs(ranks)
+    assert json.loads((out / "stopped.json").read_text())["reason"] == "SIGUSR1"
+    assert [rank.end() for rank in start_two(start, out, free_port)] == [0, 0]
+    assert_same(out, whole)
+
+
+@pytest.mark.long
+def test_two_ranks_of_torchrun_stop_at_the_same_step_and_go_on_bitwise(start, tmp_path):
+    two = functools.partial(start, torchrun=(*IN_TORCHRUN, "--nproc-per-node=2"))
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert two(whole, SLOWER).end() == 0
+    run = two(out, SLOWER, "run.save_steps=100")
     run.wait_for("step 3/")
     os.kill(run.children()[1], signal.SIGUSR1)
     assert run.end() == 1  # torchrun's own code
     assert re.search(r"exitcode *: 75", run.log.read_text())
     assert json.loads((out / "stopped.json").read_text())["reason"] == "SIGUSR1"
-    assert Run(phantom, out, torchrun=two).end() == 0
+    assert two(out, SLOWER).end() == 0
     assert_same(out, whole)
 
 
 @pytest.mark.long
-def test_going_on_with_another_number_of_ranks(phantom, whole, tmp_path):
+def test_going_on_with_another_number_of_ranks(start, whole, tmp_path):
     out = tmp_path / "run"
-    run = Run(phantom, out)
-    run.wait_for("step 5/")
-    run.process.send_signal(signal.SIGTERM)
+    run = start(out, pauses=("step 5/",))
+    run.at_pause(signal.SIGTERM)
     assert run.end() == 75
-    assert Run(phantom, out, torchrun=(*IN_TORCHRUN, "--nproc-per-node=2")).end() == 0
+    assert start(out, torchrun=(*IN_TORCHRUN, "--nproc-per-node=2")).end() == 0
     ours, theirs = ([row["loss"] for row in rows(path) if "loss" in row] for path in (out, whole))
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("world", [2, 4])
-def test_torchrun_restarts_after_the_death_of_a_rank(phantom, tmp_path, world):
-    settings = ("model.bn_split=1", "decorrelation.method=none", "run.save_steps=1")
+def test_torchrun_restarts_after_the_death_of_a_rank(start, tmp_path, world):
+    settings = (SLOWER, "model.bn_split=1", "decorrelation.method=none", "run.save_steps=1")
     ranks = (*IN_TORCHRUN, f"--nproc-per-node={world}")
     whole, out = tmp_path / "whole", tmp_path / "run"
-    assert Run(phantom, whole, *settings, torchrun=ranks).end(300) == 0
-    run = Run(phantom, out, *settings, torchrun=(*ranks, "--max-restarts=2"))
+    assert start(whole, *settings, torchrun=ranks).end(300) == 0
+    run = start(out, *settings, torchrun=(*ranks, "--max-restarts=2"))
     run.wait_for("step 4/")
     os.kill(run.children()[-1], signal.SIGKILL)
     assert run.end(300) == 0, run.log.read_text()
@@ -202,7 +240,7 @@ def test_torchrun_restarts_after_the_death_of_a_rank(phantom, tmp_path, world):
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("lost", [0, 1])
-def test_two_nodes_and_the_loss_of_one(phantom, tmp_path, free_port, number, lost):
+def test_two_nodes_and_the_loss_of_one(start, tmp_path, free_port, number, lost):
     """Two agents, each with an address of its own; both train; then one is killed."""
     out = tmp_path / "run"
     nodes = []
@@ -210,7 +248,7 @@ def test_two_nodes_and_the_loss_of_one(phantom, tmp_path, free_port, number, los
         rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port}", "--rdzv-id=7")
         place = (f"--local-addr=127.0.0.{node + 1}", f"--rdzv-conf=is_host={1 - node}")
         torchrun = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *rendezvous, *place)
-        nodes.append(Run(phantom, out, "run.timeout_minutes=0.5", "optim.epochs=50", torchrun=torchrun))
+        nodes.append(start(out, "run.timeout_minutes=0.5", "optim.epochs=50", SLOWER, torchrun=torchrun))
         nodes[-1].log = nodes[-1].log.rename(tmp_path / f"node{node}.log")
     nodes[0].wait_for("step 6/")
     other = nodes[1 - lost]
@@ -304,7 +342,7 @@ def test_an_unreadable_slice_ends_the_run_or_is_skipped(slices, workers, caplog)
     assert rows(slices / "run")[-2]["unreadable_slices"] == 2  # once an epoch
 
 
-def test_a_reading_process_that_dies_is_reported_with_its_file(phantom, tmp_path):
+def test_a_reading_process_that_dies_is_reported_with_its_file(start, phantom, tmp_path):
     """A named pipe in place of a slice keeps its reader waiting for ever."""
     root = tmp_path / "set"
     shutil.copytree(phantom, root)
@@ -312,7 +350,7 @@ def test_a_reading_process_that_dies_is_reported_with_its_file(phantom, tmp_path
     (root / "unlabelled.txt").write_text("\n".join([*others, first]))
     (root / "images" / first).unlink()
     os.mkfifo(root / "images" / first)
-    run = Run(phantom, tmp_path / "run", f"data.root={root}")
+    run = start(tmp_path / "run", f"data.root={root}")
     run.wait_for("step 0")
     pipe = opened_by_a_reader(root / "images" / first)
     (reader,) = run.children()
@@ -322,7 +360,7 @@ def test_a_reading_process_that_dies_is_reported_with_its_file(phantom, tmp_path
     assert line.startswith("error: DataLoader worker") and first in line
     os.close(pipe)
 
-    run = Run(phantom, tmp_path / "run", f"data.root={root}", "run.timeout_minutes=0.05")
+    run = start(tmp_path / "run", f"data.root={root}", "run.timeout_minutes=0.05")
     assert run.end() == 2
     line = run.log.read_text().strip().splitlines()[-1]
     assert line.startswith("error: DataLoader timed out") and first in line
@@ -339,46 +377,44 @@ def opened_by_a_reader(pipe, seconds=60):
             time.sleep(0.01)
 
 
-def test_a_full_disk_stops_saving_but_not_training(phantom, whole, tmp_path):
-    """Files of more than 20 MB cannot be written: no checkpoint, no encoder.pth."""
+def test_a_full_disk_stops_saving_but_not_training(start, whole, tmp_path):
+    """Files of more than 1 MB cannot be written: no checkpoint, no encoder.pth."""
     out = tmp_path / "run"
-    run = Run(phantom, out)
-    run.wait_for("step 3/")
-    run.process.send_signal(signal.SIGTERM)
+    run = start(out, pauses=("step 3/",))
+    run.at_pause(signal.SIGTERM)
     assert run.end() == 75
     before = (out / "checkpoint.pth").read_bytes()
 
-    limit = 20 << 20
-    full = Run(phantom, out, preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    full = start(out, file_size=1 << 20)
     assert full.end() == 2
     lines = full.log.read_text().splitlines()
     assert sum("no checkpoint written" in line for line in lines) >= 2
     assert f"step {STEPS}/{STEPS}" in full.log.read_text()
     assert lines[-1].startswith("error: ") and "Traceback" not in full.log.read_text()
     assert (out / "checkpoint.pth").read_bytes() == before
+    assert (out / "features.png").exists()
     assert not (out / "encoder.pth").exists() and not [*out.glob("*.part"), *out.glob("*.new")]
-    assert Run(phantom, out).end() == 0
+    assert start(out).end() == 0
     assert_same(out, whole)
 
 
-def test_the_same_seed_gives_the_same_run(phantom, whole, tmp_path):
+def test_the_same_seed_gives_the_same_run(start, whole, tmp_path):
     out = tmp_path / "run"
-    run = Run(phantom, out, "run.deterministic=true", "data.workers=2")
+    run = start(out, "run.deterministic=true", "data.workers=2")
     assert run.end() == 0 and "costs nothing on a CPU" in run.log.read_text()
     assert_same(out, whole)
 
 
-def test_flipped_bits_in_a_checkpoint_are_seen(phantom, whole, tmp_path):
+def test_flipped_bits_in_a_checkpoint_are_seen(start, whole, tmp_path):
     out = tmp_path / "run"
-    run = Run(phantom, out)
-    run.wait_for("step 5/")
-    run.process.kill()
+    run = start(out, pauses=("step 5/",))
+    run.at_pause(signal.SIGKILL)
     run.end()
     path = out / "checkpoint.pth"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    again = Run(phantom, out)
+    again = start(out)
     assert again.end() == 0
     assert "warning: cannot read" in again.log.read_text()
     assert_same(out, whole)

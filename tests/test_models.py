@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
 import torchvision
+from ranks import train_on_rank, training_batches
 from torch import nn
 
 from losses import matched_points
@@ -17,11 +17,9 @@ from models import (
     MoCo,
     SplitBatchNorm2d,
     WeightsError,
-    gather,
     load_encoder_weights,
-    permuted_rows,
+    seeded,
 )
-from pretraining.run_state import average_running_statistics
 
 
 def torchvision_resnet(arch, in_channels=1):
@@ -150,7 +148,7 @@ class NaiveMoCo:
         for k, q in zip(self.key.parameters(), self.query.parameters()):
             k.data = 0.9 * k.data + 0.1 * q.data
         query_points, key_points, keep = matched_points(query_box, key_box, 3)
-        order = torch.randperm(8, generator=torch.Generator().manual_seed(5 * 1_000_003 + self.step))
+        order = torch.randperm(8, generator=seeded("keys", 5, self.step))
         z_key, r_key = [None] * 8, [None] * 8
         with torch.no_grad():
             z, r = self.encode(self.key, key_view[order], key_points[order], 4)
@@ -179,25 +177,11 @@ class NaiveMoCo:
         return float(loss.detach())
 
 
-def random_boxes(n, generator):
-    low = torch.rand(n, 2, generator=generator, dtype=torch.float64) * 0.5
-    side = 0.3 + 0.2 * torch.rand(n, 2, generator=generator, dtype=torch.float64)
-    flip = torch.randint(2, (n, 1), generator=generator).double()
-    return torch.cat([low, low + side, flip], dim=1)
-
-
-def training_batches(steps, n=8, size=64):
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        views = torch.randn(2, n, 1, size, size, generator=generator, dtype=torch.float64)
-        yield views[0], views[1], random_boxes(n, generator), random_boxes(n, generator)
-
-
 def test_moco_equals_a_naive_re_implementation():
     torch.manual_seed(0)
     local = {"match": "overlap", "grid": 3}
     moco = MoCo(
-        Encoder("resnet18"), dim=16, queue_size=20, momentum=0.9, local=local, bn_split=4, seed=5
+        Encoder("tiny"), dim=16, queue_size=20, momentum=0.9, local=local, bn_split=4, seed=5
     ).double()
     moco.queue = F.normalize(moco.queue, dim=0)  # drawn in float32: unit vectors to its precision only
     naive = NaiveMoCo(moco, lr=0.01)
@@ -220,7 +204,7 @@ def test_moco_equals_a_naive_re_implementation():
 def test_accumulated_parts_equal_one_batch(negatives):
     torch.manual_seed(0)
     local = {"negatives": negatives}
-    whole = MoCo(Encoder("resnet18"), dim=16, queue_size=16, local=local, bn_split=4).double()
+    whole = MoCo(Encoder("tiny"), dim=16, queue_size=16, local=local, bn_split=4).double()
     parts = copy.deepcopy(whole)
     (batch,) = training_batches(1)
     whole(*batch)["loss"].backward()
@@ -237,14 +221,14 @@ def test_accumulated_parts_equal_one_batch(negatives):
 
 def test_the_loss_is_the_weighted_sum_of_its_terms():
     torch.manual_seed(0)
-    moco = MoCo(Encoder("resnet18"), dim=16, queue_size=16, local={"weight": 2}, bn_split=4, weight=0.1)
+    moco = MoCo(Encoder("tiny"), dim=16, queue_size=16, local={"weight": 2}, bn_split=4, weight=0.1)
     terms = moco.double()(*next(training_batches(1)))
     torch.testing.assert_close(terms["loss"], 0.1 * terms["global"] + 2 * terms["local"])
 
 
 def test_evaluation_changes_nothing():
     torch.manual_seed(0)
-    moco = MoCo(Encoder("resnet18"), dim=8, queue_size=16).eval()
+    moco = MoCo(Encoder("tiny"), dim=8, queue_size=16).eval()
     moco.query.projector[0].weight.data += 1  # something that a momentum update would carry over
     before = copy.deepcopy(moco.state_dict())
     moco(torch.randn(4, 1, 64, 64), torch.randn(4, 1, 64, 64))
@@ -255,11 +239,11 @@ def test_evaluation_changes_nothing():
 
 def test_moco_state_survives_saving(tmp_path):
     torch.manual_seed(0)
-    moco = MoCo(Encoder("resnet18"), dim=8, queue_size=20, bn_split=0)
+    moco = MoCo(Encoder("tiny"), dim=8, queue_size=20, bn_split=0)
     for _ in range(3):
         moco(torch.randn(8, 1, 32, 32), torch.randn(8, 1, 32, 32))
     torch.save(moco.state_dict(), tmp_path / "moco.pth")
-    other = MoCo(Encoder("resnet18"), dim=8, queue_size=20, bn_split=0)
+    other = MoCo(Encoder("tiny"), dim=8, queue_size=20, bn_split=0)
     other.load_state_dict(torch.load(tmp_path / "moco.pth", weights_only=True))
     assert (other.queue_pointer, other.step) == (24 % 20, 3)
     view = torch.randn(8, 1, 32, 32)
@@ -299,7 +283,7 @@ def test_batch_statistics_reveal_the_positive_unless_split_and_permuted(split, p
 
 
 def test_moco_refuses_what_cannot_work():
-    encoder = Encoder("resnet18")
+    encoder = Encoder("tiny")
     with pytest.raises(ValueError, match="queue"):
         MoCo(encoder, queue_size=4)(torch.randn(8, 1, 32, 32), torch.randn(8, 1, 32, 32))
     with pytest.raises(ValueError, match="boxes"):
@@ -323,49 +307,6 @@ def test_output_whitening_stays_outside_the_encoder():
     assert moco.query.decorrelation.running_cov.shape == (16, 32, 32)
 
 
-def train_on_rank(rank, world, port, results, dtype, steps):
-    """Steps of the full method on this rank's share of the same global batches."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    if world > 1:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-        )
-    own = torch.randn(3, 2, 5, dtype=dtype, generator=torch.Generator().manual_seed(rank))
-    order = torch.randperm(3 * world, generator=torch.Generator().manual_seed(steps))
-    assert torch.equal(permuted_rows(own, order), gather(own)[order][3 * rank : 3 * rank + 3])
-    moco = MoCo(
-        Encoder("resnet18", whitening="zca", group_size=4),
-        dim=8,
-        queue_size=20,
-        momentum=0.9,
-        local={"grid": 2, "negatives": "batch"},
-        decorrelation={"method": "zca", "group_size": 4},
-        bn_split=2,
-    ).to(dtype)
-    trained = moco
-    if world > 1:
-        trained = nn.parallel.DistributedDataParallel(moco, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(moco.query.parameters(), lr=0.01)
-    mine = slice(8 // world * rank, 8 // world * (rank + 1))
-    losses = []
-    for batch in training_batches(steps):
-        terms = trained(*(x[mine].to(dtype) for x in batch))
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        optimizer.step()
-        loss = terms["loss"].detach()
-        if world > 1:
-            torch.distributed.all_reduce(loss)
-        losses.append(loss.item() / world)
-    average_running_statistics(moco)
-    torch.save(
-        (losses, moco.state_dict(), [p.grad for p in moco.query.parameters()]), results / f"{rank}.pth"
-    )
-    if world > 1:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("world", "dtype", "steps", "tolerance"),
     [
@@ -375,11 +316,12 @@ def train_on_rank(rank, world, port, results, dtype, steps):
         pytest.param(4, torch.float32, 1, 1e-5, marks=pytest.mark.long),
     ],
 )
-def test_many_ranks_compute_what_one_does(tmp_path, free_port, world, dtype, steps, tolerance):
+def test_many_ranks_compute_what_one_does(server, tmp_path, free_port, world, dtype, steps, tolerance):
     train_on_rank(0, 1, 0, tmp_path, dtype, steps)
     losses, state, gradients = torch.load(tmp_path / "0.pth", weights_only=True)
-    arguments = (world, free_port, tmp_path, dtype, steps)
-    torch.multiprocessing.spawn(train_on_rank, args=arguments, nprocs=world)
+    command = ["tests/ranks.py", tmp_path, world, free_port, str(dtype), steps]
+    ranks = [server.start([*command, rank], tmp_path / f"{rank}.log") for rank in range(world)]
+    assert [rank.wait() for rank in ranks] == [0] * world
     scale = torch.stack([gradient.norm() for gradient in gradients]).norm()
     for rank in range(world):
         rank_losses, rank_state, rank_gradients = torch.load(tmp_path / f"{rank}.pth", weights_only=True)

@@ -19,7 +19,8 @@ def losses_of(rows):
 
 
 def test_a_run_leaves_what_it_promises(train, tmp_path, capsys):
-    rows = train("run", "log.rank_every=1")
+    settings = ("model.arch=resnet18", "log.rank_every=1")
+    rows = train("run", *settings)
     steps = losses_of(rows)
     assert sorted(steps) == list(range(1, 7))  # 18 slices: three steps an epoch
     names = {"step", "epoch", "loss", "global", "local", "accuracy", "similarity", "lr", "images_per_second"}
@@ -50,10 +51,10 @@ def test_a_run_leaves_what_it_promises(train, tmp_path, capsys):
         with Image.open(tmp_path / "run" / name) as picture:
             assert picture.width >= 600
 
-    train("run", "log.rank_every=1")  # once more: finished
+    train("run", *settings)  # once more: finished
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="optim.lr"):
-        train("run", "optim.lr=0.5")
+        train("run", "model.arch=resnet18", "optim.lr=0.5")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pretraining.guard import Guard
 
 def moco_and_views():
     torch.manual_seed(0)
-    model = MoCo(Encoder("resnet18", whitening="zca"), dim=8, queue_size=16, bn_split=2)
+    model = MoCo(Encoder("tiny", whitening="zca"), dim=8, queue_size=16, bn_split=2)
     return model, torch.randn(4, 1, 32, 32)
 
 
