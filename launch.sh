@@ -5,7 +5,7 @@
 #   bash launch.sh test [-m long]                  lint and the test suite; with -m long its long part
 #   bash launch.sh pretrain CONFIG [key=value ...] train_moco.py on what this machine has
 #   bash launch.sh evaluate CONFIG [key=value ...] eval_seg.py, likewise
-#   bash launch.sh ablation [--only METHOD ...]    the tables of docs/RESULTS.md: hours on 2 cores, goes on any time
+#   bash launch.sh ablation [--only METHOD ...]    the tables of docs/RESULTS.md: hours on 2 cores, resumes any time
 #
 # pretrain and evaluate use plain Python on a CPU or one GPU and torchrun on several GPUs. GPUS=n uses n
 # processes per node instead of one per GPU; MAX_RESTARTS=n starts them anew up to n times after one has died.
@@ -18,7 +18,7 @@
 #       launch.sh pretrain configs/abdomen1k.yaml
 #
 # SIGTERM, SIGUSR1 and Ctrl-C end pretraining after the step under way; it saves, the exit code is 75, and the
-# same command goes on. After SIGUSR1 a SLURM job also goes back into the queue. A second Ctrl-C: at once.
+# same command resumes the run. After SIGUSR1 a SLURM job also goes back into the queue. A second Ctrl-C: at once.
 #
 # The current Python is used if it has what requirements.txt names; else .venv is made here, once. PYTHON=...
 # names another one to begin with.
@@ -223,10 +223,10 @@ leave() { # CODE [FOLDER]: exit as the run has ended; one that has stopped and s
         read -r text <"$marker" || true
         text=${text#*'"reason": "'}
         code=75 reason=${STOP:-${text%%'"'*}}
-        line="stopped ($reason) and saved; the same command goes on from there"
+        line="stopped ($reason) and saved; the same command resumes the run"
     elif [ "$code" -ne 0 ] && [ -n "$CHILD" ] && [ "$KIND" != python ]; then
         line="error: training has ended with exit code $code, the lines above say why;"
-        line="$line the same command goes on from the last checkpoint"
+        line="$line the same command resumes from the last checkpoint"
     fi
     # Of a job's many launch.sh that of the batch script speaks and acts.
     [ "${LAUNCHED_BY:-}" != "${SLURM_JOB_ID:-none}" ] || exit "$code"

@@ -21,7 +21,7 @@ from engine.config import Config, ConfigError, one_line
 from engine.files import write_whole
 from engine.process import Process
 
-STOPPED = 75  # EX_TEMPFAIL: stopped on request, everything is saved, the same command goes on
+STOPPED = 75  # EX_TEMPFAIL: stopped on request, everything is saved, the same command resumes
 
 
 class StopRequest:
@@ -77,7 +77,7 @@ def leave(folder: Path, step: int, reasons: list[str], process: Process) -> int:
     reason = next(filter(None, reasons))
     if process.is_main:
         write_whole(folder / STOP_MARKER, json.dumps({"step": step, "reason": reason}) + "\n")
-    process.say(f"stopped after step {step} ({reason}); the same command goes on from there")
+    process.say(f"stopped after step {step} ({reason}); the same command resumes the run")
     process.barrier()  # nobody leaves, and is missed by torchrun, before all is on disk
     return stopped_code(reason)
 
@@ -167,7 +167,7 @@ def outside_cause(error: RuntimeError) -> str | None:
         return f"out of memory; a smaller optim.batch_size or data.size, or optim.accumulate ({text[:160]})"
     if isinstance(error, dist.DistError) or ("RANK" in os.environ and LOST_PEER.search(text)):
         rank = os.environ.get("RANK", "0")
-        advice = "the same command goes on from the last checkpoint"
+        advice = "the same command resumes from the last checkpoint"
         return f"rank {rank} has lost another process; {advice} ({text[:160]})"
     if "DataLoader" in text:
         return text

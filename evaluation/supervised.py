@@ -110,7 +110,7 @@ def resume(cfg: Config, process: Process, trained: nn.Module, optimizer) -> tupl
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise ConfigError(f"run.out: the checkpoint in {cfg.run.out} is not one of this program") from None
     check_same_encoder(cfg, encoder)
-    process.say(f"going on from step {start}")
+    process.say(f"resuming from step {start}")
     return start, best
 
 
@@ -120,7 +120,7 @@ def save(cfg: Config, trained: nn.Module, optimizer, step: int, best: float | No
     try:
         save_checkpoint(Path(cfg.run.out), state)
     except OSError as error:
-        warn(f"step {step}: no checkpoint written ({error}); training goes on")
+        warn(f"step {step}: no checkpoint written ({error}); training continues")
 
 
 def parameter_groups(cfg: Config, trained: nn.Module) -> list[dict]:

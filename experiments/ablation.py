@@ -1,6 +1,6 @@
 """Does each part of the method do what it claims? Pretrain, evaluate and compare them under one protocol.
 
-    bash launch.sh ablation                          # all of configs/ablation.yaml here; goes on where it was
+    bash launch.sh ablation                          # all of configs/ablation.yaml here; resumes where it was
     bash launch.sh ablation --only moco full --seeds 0
     bash launch.sh ablation --out runs/other phantom.seed=7        # the same on other patients
     bash launch.sh ablation --table                  # only the tables of what is finished
@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             ablation.run(args.only or names, args.seeds or protocol["seeds"])
         except Stopped:
-            print("stopped and saved; the same command goes on from there", file=sys.stderr)
+            print("stopped and saved; the same command resumes the run", file=sys.stderr)
             return STOPPED
     records = ablation.cells.read()
     print(findings.tables(records, protocol))

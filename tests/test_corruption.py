@@ -230,7 +230,7 @@ NASTY = {
     "a name is not UTF-8": ("data.py check --root odd", ODD, b"", 1, "not a PNG"),
     "a name is too long": (f"{STEP} data.root={'x' * 5000}", "set/few.txt", "x", 2, ""),
     "a flipped bit in a checkpoint": (f"{TRAIN} run.out=stopped", STOPPED, flip, 2, "cannot read"),
-    "a flipped bit in the newest": (f"{TRAIN} run.out=two", TWO, flip, 0, "going on from"),
+    "a flipped bit in the newest": (f"{TRAIN} run.out=two", TWO, flip, 0, "continuing from"),
     "a flipped bit in encoder.pth": (f"{EVAL} encoder={WEIGHTS}", WEIGHTS, flip, 2, "damaged"),
     "a flipped bit in model.pth": (f"{PREDICT} one", "done/model.pth", flip, 2, "damaged"),
     "code in a checkpoint": (f"{TRAIN} run.out=stopped", STOPPED, torch_file(Code()), 2, "cannot read"),

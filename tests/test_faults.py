@@ -233,7 +233,7 @@ def test_torchrun_restarts_after_the_death_of_a_rank(start, tmp_path, world):
     run.wait_for("step 4/")
     os.kill(run.children()[-1], signal.SIGKILL)
     assert run.end(300) == 0, run.log.read_text()
-    assert "going on from step" in run.log.read_text()
+    assert "resuming from step" in run.log.read_text()
     assert_same(out, whole)
 
 

@@ -186,7 +186,7 @@ def test_under_torchrun_its_processes_are_told_and_not_torchrun(project, number)
     assert run.signal(number).end() == 75
     assert run.count(f"training got {number.name}") == 2
     assert run.count("torchrun got") == 0 and "tool runs" in run.lines
-    assert run.lines[-1] == f"stopped ({number.name}) and saved; the same command goes on from there"
+    assert run.lines[-1] == f"stopped ({number.name}) and saved; the same command resumes the run"
 
 
 def test_a_signal_before_training_is_not_lost(project):
@@ -335,7 +335,7 @@ def test_torchrun_lets_training_save(pretrain, tmp_path, number):
     run = Launched(ROOT, *pretrain, f"run.out={tmp_path}", GPUS="2").until("step 3/16")
     assert run.signal(number).end() == 75, run.lines
     assert json.loads((tmp_path / "stopped.json").read_text())["reason"] == number.name
-    assert run.lines[-1] == f"stopped ({number.name}) and saved; the same command goes on from there"
+    assert run.lines[-1] == f"stopped ({number.name}) and saved; the same command resumes the run"
 
 
 @pytest.mark.long
@@ -350,7 +350,7 @@ def test_two_nodes_stop_together_and_one_goes_on(pretrain, tmp_path, free_port):
     assert [run.end() for run in runs] == [75, 75], runs[0].lines + runs[1].lines
     run = Launched(ROOT, *command, GPUS="2")
     assert run.end() == 0, run.lines
-    assert any("going on from step" in line for line in run.lines) and run.count("step 16/16") == 1
+    assert any("resuming from step" in line for line in run.lines) and run.count("step 16/16") == 1
 
 
 @pytest.mark.long
@@ -359,7 +359,7 @@ def test_a_lost_process_is_replaced(pretrain, tmp_path):
     (torchrun,) = children(run.process.pid)
     os.kill(children(torchrun)[1], signal.SIGKILL)
     assert run.end() == 0, run.lines
-    assert any("going on from step" in line for line in run.lines) and run.count("step 16/16") == 1
+    assert any("resuming from step" in line for line in run.lines) and run.count("step 16/16") == 1
 
 
 def children(pid: int) -> list[int]:

@@ -111,7 +111,7 @@ def test_accumulation_changes_memory_only(train):
         ("augment.scale=[0.5, 0.2]", "augment.scale"),
         ("data.window=[1]", "data.window"),
         ("model.output_stride=4", "model.output_stride: 4 is impossible; wanted 8, 16 or 32"),
-        ("model.queue_size=5", "model.queue_size: 5 is below optim.batch_size 6"),
+        ("model.queue_size=5", "model.queue_size: 5 is impossible; wanted optim.batch_size, 6, or more"),
         ("optim.batch_size=9", "model.queue_size|lists only|optim.batch_size"),
         ("optim.accumulate=4", "does not divide by 1 processes x 4 accumulation steps"),
         ("model.bn_split=4", "model.bn_split: 4 does not divide the 6 samples"),
