@@ -4,7 +4,7 @@
     dense_structure     the DSE of arXiv 2510.17299
     image_share         how much of the variance of dense features lies between images
     grey_readout        what a linear map reads off dense features
-    label_free_score    what the best checkpoint of a run is picked by
+    label_free_score    the score that picks a run's best encoder
 
 The effective rank of pooled features (RankMe, losses.effective_rank) describes whole images. Segmentation
 needs features of single positions that fall into groups (dense_structure), differ within an image
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from losses import effective_rank_of, singular_values
 
-SLICES = 2048  # at most, whose features are measured, and as many vectors of single positions
-STRUCTURED = 128  # of them at most, whose dense structure is estimated
-POSITIONS = 64  # of each of those
+SLICES = 2048  # measured at most; also the number of position vectors
+STRUCTURED = 128  # slices at most whose dense structure is estimated
+POSITIONS = 64  # per slice, for that
 
 GROUP = 8  # images whose positions are clustered together
-CLUSTERS = 24  # of such a group
-IMAGE_CLUSTERS = 3  # of one image
+CLUSTERS = 24  # per group
+IMAGE_CLUSTERS = 3  # per image
 RECENT = 8  # log lines over which the cosine of keys is averaged
 
 
@@ -35,7 +35,7 @@ class FeatureSample:
     Args:
         slices: how many there will be, over all calls of `add`.
         generator: draws the positions, the same number in each slice.
-        vectors: so many of single positions.
+        vectors: number of position vectors.
     """
 
     def __init__(self, slices: int, generator: torch.Generator, vectors: int = SLICES):
@@ -106,7 +106,7 @@ def dense_structure(features: Tensor, seed: int = 0) -> dict[str, float]:
     ranks = [effective_rank_of(values) for values in torch.linalg.svdvals(shuffled)]
     terms = {
         "inter": float(torch.stack(inter).mean() / scale),
-        "intra": float((mean_of(group_radii) + mean_of(image_radii)) / 2 / scale),
+        "intra": float((mean_or_one(group_radii) + mean_or_one(image_radii)) / 2 / scale),
         "dimension": sum(ranks) / len(ranks) / min(images, channels),
         "image_share": image_share(features),
     }
@@ -204,6 +204,6 @@ def cluster_radii(points: Tensor, labels: Tensor) -> list[Tensor]:
     ]
 
 
-def mean_of(values: list[Tensor]) -> Tensor:
+def mean_or_one(values: list[Tensor]) -> Tensor:
     """As the authors' code, 1 (0 would be the best value) if there is no cluster to measure."""
     return torch.stack(values).mean() if values else torch.ones((), dtype=torch.float64)

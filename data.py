@@ -40,7 +40,7 @@ from ct.layout import (
 from ct.slices import AIR, IGNORE, DataError, mask_size, read_mask, read_stored, slice_header
 from engine.config import one_line
 
-BAD_IN_A_ROW = 100  # unreadable slices one after the other that end a run with skip_bad too
+BAD_IN_A_ROW = 100  # consecutive unreadable slices that end a run even with skip_bad
 log = logging.getLogger("med-moco")
 
 # ---- Intensities ---------------------------------------------------------------------------------
@@ -99,8 +99,7 @@ def network_input(unit: Tensor, intensity: Intensity, in_channels: int) -> Tenso
 
 def fit(image, size, fill, nearest=False):
     """An image (H, W) brought to `size` (h, w): scaled to fit inside with its aspect ratio kept, centred, the
-    rest filled. Bilinear (antialiased where it shrinks), or nearest for masks. A tensor of any dtype,
-    kept."""
+    rest filled. Bilinear (antialiased where it shrinks), or nearest for masks. The dtype is kept."""
     if tuple(image.shape) == tuple(size):
         return image
     height, width, top, left = placement(image.shape, size)
@@ -134,7 +133,7 @@ class SliceDataset(Dataset):
               (see `fit`).
     skip_bad  leave out listed files that are missing, and give the next readable slice of the list for an
               unreadable one, both with a warning; without it they are a DataError
-    names, cases    one each a slice;  stored: "hu" or "uint8" (8-bit PNGs)
+    names, cases    one per slice;  stored: "hu" or "uint8" (8-bit PNGs)
     """
 
     def __init__(self, root, list="train.txt", images="images", hu_offset=1024, size=None, skip_bad=False):
@@ -148,16 +147,16 @@ class SliceDataset(Dataset):
         else:
             self.folder, self.names = listed_slices(root, list, images, skip_bad)
             self.cases = Cases(self.names)
-            first, self.stored = self.readable(lambda index: slice_header(self.path(index)), 0)
+            first, self.stored = self.read_or_next(lambda index: slice_header(self.path(index)), 0)
         self.size = tuple(size) if size else tuple(first)
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, index):
-        return self.image(self.readable(self.read, index))[None]
+        return self.on_common_size(self.read_or_next(self.read, index))[None]
 
-    def readable(self, read, index):
+    def read_or_next(self, read, index):
         """read(index), or with skip_bad read(i) of the first slice from there on that can be read."""
         index = range(len(self))[index]
         for tried in range(min(BAD_IN_A_ROW, len(self))):
@@ -186,7 +185,7 @@ class SliceDataset(Dataset):
             )
         return slice
 
-    def image(self, slice):
+    def on_common_size(self, slice):
         """A slice float32 (h, w) as it is on disk -> FloatTensor (H, W) on the common size."""
         return self.to_size(torch.from_numpy(slice), AIR[self.stored])
 
@@ -234,7 +233,7 @@ class SegmentationDataset(SliceDataset):
             raise DataError(
                 f"{self.mask_path(index)}: {mask.shape} px (rows, columns), its image {slice.shape}"
             )
-        image = self.image(slice)
+        image = self.on_common_size(slice)
         mask = self.to_size(torch.from_numpy(mask), IGNORE, nearest=True)
         return image[None], mask.long()
 
@@ -323,10 +322,10 @@ class BatchReader(Dataset):
             note[1] = indices[0]
             slices = zip(indices, self.dataset.packed.read(indices))
         else:
-            slices = (self.dataset.readable(read, index) for index in indices)
+            slices = (self.dataset.read_or_next(read, index) for index in indices)
         replaced = 0
         for row, index, (found, slice) in zip(batch, indices, slices):
-            row[0] = self.dataset.image(slice)
+            row[0] = self.dataset.on_common_size(slice)
             replaced += found != index
         note[1] = -1
         return batch, replaced
@@ -342,7 +341,7 @@ class BatchReader(Dataset):
 def empty(shape, shared):
     """An uninitialised FloatTensor, `shared`: in the memory through which a worker hands it over.
 
-    Moved there only afterwards, batches of some MB leave holes in the worker's heap, up to a hundred of them.
+    Batches moved there only afterwards would fragment the worker's heap.
     """
     if not shared:
         return torch.empty(shape)

@@ -12,7 +12,7 @@ prints its table; after a stop it resumes from the last validation or, if it was
 SIGUSR1, Ctrl-C; exit code 75), from the last step.
 
 Under torchrun a batch is divided among the processes and gradients are averaged; BatchNorm normalises each
-process's share (no SyncBatchNorm: shares of 4 crops and more do without). Cases are divided for scoring.
+process's share (no SyncBatchNorm: not needed for 4 or more crops per process). Cases are divided for scoring.
 """
 
 import argparse
@@ -96,16 +96,8 @@ from data import DataError, Intensity, SegmentationDataset, network_input
 from engine.files import make_run_folder, write_whole
 from engine.process import Process, start_process, warn
 from engine.stopping import StopRequest, begin, run_script
-from evaluation import report
+from evaluation import encoder_file, report
 from evaluation.batches import Batches, frozen_collapse
-from evaluation.encoder_file import (
-    build_encoder,
-    check_same_encoder,
-    encoder_facts,
-    encoder_path,
-    normalisation,
-    sha256,
-)
 from evaluation.segmenter import Description, build_model, frozen_features, predict, save_model
 from evaluation.supervised import Stopped, train, training_positions
 from models import Encoder, WeightsError, read_weights, seeded
@@ -175,9 +167,9 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     torch.manual_seed(cfg.seed)
     classes = class_names(cfg.data.root, cfg.data.classes)
     sets = open_sets(cfg, len(classes))
-    facts = encoder_facts(encoder_path(cfg))
-    intensity = normalisation(cfg, facts, sets["train"].stored)
-    encoder = build_encoder(cfg, facts, process)
+    facts = encoder_file.facts_of(encoder_file.path_of(cfg))
+    intensity = encoder_file.normalisation(cfg, facts, sets["train"].stored)
+    encoder = encoder_file.build_encoder(cfg, facts, process)
     shape = (encoder.arch, encoder.in_channels, encoder.output_stride)
     about = Description(cfg.mode, *shape, classes, intensity.as_dict(), sets["train"].stored)
     model = build_model(about, encoder, process).eval()
@@ -256,7 +248,7 @@ def write_results(cfg: Config, folder: Path, results: dict) -> None:
     """results.json, which comes last, since it marks the run as finished, and the tables made of it."""
     results = results | {
         "encoder": cfg.encoder,
-        "encoder_sha256": sha256(encoder_path(cfg)),
+        "encoder_sha256": encoder_file.sha256(encoder_file.path_of(cfg)),
         "mode": cfg.mode,
         "seed": cfg.seed,
         "label_fraction": cfg.label_fraction,
@@ -290,7 +282,7 @@ def finished(cfg: Config, folder: Path) -> dict | None:
     if not results.is_file():
         return None
     content = report.read_results(folder)
-    check_same_encoder(cfg, content["encoder_sha256"])
+    encoder_file.check_same_encoder(cfg, content["encoder_sha256"])
     return content
 
 

@@ -2,10 +2,10 @@
 
 Everything here is plain tensors in, tensors out, and needs only torch, so the file can be copied alone:
 
-    info_nce, local_info_nce        MoCo's loss and its version for the regions of an image
-    queue_nce                       info_nce of keys and a queue that are unit vectors, without a copy of it
+    info_nce, local_info_nce        MoCo's loss and its version for the regions of an image, in plain form
+    queue_nce, local_nce_per_image  the same as training uses them: of unit vectors, and for each image
     matched_points, sample_regions  where the regions of two crops lie, and their feature vectors
-    ZCAWhitening, IterNorm          feature decorrelation (inverse_sqrt is its heart)
+    ZCAWhitening, IterNorm          feature decorrelation (built on inverse_sqrt)
     singular_values, effective_rank how far features have collapsed
     segmentation_loss               cross entropy for the evaluation
 

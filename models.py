@@ -225,18 +225,20 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class Keys(NamedTuple):
-    """What the momentum encoder says about this process's n samples, and the points to compare them at."""
+    """The momentum encoder's outputs for this process's n samples, and the points to compare them at."""
 
     projection: Tensor  # (n, D), normalised
-    everyone: Tensor  # (N, D): the projections of the global batch, in its order, for the queue
+    global_projections: Tensor  # (N, D), of the whole batch in its order, for the queue
     regions: Tensor | None = None  # (n, R, 128)
-    everyones_regions: Tensor | None = None  # (N, R, 128), if those of other images are negatives
+    global_regions: Tensor | None = None  # (N, R, 128), if those of other images are negatives
     query_points: Tensor | None = None  # (n, R, 2)
-    local_share: Tensor | None = None  # (n,): weights whose mean over the global batch is 1; 0 = left out
+    local_weight: Tensor | None = None  # (n,): weights whose mean over the global batch is 1; 0 = left out
 
     def part(self, rows: slice) -> "Keys":
         """The same for some of this process's samples, for gradient accumulation."""
-        own = {name: getattr(self, name) for name in ("projection", "regions", "query_points", "local_share")}
+        own = {
+            name: getattr(self, name) for name in ("projection", "regions", "query_points", "local_weight")
+        }
         return self._replace(**{name: value[rows] for name, value in own.items() if value is not None})
 
 
@@ -246,13 +248,13 @@ class MoCo(nn.Module):
     One step of training is `forward(query_view, key_view, ...)["loss"].backward()` and an optimiser step.
     For gradient accumulation, or to skip bad steps, call what forward consists of: `encode_keys` once per
     global batch, `forward` with each part of the keys, `enqueue` once, and `update_momentum_encoder` after
-    the optimiser (which is the same as before the next keys). In evaluation mode neither the momentum
+    the optimiser (equivalent to updating before the next keys). In evaluation mode neither the momentum
     encoder nor the queue moves.
 
     If the samples of a query batch were normalised together in the key batch too, the positive could be
-    recognised by the shared batch statistics instead of by its content. So BatchNorm uses sub-batches of
-    `bn_split` samples and the key batch is permuted, over all processes, by a permutation that depends on
-    (seed, step) only. One process and many compute the same.
+    recognised by the shared batch statistics instead of by its content. MoCo's answer is shuffling BN; here
+    BatchNorm uses sub-batches of `bn_split` samples and the key batch is permuted, over all processes, by a
+    permutation that depends on (seed, step) only. One process and many compute the same.
 
     Args:
         encoder: becomes the query encoder; the momentum encoder is a copy.
@@ -326,13 +328,14 @@ class MoCo(nn.Module):
         Args:
             query_view, key_view: (n, C, H, W), this process's share of the global batch, in its order.
             query_box, key_box: (n, 5), see `losses.matched_points`; needed for local.match = overlap.
-            keys: of `encode_keys`, instead of all but the query views: only the losses are computed then.
+            keys: what `encode_keys` returned, in place of key_view and the boxes. Then only the losses are
+                computed: neither momentum encoder nor queue moves.
 
         Returns:
             "loss", the weighted sum of "global" and "local"; "accuracy": the share of queries that are
             nearer to their own key than to any of the queue; "similarity": the mean cosine of the keys of
-            different images. Scalars. Near 1, the similarity says that all images are one point, and that
-            the accuracy only tells new keys from old ones, which that point has moved away from.
+            different images. Scalars. With a similarity near 1 all images have the same key; accuracy can
+            still be high then, since older keys, in the queue, lie elsewhere.
         """
         whole_step = keys is None
         if whole_step:
@@ -346,7 +349,7 @@ class MoCo(nn.Module):
         if self.local is not None:
             terms["loss"] = terms["loss"] + self.local["weight"] * terms["local"]
         terms["accuracy"] = nearest.float().mean()
-        terms["similarity"] = mean_cosine(keys.everyone)
+        terms["similarity"] = mean_cosine(keys.global_projections)
 
         if whole_step:
             self.enqueue(keys)
@@ -360,36 +363,38 @@ class MoCo(nn.Module):
 
         Each process encodes its share, in `parts` parts, which saves memory.
         """
-        query_points, key_points, share = self._match_regions(key_view, query_box, key_box)
+        query_points, key_points, weight = self._match_regions(key_view, query_box, key_box)
         order = self._key_order(len(key_view) * world_size())
         view, points = permuted_rows(key_view, order), permuted_rows(key_points, order)
 
-        pieces = [(view[rows], None if points is None else points[rows]) for rows in slices(len(view), parts)]
+        pieces = [
+            (view[rows], None if points is None else points[rows]) for rows in row_ranges(len(view), parts)
+        ]
         projections, regions = zip(*(self.key(*piece) for piece in pieces))
 
         back = torch.argsort(order)
         projection = F.normalize(at_least_float32(torch.cat(projections)), dim=1)
         projection = permuted_rows(projection, back)  # (n, D), of this process's own samples again
-        everyone, everyones_regions = gather(projection), None  # (N, D)
+        global_projections, global_regions = gather(projection), None  # (N, D)
         if self.local is None:
-            return Keys(projection, everyone)
+            return Keys(projection, global_projections)
         regions = permuted_rows(at_least_float32(torch.cat(regions)), back)  # (n, R, 128)
         if self.local["negatives"] == "batch":
-            everyones_regions = gather(regions)  # (N, R, 128)
-        return Keys(projection, everyone, regions, everyones_regions, query_points, share)
+            global_regions = gather(regions)  # (N, R, 128)
+        return Keys(projection, global_projections, regions, global_regions, query_points, weight)
 
     def local_loss(self, regions: Tensor | None, keys: Keys) -> Tensor:
         """The local InfoNCE of regions (n, R, 128), mean over the images whose views overlap enough."""
         if self.local is None:
             return keys.projection.new_zeros(())
         per_image = local_nce_per_image(
-            regions, keys.regions, self.local["temperature"], keys.everyones_regions
+            regions, keys.regions, self.local["temperature"], keys.global_regions
         )  # (n,)
-        return torch.where(keys.local_share > 0, per_image * keys.local_share, 0).mean()
+        return torch.where(keys.local_weight > 0, per_image * keys.local_weight, 0).mean()
 
     @torch.no_grad()
     def update_momentum_encoder(self, ok: Tensor | None = None) -> None:
-        """key <- m * key + (1 - m) * query, all parameters (training only).
+        """key <- m * key + (1 - m) * query, all parameters (training only; running statistics are its own).
 
         ok: a bool scalar on their device; where it is false nothing changes. The host need not know it.
         """
@@ -409,11 +414,11 @@ class MoCo(nn.Module):
         """
         if not self.training:
             return
-        size, batch = self.queue.shape[1], len(keys.everyone)
+        size, batch = self.queue.shape[1], len(keys.global_projections)
         if batch > size:
             raise ValueError(f"a batch of {batch} does not fit into a queue of {size}")
         columns = (self.queue_pointer + torch.arange(batch, device=self.queue.device)) % size
-        entering = keys.everyone.T.to(self.queue.dtype)  # (D, N)
+        entering = keys.global_projections.T.to(self.queue.dtype)  # (D, N)
         if ok is not None:
             entering, batch = torch.where(ok, entering, self.queue[:, columns]), batch * ok
         self.queue[:, columns] = entering
@@ -498,7 +503,7 @@ def permuted_rows(x: Tensor | None, order: Tensor) -> Tensor | None:
     return received[places.to(x.device)]
 
 
-def slices(length: int, parts: int) -> list[slice]:
+def row_ranges(length: int, parts: int) -> list[slice]:
     """`parts` nearly equal slices of range(length)."""
     return [slice(length * i // parts, length * (i + 1) // parts) for i in range(parts)]
 

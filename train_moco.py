@@ -23,11 +23,11 @@ run:
   device: auto              # auto | cpu | cuda
   precision: auto           # auto | fp32 | bf16; auto: bf16 where a GPU has it
   compile: false            # torch.compile the encoders: minutes at the start, some percent faster then
-  save_steps: 0             # checkpoint every so many steps; 0: at the end of every epoch
-  save_minutes: 30.0        # and whenever the last one is so old; 0: never for that reason
-  max_bad_steps: 10         # so many steps in a row whose loss or gradient is not finite end the run
+  save_steps: 0             # checkpoint every N steps; 0: at the end of every epoch
+  save_minutes: 30.0        # and when the last checkpoint is this many minutes old; 0: never for that reason
+  max_bad_steps: 10         # this many steps in a row whose loss or gradient is not finite end the run
   skip_bad: false           # unreadable slices: false: end the run | true: the next one is read instead
-  timeout_minutes: 10.0     # how long to wait for another process, or for a reading one, before giving up
+  timeout_minutes: 10.0     # how long to wait for another process, or for a DataLoader worker
   deterministic: false      # the same bits on the same GPU, slower; a CPU run always gives the same bits
 data:
   root: null                # a data set's folder, or a packed set
@@ -39,7 +39,7 @@ data:
   hu_offset: 1024           # HU = 16-bit value - hu_offset
   mean: 0.5                 # of the windowed values; `data.py check` measures both
   std: 0.25
-  workers: 4                # reading processes for each training process
+  workers: 4                # DataLoader workers of each training process
 augment:
   scale: [0.2, 1.0]         # area of a crop as a fraction of the slice
   flip: 0.0                 # probability; 0 because organs have sides
@@ -54,13 +54,13 @@ model:
   arch: resnet50            # resnet18 | resnet26 | resnet26_half | resnet34 | resnet50 | resnet101
   in_channels: 1
   output_stride: 32         # 32 | 16 | 8, during pretraining
-  dim: 128
+  dim: 128                  # length of the projections
   queue_size: 65536         # negatives; keep it at half the training set or less
   momentum: 0.999           # of the momentum encoder
   weight: 1.0               # loss = model.weight * global + local.weight * local
   temperature: 0.2
   init: random              # or a weights file to start from
-  bn_split: 32              # samples normalised together; divides each process's part of the batch
+  bn_split: 32              # samples that BatchNorm normalises together; divides a process's share; 0: all
 local:
   weight: 0.5               # 0: off
   match: overlap            # overlap: the same anatomy in both views | grid: the same cell (the paper's)
@@ -83,12 +83,12 @@ optim:
   momentum: 0.9
   weight_decay: 1.0e-4
   warmup_epochs: 10.0
-  max_steps: 0              # stop the schedule after so many steps; 0: after `epochs`
+  max_steps: 0              # length of the whole schedule in steps; 0: `epochs` decides
 log:
   every: 10                 # steps between lines of metrics.jsonl
   tensorboard: true         # event files in run.out, if tensorboard is installed
   rank_every: 10            # epochs between measurements of collapse; 0: only at the start and the end
-  encoders: false           # keep the encoder of each of them, as encoder_STEP.pth
+  encoders: false           # keep the encoder of each measurement, as encoder_STEP.pth
 """
 
 
@@ -103,13 +103,24 @@ from contextlib import nullcontext
 
 import torch
 
-from data import BatchReader, DataError, Intensity, SliceDataset, TwoViews, default_window, network_input
+from augment import TwoViews
+from data import BatchReader, DataError, Intensity, SliceDataset, default_window, network_input
 from engine.process import Process, start_process
 from engine.stopping import StopRequest, naming_lost_workers, run_script
-from models import ARCHITECTURES, LAYERS, Encoder, MoCo, WeightsError, load_encoder_weights, seeded, slices
+from models import (
+    ARCHITECTURES,
+    LAYERS,
+    Encoder,
+    MoCo,
+    WeightsError,
+    load_encoder_weights,
+    row_ranges,
+    seeded,
+)
 from pretraining.run import NotFinite, Run
 from pretraining.schedule import learning_rate
 
+# Settings that may be null, and their type otherwise.
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "decorrelation.eps": float}
 
 
@@ -117,13 +128,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     cfg = load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
     check_config(cfg)
-    if args.folder:
+    if args.folder:  # launch.sh asks
         print(cfg.run.out)
         return 0
     process = start_process(cfg.run)
-    place = (cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
-    dataset = SliceDataset(*place, skip_bad=cfg.run.skip_bad)
-    if len(counts := set(process.everyone(len(dataset)))) > 1:
+    source = (cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
+    dataset = SliceDataset(*source, skip_bad=cfg.run.skip_bad)
+    if len(counts := set(process.gather(len(dataset)))) > 1:
         raise DataError(f"{cfg.data.list}: not the same for all processes, {sorted(counts)} slices")
     reader = BatchReader(dataset, cfg.data.workers)
     with StopRequest(process.rank) as stop, naming_lost_workers(reader):
@@ -145,7 +156,7 @@ def pretrain(cfg: Config, process: Process, reader: BatchReader, stop: StopReque
 
     network, guard = run.distributed(), run.guard
     share = cfg.optim.batch_size // process.world  # of each global batch
-    parts = slices(share, cfg.optim.accumulate)
+    parts = row_ranges(share, cfg.optim.accumulate)
     for stored, unreadable in run.batches():  # (n, 1, H, W), HU or 8-bit values
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.step, run.steps_per_epoch, run.total_steps, cfg.optim)
@@ -157,7 +168,8 @@ def pretrain(cfg: Config, process: Process, reader: BatchReader, stop: StopReque
         *pair, query_box, key_box = views(unit, generator, process.rank * share, cfg.optim.batch_size)
         query_view, key_view = (network_input(view, intensity, cfg.model.in_channels) for view in pair)
 
-        # Keys, one of each slice and one of each of its regions, by the momentum encoder. No gradient.
+        # The momentum encoder's keys of slices and regions, without gradient. They are encoded in an order
+        # that is shuffled over all processes (MoCo's shuffling BN).
         with process.autocast():
             keys = model.encode_keys(key_view, query_box, key_box, parts=cfg.optim.accumulate)
 
@@ -165,25 +177,26 @@ def pretrain(cfg: Config, process: Process, reader: BatchReader, stop: StopReque
         # keys in the queue, local InfoNCE against the other regions of the same slice (models.MoCo.forward).
         terms = {}
         for rows in parts:
-            last = rows is parts[-1]  # with which gradients are averaged over processes
+            last = rows is parts[-1]  # only its backward pass averages gradients over processes
             with nullcontext() if last or process.world == 1 else network.no_sync():
                 with process.autocast():
-                    found = network(query_view[rows], keys=keys.part(rows))
-                (found["loss"] / len(parts)).backward()
-            terms = {name: terms.get(name, 0) + value.detach() / len(parts) for name, value in found.items()}
+                    losses = network(query_view[rows], keys=keys.part(rows))
+                (losses["loss"] / len(parts)).backward()
+            terms = {name: terms.get(name, 0) + value.detach() / len(parts) for name, value in losses.items()}
 
         # The query encoder takes its step, the momentum encoder follows, the keys enter the queue. Where the
         # loss or a gradient is not finite (ok is false), none of this changes anything.
         terms = run.over_processes(terms, unreadable)
-        ok = guard.judge(terms["loss"])
+        ok = guard.judge(terms["loss"])  # also sets optimizer.found_inf, with which fused SGD skips the step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.update_momentum_encoder(ok)
         model.enqueue(keys, ok)
-        guard.put_back(ok)
+        guard.restore_unless(ok)
 
-        if run.step_done(terms):  # logged, and measured and saved where that is due
-            return run.leave()  # on request
+        stopping = run.after_step(terms)  # logs; measures and saves where that is due
+        if stopping:
+            return run.leave()
     run.finish()
     return 0
 
@@ -273,11 +286,10 @@ def make_views(cfg: Config, dataset: SliceDataset, intensity: Intensity) -> TwoV
 
 
 def make_optimizer(cfg: Config, model: MoCo) -> torch.optim.SGD:
+    """Fused: only fused optimisers skip a step by `found_inf` (pretraining/guard.py)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optim = cfg.optim
-    optimizer = torch.optim.SGD(
-        parameters, optim.lr, optim.momentum, weight_decay=optim.weight_decay, fused=True
-    )
+    optimizer = torch.optim.SGD(parameters, optim.lr, optim.momentum, 0, optim.weight_decay, fused=True)
     for parameter in parameters:  # or a first step that is skipped would leave them undefined
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

@@ -41,7 +41,7 @@ class Process:
             dist.broadcast_object_list(result)
         return result[0]
 
-    def everyone(self, value) -> list:
+    def gather(self, value) -> list:
         """The values of all processes, in order of rank."""
         values = [value] * self.world
         if self.world > 1:

@@ -10,12 +10,12 @@ from engine.process import Process
 from models import Encoder, WeightsError, load_encoder_weights
 
 
-def encoder_path(cfg: Config) -> Path | None:
+def path_of(cfg: Config) -> Path | None:
     """The weights file; None for a random encoder."""
     return None if cfg.encoder == "random" else Path(cfg.encoder.removeprefix("torchvision:")).expanduser()
 
 
-def encoder_facts(path: Path | None) -> dict:
+def facts_of(path: Path | None) -> dict:
     """What encoder.json beside our encoder.pth says: {"arch", "normalisation": {...}}; {} without one."""
     sidecar = path and path.with_suffix(".json")
     if sidecar is None or not sidecar.is_file():
@@ -40,7 +40,7 @@ def agreed(cfg: Config, name: str, facts: dict):
         return given
     left_open = "auto" if key == "window" else None
     if given not in (left_open, facts[key]):
-        raise ConfigError(f"{name}: {given!r} contradicts {facts[key]!r} of {encoder_path(cfg)}")
+        raise ConfigError(f"{name}: {given!r} contradicts {facts[key]!r} of {path_of(cfg)}")
     return facts[key]
 
 
@@ -55,7 +55,7 @@ def normalisation(cfg: Config, facts: dict, stored: str) -> Intensity:
 
 def build_encoder(cfg: Config, facts: dict, process: Process) -> Encoder:
     """The encoder with its initial weights, at the evaluation's output stride."""
-    path = encoder_path(cfg)
+    path = path_of(cfg)
     arch = agreed(cfg, "model.arch", facts) or "resnet50"
     with config_errors():
         encoder = Encoder(arch, cfg.model.in_channels)
@@ -66,7 +66,7 @@ def build_encoder(cfg: Config, facts: dict, process: Process) -> Encoder:
 
 
 def check_same_encoder(cfg: Config, before: str | None) -> None:
-    if before != sha256(encoder_path(cfg)):
+    if before != sha256(path_of(cfg)):
         raise ConfigError(
             f"encoder: {cfg.encoder} has changed since the run in {cfg.run.out}; remove that run"
         )

@@ -13,7 +13,7 @@ from engine.files import MetricsLog, load_checkpoint, load_optimizer, save_check
 from engine.process import Process, progress, warn
 from engine.stopping import StopRequest, leave
 from evaluation.batches import Batches
-from evaluation.encoder_file import check_same_encoder, encoder_path, sha256
+from evaluation.encoder_file import check_same_encoder, path_of, sha256
 from evaluation.report import percent
 from evaluation.segmenter import at_size
 from losses import segmentation_loss
@@ -87,11 +87,11 @@ def train(
             best = dice
             keep()
         looking = process.world == 1 or done % cfg.log.every == 0  # asking all processes takes time
-        stopping = not last and looking and any(process.everyone(bool(stop)))
+        stopping = not last and looking and any(process.gather(bool(stop)))
         if process.is_main and not last and ("val_dice" in row or stopping):
             save(cfg, trained, optimizer, done, best)
         if stopping:
-            raise Stopped(leave(folder, done, process.everyone(stop.reason), process))
+            raise Stopped(leave(folder, done, process.gather(stop.reason), process))
     return best
 
 
@@ -116,7 +116,7 @@ def resume(cfg: Config, process: Process, trained: nn.Module, optimizer) -> tupl
 
 def save(cfg: Config, trained: nn.Module, optimizer, step: int, best: float | None) -> None:
     state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"step": step, "best": best, "encoder_sha256": sha256(encoder_path(cfg))}
+    state |= {"step": step, "best": best, "encoder_sha256": sha256(path_of(cfg))}
     try:
         save_checkpoint(Path(cfg.run.out), state)
     except OSError as error:

@@ -108,7 +108,7 @@ def local_task(
     keys = model.encode_keys(key, query_box, key_box, parts=-(-len(key) // 32))
     parts = zip(query.split(32), keys.query_points.split(32))
     regions = torch.cat([at_least_float32(model.query(*part)[1]) for part in parts])
-    keep = keys.local_share > 0
+    keep = keys.local_weight > 0
     similarity = F.normalize(regions, dim=2) @ F.normalize(keys.regions, dim=2).mT  # (N, R, R)
     right = similarity.argmax(dim=2) == torch.arange(similarity.shape[1], device=similarity.device)
     loss = local_nce_per_image(regions, keys.regions, model.local["temperature"])

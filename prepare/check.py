@@ -7,16 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ct.layout import (
-    all_slices,
-    case_of,
-    class_names,
-    find_slices,
-    mask_path,
-    read_list,
-    read_spacing,
-    split_folder,
-)
+from ct import layout
 from ct.slices import IGNORE, DataError, in_threads, read_mask, read_stored
 from data import default_window
 from engine.config import one_line
@@ -71,14 +62,14 @@ class Summary:
             self.voxels += found.labels
             self.slices += found.labels > 0
             for label in np.flatnonzero(found.labels):
-                self.cases[int(label)].add(case_of(found.slice.name))
+                self.cases[int(label)].add(layout.case_of(found.slice.name))
 
 
 def check_set(args):
     """The check command; returns the exit code: 1 if any file is bad."""
     root = Path(args.root)
-    names = class_names(root) if (root / "classes.json").exists() else None
-    read_spacing(root)
+    names = layout.class_names(root) if (root / "classes.json").exists() else None
+    layout.read_spacing(root)
     lists = list_files(root, args.list)
     to_read, bad = collect(root, lists, args)
     summary = Summary()
@@ -112,22 +103,22 @@ def collect(root, lists, args):
     slices, bad, splits_of = {}, [], defaultdict(list)
     for list_name in lists:
         split = Path(list_name or "").stem
-        images, masks = (split_folder(root, list_name, folder) for folder in (args.images, args.masks))
-        names = read_list(root / list_name) if list_name else all_slices(images)
-        found = find_slices(images, names)
+        images, masks = (layout.split_folder(root, list_name, folder) for folder in (args.images, args.masks))
+        names = layout.read_list(root / list_name) if list_name else layout.all_slices(images)
+        found = layout.find_slices(images, names)
         missing = [name for name, there in zip(names, found) if there is None]
         bad += [f"{images / name}: in {list_name}, but missing" for name in missing]
         needs_mask = masks.is_dir() and split != "unlabelled"
         for name in filter(None, found):
-            new = Slice(name, images / name, mask_path(masks, name), needs_mask, split in ("val", "test"))
+            mask = layout.mask_path(masks, name)
+            new = Slice(name, images / name, mask, needs_mask, split in ("val", "test"))
             known = slices.setdefault(new.image, new)
             known.needs_mask |= needs_mask
             known.held_out |= new.held_out
             splits_of[new.image].append(split)
         masks_too = "with masks" if needs_mask else "masks not needed"
-        print(
-            f"{list_name or images}: {len(names)} slices, {masks_too}; cases: {len({*map(case_of, names)})}"
-        )
+        cases = len({*map(layout.case_of, names)})
+        print(f"{list_name or images}: {len(names)} slices, {masks_too}; cases: {cases}")
     warn_of_leaks(slices, splits_of)
     return list(slices.values()), bad
 
@@ -141,7 +132,7 @@ def warn_of_leaks(slices, splits_of):
         print(f"warning: {len(twice)} slices of val or test are in other lists too, the first: {first}")
     splits_of_case = defaultdict(set)
     for image, splits in splits_of.items():
-        splits_of_case[case_of(slices[image].name)] |= {*splits} & {*SPLITS}
+        splits_of_case[layout.case_of(slices[image].name)] |= {*splits} & {*SPLITS}
     shared = sorted(case for case, splits in splits_of_case.items() if len(splits) > 1)
     if shared:
         first = one_line(shared[0])
@@ -229,7 +220,7 @@ def print_labels(summary, names):
         return
     seen = np.flatnonzero(summary.voxels).tolist()
     known = {*range(len(names or ())), *seen}
-    names = names or class_names("", 1 + max({0, 1, *seen} - {IGNORE}))
+    names = names or layout.class_names("", 1 + max({0, 1, *seen} - {IGNORE}))
     print(f"{'label':>5}  {'name':26}{'voxels':>12}{'slices':>8}{'cases':>7}")
     for label in sorted(known):
         name = "ignored" if label == IGNORE else names[label]

@@ -44,7 +44,7 @@ class Guard:
         self.optimizer.found_inf = (~ok).float()
         return ok
 
-    def put_back(self, ok: Tensor) -> None:
+    def restore_unless(self, ok: Tensor) -> None:
         """Call after the step."""
         for tensors, before in zip(self.moved, self.before):
             kept = torch.where(ok, joined(tensors), before).split([t.numel() for t in tensors])

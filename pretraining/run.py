@@ -1,10 +1,12 @@
 """What a pretraining run does around its steps: resume, read, log, measure, save, stop.
 
-train_moco.py trains; everything here serves that a run can be watched, killed and resumed without a trace.
+train_moco.py trains; everything here exists so that a run can be watched, killed, and resumed with the same
+result.
 """
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -24,28 +26,27 @@ from pretraining.run_state import average_running_statistics, averaged_statistic
 from pretraining.schedule import Due, StepBatches, count_steps
 
 
+@dataclass
 class Run:
-    """A run in its folder, from where its checkpoint says it is.
+    """One pretraining run, resumed from the checkpoint in its folder if there is one.
 
     step      optimiser steps done
-    finished  the folder holds all results already; nothing else may be called then
+    finished  the folder holds all results already; then no method may be called
     guard     see pretraining/guard.py
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        process: Process,
-        reader: BatchReader,
-        intensity: Intensity,
-        model: MoCo,
-        optimizer: torch.optim.SGD,
-        stop: StopRequest,
-    ):
-        self.cfg, self.process, self.reader, self.dataset = cfg, process, reader, reader.dataset
-        self.intensity, self.model, self.optimizer, self.stop = intensity, model, optimizer, stop
+    cfg: Config
+    process: Process
+    reader: BatchReader
+    intensity: Intensity
+    model: MoCo
+    optimizer: torch.optim.SGD
+    stop: StopRequest
+
+    def __post_init__(self):
+        cfg, process, self.dataset = self.cfg, self.process, self.reader.dataset
         self.steps_per_epoch, self.total_steps = count_steps(cfg, len(self.dataset), process)
-        self.guard = Guard(model, optimizer, cfg.run.max_bad_steps)
+        self.guard = Guard(self.model, self.optimizer, cfg.run.max_bad_steps)
         self.folder = make_run_folder(cfg.run.out, process)
         self.step, complete = resume(self)
         self.finished = self.step >= self.total_steps and complete
@@ -53,7 +54,7 @@ class Run:
             process.say(f"{self.folder} holds this run, finished after {self.step} steps; nothing to do")
             return
         begin(self.folder, cfg, process)
-        self.monitor = CollapseMonitor(cfg, self.dataset, intensity, process)
+        self.monitor = CollapseMonitor(cfg, self.dataset, self.intensity, process)
         process.say(
             f"{len(self.dataset)} slices of {self.dataset.size[0]} x {self.dataset.size[1]} px; "
             f"{self.total_steps} steps, {self.steps_per_epoch} an epoch; "
@@ -68,9 +69,9 @@ class Run:
     def distributed(self) -> nn.Module:
         """The model with gradients averaged over processes; of a single process the model itself.
 
-        DDP arranges gradients anew after its first backward pass, and with more than two processes that
-        changes how sums are rounded: a run that was resumed would part from one that was never stopped. So
-        the first pass is one over black views that leaves no trace.
+        DDP rebuilds its gradient buckets after its first backward pass, and with more than two processes that
+        changes how sums are rounded: a resumed run would diverge from one that was never stopped. So the
+        first pass is one over views of zeros, whose effects are undone.
         """
         model, process, cfg = self.model, self.process, self.cfg
         if process.world == 1:
@@ -88,15 +89,15 @@ class Run:
             loss = trained(view, keys=keys)["loss"]
         loss.backward()
         model.zero_grad()
-        self.guard.put_back(torch.zeros((), dtype=torch.bool, device=process.device))
+        self.guard.restore_unless(torch.zeros((), dtype=torch.bool, device=process.device))
         return trained
 
     def batches(self) -> Iterator[tuple[Tensor, int]]:
         """For each step that is left: this process's slices (n, 1, H, W) as stored, on the device, and how
-        many of them were unreadable and replaced. Measures the untrained encoder first."""
+        many of them were unreadable and replaced. First measures the encoder, if that is due."""
         cfg, process = self.cfg, self.process
-        place = (len(self.dataset), cfg.optim.batch_size, cfg.seed, process, self.step, self.total_steps)
-        self.order = StepBatches(*place)
+        size, batch = len(self.dataset), cfg.optim.batch_size
+        self.order = StepBatches(size, batch, cfg.seed, process, self.step, self.total_steps)
         loader = batch_loader(self.reader, self.order, cfg.data.workers, process, cfg.run.timeout_minutes)
         if self.due.measuring(self.step) and not process.from_main(
             lambda: self.journal.knows_collapse(self.step)
@@ -119,8 +120,8 @@ class Run:
             dist.all_reduce(row)
         return dict(zip((*terms, *events), row))
 
-    def step_done(self, row: dict[str, Tensor]) -> bool:
-        """Count a step; log, measure and save what is due. Whether the run has to stop, with all saved.
+    def after_step(self, row: dict[str, Tensor]) -> bool:
+        """Count a step; log, measure and save what is due. Whether the run has to stop: all is saved then.
 
         row: of `over_processes`. The host learns of a step when the device has done it: on a GPU, during the
         next one. Raises NotFinite after too many bad steps, with a checkpoint from before them.
@@ -167,13 +168,13 @@ class Run:
         save(self)
 
         def slices_of(step: int) -> list[str]:
-            return [self.dataset.names[i] for i in self.order.everyones(step)]
+            return [self.dataset.names[i] for i in self.order.global_batch(step)]
 
         raise NotFinite(bad_steps_text(bad, slices_of, self.folder, self.process.is_main))
 
     def leave(self) -> int:
         """After a stop: say why, leave a marker; returns the exit code."""
-        return leave(self.folder, self.step, self.process.everyone(self.stop.reason), self.process)
+        return leave(self.folder, self.step, self.process.gather(self.stop.reason), self.process)
 
     def finish(self) -> None:
         """Write the encoder and the pictures."""

@@ -14,7 +14,7 @@ from engine.process import Process, warn
 from models import MoCo, gather
 from pretraining.guard import running_statistics
 
-# Keys that may change between the parts of an interrupted run: they do not touch what is computed.
+# What the names of settings begin with that a resumed run may change: the method does not depend on them.
 RUN_FREE = ("out", "device", "compile", "save", "max_bad", "skip", "timeout", "deterministic")
 FREE = (*(f"run.{name}" for name in RUN_FREE), "data.workers", "log.")
 
@@ -22,7 +22,7 @@ FREE = (*(f"run.{name}" for name in RUN_FREE), "data.workers", "log.")
 def resume(run) -> tuple[int, bool]:
     """Load the checkpoint of a run.Run, if there is one: the steps done, and whether its results are there.
 
-    The main process reads, and tells the others. Raises ConfigError if the run was another one.
+    The main process reads, and tells the others. Raises ConfigError if the folder holds a different run.
     """
     folder, cfg, process = run.folder, run.cfg, run.process
     state, complete = process.from_main(lambda: (load_checkpoint(folder), (folder / "encoder.json").exists()))
@@ -92,11 +92,11 @@ def export(run, name: str, metrics: dict) -> None:
 
 @contextmanager
 def averaged_statistics(model: MoCo, process: Process):
-    """Within, all processes have the mean of their running statistics; afterwards each its own again, so that
-    looking at them changes nothing. Gives what each had, (world, n)."""
-    everyone = average_running_statistics(model)
-    yield everyone
-    set_running_statistics(model, everyone[process.rank])
+    """Within, all processes have the mean of their running statistics; afterwards each has its own again, so
+    that looking at them changes nothing. Yields what each had, (world, n)."""
+    before = average_running_statistics(model)
+    yield before
+    set_running_statistics(model, before[process.rank])
 
 
 @torch.no_grad()
@@ -108,9 +108,9 @@ def average_running_statistics(model: MoCo) -> Tensor:
     (world, n), for `set_running_statistics`.
     """
     own = torch.cat([average.flatten() for average in running_statistics(model)])
-    everyone = gather(own[None])
-    set_running_statistics(model, everyone.mean(dim=0))
-    return everyone
+    before = gather(own[None])
+    set_running_statistics(model, before.mean(dim=0))
+    return before
 
 
 @torch.no_grad()

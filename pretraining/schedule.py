@@ -53,9 +53,9 @@ class StepBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.last):
-            yield self.everyones(step)[self.mine]
+            yield self.global_batch(step)[self.mine]
 
-    def everyones(self, step: int) -> list[int]:
+    def global_batch(self, step: int) -> list[int]:
         """The global batch of a step."""
         epoch, place = divmod(step, self.size // self.batch)
         if epoch != self.epoch:

@@ -25,7 +25,7 @@ def take_step(model, optimizer, guard, view):
     optimizer.zero_grad()
     model.update_momentum_encoder(ok)
     model.enqueue(keys, ok)
-    guard.put_back(ok)
+    guard.restore_unless(ok)
     return bool(ok)
 
 
