@@ -1,6 +1,6 @@
 """Does each part of the method do what it claims? Pretrain, evaluate and compare them under one protocol.
 
-    bash launch.sh ablation                          # all of configs/ablation.yaml here; resumes where it was
+    bash launch.sh ablation                          # all of experiments/configs/ablation.yaml; resumable
     bash launch.sh ablation --only moco full --seeds 0
     bash launch.sh ablation --out runs/other phantom.seed=7        # the same on other patients
     bash launch.sh ablation --table                  # only the tables of what is finished

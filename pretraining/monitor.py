@@ -118,9 +118,7 @@ class CollapseMonitor:
     def scaled(self, stored: Tensor) -> Tensor:
         """Whole slices in stored values, windowed and scaled to the views' size (n, 1, size, size)."""
         unit = self.intensity.to_unit(stored.to(self.process.device))
-        return F.interpolate(
-            unit, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False
-        )
+        return F.interpolate(unit, (self.size, self.size), mode="bilinear", antialias=True)
 
     def neighbourhoods(self, stored: Tensor, shape: tuple[int, int]) -> Tensor:
         """Mean grey values of the 3 x 3 cells around each position of a map (h, w): (n, 9, h w)."""
@@ -133,8 +131,10 @@ def at_output_stride_8(encoder: Encoder):
     """Within, the encoder's maps are those that a decoder will see."""
     pretraining_stride = encoder.output_stride
     encoder.set_output_stride(8)
-    yield
-    encoder.set_output_stride(pretraining_stride)
+    try:
+        yield
+    finally:  # or training would continue at the wrong stride where a missing picture is only warned of
+        encoder.set_output_stride(pretraining_stride)
 
 
 def validation_slices(cfg: Config, size: tuple[int, int] | None = None) -> SliceDataset | None:
