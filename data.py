@@ -16,7 +16,8 @@ Files on disk are read by ct/. Run as a script it makes, packs, checks and shows
 import logging
 import math
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,16 +31,17 @@ from ct.layout import (
     Strings,
     all_slices,
     find_slices,
-    mask_path,
     packed_at,
     read_list,
-    read_spacing,
     split_folder,
     without_suffix,
 )
-from ct.slices import AIR, IGNORE, DataError, mask_size, read_mask, read_stored, slice_header
+from ct.plausible import SPACING_TOLERANCE, Values, judge_values, judge_window
+from ct.properties import HU_OFFSET, KINDS, read_properties, reading_of
+from ct.slices import AIR, IGNORE, DataError, mask_size, read_mask
 from engine.config import one_line
 
+LOOKED_AT = 32  # slices of a list, for its size and kind, and for what is odd about it
 BAD_IN_A_ROW = 100  # consecutive unreadable slices that end a run even with skip_bad
 log = logging.getLogger("med-moco")
 
@@ -83,9 +85,33 @@ class Intensity:
         return {"window": window, "mean": self.mean, "std": self.std}
 
 
-def default_window(stored):
-    """The window meant by `auto`: soft tissue for HU, everything for 8-bit slices."""
-    return (-160.0, 240.0) if stored == "hu" else (0.0, 255.0)
+def default_window(kind):
+    """The window meant by `auto`: soft tissue for HU, everything for 8-bit slices. Raises DataError for
+    values as stored, of which nobody knows what they mean."""
+    if kind == "stored":
+        raise DataError(
+            "data.window: auto knows none for values as stored; give [low, high], or null for all"
+        )
+    return (-160.0, 240.0) if kind == "hu" else (0.0, 255.0)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the slices that an encoder or a model was trained on; None: unknown.
+
+    kind      of their values, "hu", "uint8" or "stored"
+    hu_offset     what 16-bit PNGs of that set hold beside HU
+    axis, size    that they lie across; (H, W) in px that they were brought to
+    pixel_mm  see Grid
+    source    of the set
+    """
+
+    kind: str | None = None
+    hu_offset: float | None = None
+    axis: int | None = None
+    size: tuple | None = None
+    pixel_mm: tuple | None = None
+    source: str | None = None
 
 
 def network_input(unit: Tensor, intensity: Intensity, in_channels: int) -> Tensor:
@@ -94,61 +120,119 @@ def network_input(unit: Tensor, intensity: Intensity, in_channels: int) -> Tenso
     return images.contiguous(memory_format=torch.channels_last)
 
 
-# ---- One size for all slices ---------------------------------------------------------------------
+# ---- One grid for all slices ---------------------------------------------------------------------
 
 
-def fit(image, size, fill, nearest=False):
-    """An image (H, W) brought to `size` (h, w): scaled to fit inside with its aspect ratio kept, centred, the
-    rest filled. Bilinear (antialiased where it shrinks), or nearest for masks. The dtype is kept."""
-    if tuple(image.shape) == tuple(size):
-        return image
-    height, width, top, left = placement(image.shape, size)
-    pixels = image[None, None].float()
-    if nearest:
-        scaled = F.interpolate(pixels, (height, width), mode="nearest-exact")
-    else:
-        scaled = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
-    out = image.new_full(size, fill)
-    out[top : top + height, left : left + width] = scaled[0, 0]
-    return out
+@dataclass(frozen=True)
+class Grid:
+    """What slices are brought to: `size` (H, W) in px and, if known, how many mm apart rows and columns of
+    the training slices are on it, ((least, most), (least, most)).
 
+    A slice is scaled to fit inside with its aspect ratio kept, centred, the rest filled. One whose pixels are
+    much finer than those of training (SPACING_TOLERANCE) is scaled further down, to theirs.
+    """
 
-def placement(own, size):
-    """Where an image of size `own` lies on the common size: (height, width, top, left) in px."""
-    scale = min(size[0] / own[0], size[1] / own[1])
-    height, width = max(1, round(own[0] * scale)), max(1, round(own[1] * scale))
-    return height, width, (size[0] - height) // 2, (size[1] - width) // 2
+    size: tuple
+    pixel_mm: tuple | None = None
+
+    def placement(self, own, mm=None):
+        """Where a slice of `own` px whose rows and columns are `mm` apart comes to lie: (height, width, top,
+        left) in px."""
+        scale = min(self.size[0] / own[0], self.size[1] / own[1])
+        zooms = [1.0, 1.0]
+        for axis in (0, 1) if mm and self.pixel_mm else ():
+            share = mm[axis] / scale / self.pixel_mm[axis][0]
+            zooms[axis] = share if share * SPACING_TOLERANCE < 1 else 1.0
+        height, width = (max(1, round(side * scale * zoom)) for side, zoom in zip(own, zooms))
+        return height, width, (self.size[0] - height) // 2, (self.size[1] - width) // 2
+
+    def bring(self, image, fill, mm=None, nearest=False):
+        """An image (h, w), or a stack (S, h, w), on the grid: (H, W), or (S, H, W). Bilinear (antialiased
+        where it shrinks), or nearest for masks. The dtype is kept."""
+        own = tuple(image.shape[-2:])
+        height, width, top, left = self.placement(own, mm)
+        if (height, width) == own == self.size:
+            return image
+        pixels = image.reshape(1, -1, *own).float()
+        if nearest:
+            scaled = F.interpolate(pixels, (height, width), mode="nearest-exact")
+        else:
+            scaled = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+        out = image.new_full((*image.shape[:-2], *self.size), fill)
+        out[..., top : top + height, left : left + width] = scaled.view(*image.shape[:-2], height, width)
+        return out
+
+    def back(self, labels, own, mm=None):
+        """Labels uint8 (H, W) or (S, H, W) on the grid -> on a slice's own one, (h, w) or (S, h, w)."""
+        height, width, top, left = self.placement(own, mm)
+        inside = labels[..., top : top + height, left : left + width]
+        if tuple(inside.shape[-2:]) == tuple(own):
+            return inside
+        pixels = inside.reshape(1, -1, height, width).float()
+        on_own = F.interpolate(pixels, tuple(own), mode="nearest-exact")
+        return on_own.view(*labels.shape[:-2], *own).to(labels.dtype)
+
+    def spacing_on(self, own, mm):
+        """How many mm apart rows and columns of a slice are once it lies on the grid."""
+        height, width, *_ = self.placement(own, mm)
+        return mm[0] * own[0] / height, mm[1] * own[1] / width
 
 
 # ---- Datasets ------------------------------------------------------------------------------------
 
 
 class SliceDataset(Dataset):
-    """The slices of a list, as FloatTensor (1, H, W) in HU (8-bit sets: the stored value).
+    """The slices of a list, as FloatTensor (1, H, W) in HU (or what the set holds, see `kind`).
 
     root      the data set's folder, or a packed set (NAME, NAME.npy or NAME.json; it is its own list then)
     list      list file below root; None: every slice in the images folder
     images    folder below root; "{split}" in it stands for the list's name without .txt
-    size      (H, W) of all slices; None: that of the first one. Slices of another size are scaled to fit
-              (see `fit`).
+    hu_offset     HU = value of a 16-bit PNG - this; None: the set's own, else 1024; 0: values as stored
+    size      (H, W) of all slices; None: that in set.json, else the most frequent one of LOOKED_AT slices.
+              Slices of another size are scaled to fit, see `Grid`.
     skip_bad  leave out listed files that are missing, and give the next readable slice of the list for an
               unreadable one, both with a warning; without it they are a DataError
-    names, cases    one per slice;  stored: "hu" or "uint8" (8-bit PNGs)
+    names, cases    one per slice;  kind: of the values, "hu", "uint8" (8-bit PNGs) or "stored"
+    properties, grid    what set.json says, and what slices are brought to
     """
 
-    def __init__(self, root, list="train.txt", images="images", hu_offset=1024, size=None, skip_bad=False):
-        self.hu_offset, self.skip_bad = hu_offset, skip_bad
+    def __init__(self, root, list="train.txt", images="images", hu_offset=None, size=None, skip_bad=False):
+        self.root, self.skip_bad = root, skip_bad
         # Shared, so that all workers together say each of these once.
         self.said = {about: torch.zeros(1, dtype=torch.bool).share_memory_() for about in ("size", "bad")}
         self.packed = packed_at(root)
         if self.packed:
-            self.names, self.cases, self.stored = self.packed.names, self.packed.cases, self.packed.stored
-            first = self.packed.shape[1:]
+            self.names, self.cases = self.packed.names, self.packed.cases
+            self.properties = self.packed.properties
+            self.kind, sizes = self.properties.kind, [self.packed.shape[1:]]
         else:
             self.folder, self.names = listed_slices(root, list, images, skip_bad)
             self.cases = Cases(self.names)
-            first, self.stored = self.read_or_next(lambda index: slice_header(self.path(index)), 0)
-        self.size = tuple(size) if size else tuple(first)
+            self.properties = read_properties(root)
+            self.reading = reading_of(self.properties, hu_offset)
+            headers = [self.read_or_next(self.header, index) for index in self.looked_at()]
+            sizes, kinds = zip(*headers)
+            self.kind = most_frequent(kinds)
+        said = self.properties.kind
+        if said and (said == "uint8") != (self.kind == "uint8"):
+            raise DataError(f"{root}: holds {KINDS[self.kind]}, but its set.json says {KINDS[said]}")
+        self.grid = Grid(tuple(size or self.properties.size or most_frequent(sizes)))
+
+    def looked_at(self):
+        """LOOKED_AT slices, evenly spaced, in which is noticed early what is odd about a set."""
+        count = min(LOOKED_AT, len(self))
+        rows = [len(self) * i // count for i in range(count)]
+        return [row for row in rows if self.path(row).is_file()] or [0]
+
+    def header(self, index):
+        """The (height, width) in px of a slice, and the kind of its values."""
+        if self.packed:
+            return self.packed.shape[1:], self.kind
+        return self.reading.header(self.path(index))
+
+    @property
+    def size(self):
+        return self.grid.size
 
     def __len__(self):
         return len(self.names)
@@ -177,28 +261,48 @@ class SliceDataset(Dataset):
         if self.packed:
             return next(self.packed.read([index]))
         path = self.path(index)
-        slice, stored = read_stored(path, self.hu_offset)
-        if stored != self.stored:
-            kinds = {"hu": "16-bit or HU", "uint8": "8-bit"}
-            raise DataError(
-                f"{path}: {kinds[stored]} values, but the set begins with {kinds[self.stored]} ones"
-            )
+        slice, kind = self.reading.slice(path)
+        if kind != self.kind:
+            raise DataError(f"{path}: {KINDS[kind]}, but the set has {KINDS[self.kind]}")
         return slice
 
     def on_common_size(self, slice):
-        """A slice float32 (h, w) as it is on disk -> FloatTensor (H, W) on the common size."""
-        return self.to_size(torch.from_numpy(slice), AIR[self.stored])
+        """A slice float32 (h, w) as it is on disk -> FloatTensor (H, W) on the common grid."""
+        return self.to_grid(torch.from_numpy(slice), AIR[self.kind])
 
-    def to_size(self, image, fill, nearest=False):
+    def to_grid(self, image, fill, mm=None, nearest=False):
         if tuple(image.shape) != self.size:
             rule = "slices of different sizes: scaled to fit %d x %d px, centred, the rest filled with air"
             self.say_once("size", rule % self.size)
-        return fit(image, self.size, fill, nearest)
+        return self.grid.bring(image, fill, mm, nearest)
 
     def say_once(self, about, text):
         if not self.said[about]:
             self.said[about][0] = True
             log.warning(text)
+
+    def pixel_mm(self):
+        """How many mm apart rows and columns are on the grid, ((least, most), (least, most)) over the cases;
+        None if set.json does not say."""
+        first = {}  # slice of each case
+        if self.properties.spacing:
+            for index, case in enumerate(self.cases):
+                if case in self.properties.spacing:
+                    first.setdefault(case, index)
+        apart = [
+            self.grid.spacing_on(self.header(index)[0], self.properties.spacing[case][1:])
+            for case, index in first.items()
+        ]
+        return tuple((min(mm), max(mm)) for mm in zip(*apart)) or None
+
+    def facts(self):
+        """What travels with an encoder or a model that is trained on these slices."""
+        offset = self.properties.hu_offset
+        if offset is None and self.kind == "hu":
+            offset = HU_OFFSET if self.packed else self.reading.hu_offset
+        return Facts(
+            self.kind, offset, self.properties.axis, self.size, self.pixel_mm(), self.properties.source
+        )
 
 
 class SegmentationDataset(SliceDataset):
@@ -206,6 +310,8 @@ class SegmentationDataset(SliceDataset):
 
     masks        folder below root, with the slice's name and the suffix .png
     num_classes  a mask with a label outside 0 ... num_classes - 1 and 255 is an error; None: not checked
+    like         the training set, to whose grid these slices are brought; None: this is the training set
+    mask_map     see ct.slices.read_mask
     """
 
     def __init__(
@@ -214,18 +320,20 @@ class SegmentationDataset(SliceDataset):
         list="train.txt",
         images="images",
         masks="masks",
-        hu_offset=1024,
+        hu_offset=None,
         num_classes=None,
         size=None,
+        like=None,
+        mask_map=None,
     ):
         if packed_at(root):
             raise DataError(f"{root}: a packed set holds no masks; give the data set's folder")
         super().__init__(root, list, images, hu_offset, size)
-        self.num_classes = num_classes
+        self.num_classes, self.mask_map = num_classes, mask_map
         self.mask_folder = split_folder(root, list, masks)
         wanted = [without_suffix(name) + ".png" for name in self.names]
-        present(wanted, self.mask_folder, f"masks of {list}")
-        self.spacings = read_spacing(root)
+        self.mask_names = present(wanted, self.mask_folder, f"masks of {list}")
+        self.grid = like.grid if like else replace(self.grid, pixel_mm=self.pixel_mm())
 
     def __getitem__(self, index):
         slice, mask = self.read(index), self.own_mask(index)
@@ -233,30 +341,38 @@ class SegmentationDataset(SliceDataset):
             raise DataError(
                 f"{self.mask_path(index)}: {mask.shape} px (rows, columns), its image {slice.shape}"
             )
-        image = self.on_common_size(slice)
-        mask = self.to_size(torch.from_numpy(mask), IGNORE, nearest=True)
+        mm = self.mm_of(index)
+        image = self.to_grid(torch.from_numpy(slice), AIR[self.kind], mm)
+        mask = self.to_grid(torch.from_numpy(mask), IGNORE, mm, nearest=True)
         return image[None], mask.long()
 
     def mask_path(self, index):
-        return mask_path(self.mask_folder, self.names[index])
+        return self.mask_folder / self.mask_names[index]
 
     def own_mask(self, index):
         """The mask on its own grid, uint8 (h, w)."""
-        mask = read_mask(self.mask_path(index))
+        mask = read_mask(self.mask_path(index), self.mask_map)
         check_labels(mask, self.num_classes, self.mask_path(index))
         return mask
 
     def to_own_grid(self, prediction, index):
-        """A prediction uint8 (H, W) on the common size -> uint8 (h, w) on the mask's own grid (nearest)."""
-        own = mask_size(self.mask_path(index))
-        height, width, top, left = placement(own, self.size)
-        inside = torch.as_tensor(prediction)[top : top + height, left : left + width]
-        on_own = F.interpolate(inside[None, None].float(), own, mode="nearest-exact")[0, 0]
-        return on_own.to(torch.uint8).numpy()
+        """A prediction uint8 (H, W) on the common grid -> uint8 (h, w) on the mask's own one (nearest)."""
+        own = mask_size(self.mask_path(index), self.mask_map)
+        return self.grid.back(torch.as_tensor(prediction), own, self.mm_of(index)).numpy()
 
     def spacing(self, case):
         """(slice, row, column) distances in mm, or None if the set does not say."""
-        return self.spacings.get(case)
+        return self.properties.spacing.get(case)
+
+    def mm_of(self, index):
+        """How many mm rows and columns of a slice are apart, or None."""
+        spacing = self.spacing(self.cases[index])
+        return spacing and spacing[1:]
+
+
+def most_frequent(values):
+    """The most frequent of some values; the first of two that are equally so."""
+    return Counter(values).most_common(1)[0][0]
 
 
 def check_labels(mask, num_classes, path):
@@ -291,6 +407,24 @@ def present(names, folder, what, skip_bad=False):
             raise DataError(f"{message}: {first}")
         log.warning(f"warning: {message} and left out: {first}")
     return Strings(filter(None, found))
+
+
+# ---- What is odd about them ----------------------------------------------------------------------
+
+
+def judge(dataset, cfg_window, intensity):
+    """What is doubtful about the values of a set, from some of its slices: [Doubt] of ct/plausible.py.
+
+    cfg_window: data.window as it was given. A window of one's own insists that values are what they are.
+    """
+    values = Values()
+    for index in dataset.looked_at():
+        values.add(dataset.read_or_next(dataset.read, index))
+    doubts = []
+    if dataset.kind == "hu" and cfg_window == "auto":
+        mend = "if they are HU + {offset}, add that to data.hu_offset; data.window=[low,high] insists"
+        doubts = judge_values(values, dataset.root, mend)
+    return doubts + judge_window(values, intensity.window, dataset.root)
 
 
 # ---- Whole batches -------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ import torch
 from torch import Tensor
 
 from augment import SegmentationAugment
-from ct.layout import class_names
+from ct.properties import class_names
 from data import DataError, Intensity, SegmentationDataset, network_input
 from engine.files import make_run_folder, write_whole
 from engine.process import Process, start_process, warn
@@ -168,10 +168,10 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     classes = class_names(cfg.data.root, cfg.data.classes)
     sets = open_sets(cfg, len(classes))
     facts = encoder_file.facts_of(encoder_file.path_of(cfg))
-    intensity = encoder_file.normalisation(cfg, facts, sets["train"].stored)
+    intensity = encoder_file.normalisation(cfg, facts, sets["train"].kind)
     encoder = encoder_file.build_encoder(cfg, facts, process)
     shape = (encoder.arch, encoder.in_channels, encoder.output_stride)
-    about = Description(cfg.mode, *shape, classes, intensity.as_dict(), sets["train"].stored)
+    about = Description(cfg.mode, *shape, classes, intensity.as_dict(), sets["train"].kind)
     model = build_model(about, encoder, process).eval()
     positions = labelled_positions(cfg, sets)
     begin(make_run_folder(folder, process), cfg, process)
@@ -293,9 +293,9 @@ def open_sets(cfg: Config, num_classes: int) -> dict[str, SegmentationDataset]:
     folders = (data.images, data.masks, data.hu_offset, num_classes)
     sets = {split: SegmentationDataset(data.root, file, *folders) for split, file in lists.items() if file}
     for split, dataset in sets.items():
-        if dataset.stored != sets["train"].stored:
+        if dataset.kind != sets["train"].kind:
             raise DataError(
-                f"{lists[split]}: {dataset.stored} slices, but {sets['train'].stored} in {data.train}"
+                f"{lists[split]}: {dataset.kind} slices, but {sets['train'].stored} in {data.train}"
             )
     return sets
 

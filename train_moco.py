@@ -36,7 +36,7 @@ data:
   val: val.txt              # the slices that the collapse monitor looks at; without this file those of list
   size: 224                 # side of the views, px
   window: auto              # [low, high] HU; auto: [-160, 240], or [0, 255] for 8-bit slices; null: unscaled
-  hu_offset: 1024           # HU = 16-bit value - hu_offset
+  hu_offset: null           # HU = 16-bit value - hu_offset; null: the set's, or 1024; 0: values as stored
   mean: 0.5                 # of the windowed values; `data.py check` measures both
   std: 0.25
   workers: 4                # DataLoader workers of each training process
@@ -122,6 +122,7 @@ from pretraining.schedule import learning_rate
 
 # Settings that may be null, and their type otherwise.
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "decorrelation.eps": float}
+NULLABLE["data.hu_offset"] = float
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -272,7 +273,7 @@ def build_model(cfg: Config, process: Process) -> MoCo:
 
 
 def make_intensity(cfg: Config, dataset: SliceDataset) -> Intensity:
-    window = default_window(dataset.stored) if cfg.data.window == "auto" else cfg.data.window
+    window = default_window(dataset.kind) if cfg.data.window == "auto" else cfg.data.window
     return Intensity(window, cfg.data.mean, cfg.data.std)
 
 
@@ -280,8 +281,7 @@ def make_views(cfg: Config, dataset: SliceDataset, intensity: Intensity) -> TwoV
     """The augmentation; where values are not windowed, black and white are the ends of CT's whole range."""
     black_white = (0.0, 1.0)
     if intensity.window is None:
-        hu = (-cfg.data.hu_offset, 4095.0 - cfg.data.hu_offset)
-        black_white = (0.0, 255.0) if dataset.stored == "uint8" else hu
+        black_white = {"hu": (-1024.0, 3071.0), "uint8": (0.0, 255.0), "stored": (0.0, 4095.0)}[dataset.kind]
     return TwoViews(cfg.data.size, **cfg.augment, value_range=black_white)
 
 

@@ -1,11 +1,10 @@
-"""A data set on disk: its lists, cases, spacing and class names, and packed sets.
+"""A data set on disk: its lists and cases, and packed sets (what it knows of itself: ct/properties.py).
 
 root/images/CASE/SLICE.png    8- or 16-bit greyscale PNG, or .npy (H, W) int16 in HU
 root/masks/CASE/SLICE.png     8-bit PNG, pixel = class index, 255 = ignore
 root/train.txt ...            one path per line, relative to images/
 """
 
-import json
 import os
 import re
 from array import array
@@ -15,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ct.slices import IGNORE, SUFFIXES, DataError, open_npy
+from ct.properties import parse_properties, read_json
+from ct.slices import SUFFIXES, DataError, open_npy
 from engine.config import one_line
 
-MAX_SPACING = 1000  # mm between voxels
-MAX_JSON = 2**29  # bytes
 LONGEST_LINE = 8192  # characters of a list
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
@@ -28,21 +26,6 @@ SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
 def mask_path(folder, name):
     """Where the mask of a slice lies in the masks folder."""
     return Path(folder) / (without_suffix(name) + ".png")
-
-
-def read_json(path, kind):
-    """The content of a JSON file, which must be of type `kind` (dict or list)."""
-    if os.path.exists(path) and os.path.getsize(path) > MAX_JSON:
-        raise DataError(f"{path}: too large, {os.path.getsize(path) >> 20} MB")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({one_line(error)})") from None
-    if not isinstance(content, kind):
-        raise DataError(f"{path}: a JSON {'object' if kind is dict else 'list'} is expected")
-    return content
 
 
 # ---- Lists and cases -----------------------------------------------------------------------------
@@ -207,45 +190,12 @@ def split_folder(root, list, folder):
     return Path(root) / folder.replace("{split}", Path(list).stem if list else "")
 
 
-def read_spacing(root):
-    """{case: (slice, row, column) mm} from spacing.json beside the lists; empty without such a file."""
-    path = Path(root) / "spacing.json"
-    if not path.exists():
-        return {}
-    spacings = read_json(path, dict)
-    for case, spacing in spacings.items():
-        three = isinstance(spacing, list) and len(spacing) == 3
-        if not three or not all(type(mm) in (int, float) and 0 < mm < MAX_SPACING for mm in spacing):
-            raise DataError(
-                f"{path}: {one_line(case)}: [slice, row, column] in mm is expected, not {one_line(spacing)}"
-            )
-    return {case: tuple(map(float, spacing)) for case, spacing in spacings.items()}
-
-
-def class_names(root, classes=None):
-    """The names of the classes, background first. `classes` is a list of them, or their number K
-    (background, class 1 ... class K - 1), or None: classes.json beside the lists has them."""
-    path = Path(root) / "classes.json"
-    if isinstance(classes, int):
-        classes = ["background"] + [f"class {index}" for index in range(1, classes)]
-    if classes is None:
-        if not path.exists():
-            raise DataError(f"{path}: no such file; give the classes (a number, or names from background on)")
-        classes = read_json(path, list)
-    texts = all(isinstance(name, str) and name.isprintable() for name in classes)
-    if not texts or not 2 <= len(set(classes)) == len(classes) <= IGNORE:
-        raise DataError(
-            f"{path}: 2 to {IGNORE} different class names are expected, background first, "
-            f"not {one_line(str(classes))}"
-        )
-    return list(classes)
-
-
 # ---- Packed sets ---------------------------------------------------------------------------------
 
 
 class PackedSlices:
-    """NAME.npy (N, H, W) int16, and NAME.json with the names and cases of the slices, spacing and source."""
+    """NAME.npy (N, H, W) int16, and NAME.json with the names and cases of the slices and the set's
+    properties, spacing being that on the common size."""
 
     def __init__(self, path):
         self.path = path.with_name(path.name + ".npy")
@@ -260,9 +210,10 @@ class PackedSlices:
             if not isinstance(strings, list) or len(strings) != len(array) or {*map(type, strings)} - {str}:
                 raise DataError(f"{about}: {key}: a list of {len(array)}, one for each slice, is expected")
         self.names, self.cases = Strings(content["names"]), Strings(content["cases"])
-        self.stored = content.get("stored")
-        if self.stored not in ("hu", "uint8"):
-            raise DataError(f"{about}: stored: hu or uint8 is expected, not {self.stored}")
+        kind = content.get("kind", content.get("stored"))  # as it was called before
+        self.properties = parse_properties(content | {"kind": kind}, about)
+        if self.properties.kind is None:
+            raise DataError(f"{about}: kind: says nothing of what the values are")
 
     def read(self, indices):
         """Yields the slices, float32 (H, W).

@@ -4,6 +4,7 @@ Every problem with a file raises `DataError`, one line that names the file.
 """
 
 import os
+import re
 import struct
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from engine.files import written_whole
 IGNORE = 255  # the mask value of pixels that neither train nor count
 MAX_SIDE = 8192  # px; a header that claims more is refused before any memory is allocated
 PIXELS_PER_BYTE = 8 * 1032  # of a PNG, at most: deflate shrinks by no more than 1032 to 1
-AIR = {"hu": -1024.0, "uint8": 0.0}  # what fills a slice that is brought to the common size
+AIR = {"hu": -1024.0, "uint8": 0.0, "stored": 0.0}  # what fills a slice that is brought to the common size
 PNG_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 SUFFIXES = (".png", ".npy")
 
@@ -51,9 +52,55 @@ def read_stored(path, hu_offset=1024):
     return values - hu_offset if stored == "hu" else values, stored
 
 
-def read_mask(path):
-    """One mask as uint8 (H, W): the pixels of an 8-bit grey PNG, or the indices of a palette PNG."""
-    return decode_png(path, mask_size(path))
+def read_mask(path, mapping=None):
+    """One mask as uint8 (H, W): the pixels of an 8-bit grey PNG, or the indices of a palette PNG.
+
+    mapping: {pixel value or (red, green, blue): class}, see `mask_mapping`. Grey values that it does not name
+    stay, colours are an error. With colours in it, the pixels of a palette are colours, too.
+    """
+    size = mask_size(path, mapping)
+    if not mapping:
+        return decode_png(path, size)
+    colors = any(isinstance(key, tuple) for key in mapping)
+    mask = decode_png(path, size, colors)
+    if mask.ndim == 2:
+        table = np.arange(256, dtype=np.uint8)
+        table[[*mapping]] = [*mapping.values()]
+        return table[mask]
+    codes = mask[..., :3].astype(np.int32) @ [1 << 16, 1 << 8, 1]
+    classes = np.zeros(size, np.uint8)
+    for code in np.unique(codes):
+        color = (int(code) >> 16, int(code) >> 8 & 255, int(code) & 255)
+        grey = color[0] if len({*color}) == 1 else None  # a grey value stored as a colour
+        found = mapping.get(color, mapping.get(grey, grey))
+        if found is None:
+            raise DataError(f"{path}: the colour {color}, which data.mask_map does not name")
+        classes[codes == code] = found
+    return classes
+
+
+def mask_mapping(given):
+    """data.mask_map as `read_mask` takes it: {255: 1, "255,0,0": 2, "#00ff00": 3} -> {255: 1, (255, 0, 0): 2,
+    (0, 255, 0): 3}. Raises DataError for anything else."""
+    mapping = {}
+    for key, target in (given or {}).items():
+        text = str(key).strip()
+        parts = re.findall("..", text[1:]) if re.fullmatch("#[0-9a-fA-F]{6}", text) else text.split(",")
+        base = 16 if text.startswith("#") else 10
+        try:
+            values = tuple(int(part, base) for part in parts)
+        except ValueError:
+            values = ()
+        if len(values) not in (1, 3) or not all(0 <= value <= 255 for value in values):
+            raise DataError(
+                f"data.mask_map: {one_line(text)}: a value 0 to 255, or a colour: 255,0,0 or #ff0000"
+            )
+        if type(target) is not int or not 0 <= target <= IGNORE:
+            raise DataError(
+                f"data.mask_map: {one_line(text)}: a class 0 to 254, or 255, not {one_line(target)}"
+            )
+        mapping[values if len(values) == 3 else values[0]] = target
+    return mapping
 
 
 def slice_header(path):
@@ -66,12 +113,14 @@ def slice_header(path):
     return size, "hu" if depth == 16 else "uint8"
 
 
-def mask_size(path):
+def mask_size(path, mapping=None):
     """(height, width) in px of a mask, without reading the pixels."""
     size, depth, color = png_header(path)
-    if color != "palette" and (color, depth) != ("grey", 8):
+    colored = color in ("RGB", "RGB with alpha") and depth == 8
+    if color != "palette" and (color, depth) != ("grey", 8) and not (mapping and colored):
+        mend = "; data.mask_map={'255,0,0': 1} maps colours" if colored else ""
         raise DataError(
-            f"{path}: an 8-bit grey or palette PNG is expected as a mask, this is {depth}-bit {color}"
+            f"{path}: an 8-bit grey or palette PNG is expected as a mask, this is {depth}-bit {color}{mend}"
         )
     return size
 
@@ -93,12 +142,12 @@ def png_header(path):
     return (height, width), depth, PNG_COLORS.get(color, "of an unknown colour type")
 
 
-def decode_png(path, size):
+def decode_png(path, size, colors=False):
     try:
         with Image.open(path, formats=("PNG",)) as image:
             if image.size != size[::-1]:
                 raise DataError("two headers")  # before it allocates what the second one says
-            return np.array(image)
+            return np.array(image.convert("RGB") if colors else image)
     except Exception as error:
         # OSError, SyntaxError, struct.error, zlib.error ...: whatever a damaged chunk causes
         raise DataError(f"{path}: damaged PNG ({one_line(error)})") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ct.layout import MAX_SPACING
+from ct.properties import MAX_SPACING
 from ct.slices import MAX_SIDE, DataError
 from engine.config import one_line
 from engine.files import written_whole

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ct.layout import class_names
 from ct.organs import class_colors
 from ct.pictures import contact_sheet, gray_tile
+from ct.properties import class_names
 from ct.slices import read_stored
 from data import Intensity, SegmentationDataset
 from engine.config import ConfigError
@@ -188,7 +188,7 @@ def segmentations(masks: dict[str, dict[str, str]], root: Path) -> Image.Image:
 
 def shown_slices(root: Path) -> list[str]:
     """The slice with the most labelled organs of each of the first test cases."""
-    dataset = SegmentationDataset(root, "test.txt", "images", "masks", 1024, len(class_names(root, None)))
+    dataset = SegmentationDataset(root, "test.txt", num_classes=len(class_names(root, None)))
     best = {}
     for i, case in enumerate(dataset.cases):
         organs = len(np.unique(dataset.own_mask(i)))

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ct import layout
-from ct.slices import IGNORE, DataError, in_threads, read_mask, read_stored
+from ct.properties import class_names, read_properties, reading_of
+from ct.slices import IGNORE, DataError, in_threads, read_mask
 from data import default_window
 from engine.config import one_line
 
@@ -68,12 +69,12 @@ class Summary:
 def check_set(args):
     """The check command; returns the exit code: 1 if any file is bad."""
     root = Path(args.root)
-    names = layout.class_names(root) if (root / "classes.json").exists() else None
-    layout.read_spacing(root)
+    properties = read_properties(root)
+    names, reading = properties.classes, reading_of(properties, args.hu_offset)
     lists = list_files(root, args.list)
     to_read, bad = collect(root, lists, args)
     summary = Summary()
-    for found in in_threads(lambda slice: inspect(slice, args.hu_offset, names), to_read, "reading"):
+    for found in in_threads(lambda slice: inspect(slice, reading, names), to_read, "reading"):
         if found.problem:
             bad.append(found.problem)
         else:
@@ -139,10 +140,10 @@ def warn_of_leaks(slices, splits_of):
         print(f"warning: cases in several of train, val and test: {len(shared)}, the first: {first}")
 
 
-def inspect(slice, hu_offset, names):
+def inspect(slice, reading, names):
     """Reads one slice and its mask."""
     try:
-        image, stored = read_stored(slice.image, hu_offset)
+        image, stored = reading.slice(slice.image)
         if not np.isfinite(image).all():
             raise DataError(f"{slice.image}: values that are not finite")
         labels = None
@@ -164,9 +165,7 @@ def inspect_mask(slice, size, names):
     labels = np.bincount(mask.ravel(), minlength=256)
     highest = np.flatnonzero(labels[:IGNORE]).max(initial=0)
     if names and highest >= len(names):
-        raise DataError(
-            f"{slice.mask}: label {highest}, but classes.json has {len(names)} classes, from 0 on"
-        )
+        raise DataError(f"{slice.mask}: label {highest}, but the set has {len(names)} classes, from 0 on")
     return labels
 
 
@@ -179,7 +178,8 @@ def print_sizes(summary):
     if len(summary.sizes) > 5:
         print(f"size: {len(summary.sizes) - 5} more sizes")
     if len(summary.stored) > 1:
-        uint8, hu = summary.stored["uint8"], summary.stored["hu"]
+        uint8 = summary.stored["uint8"]
+        hu = summary.stored.total() - uint8
         print(f"warning: {uint8} 8-bit slices beside {hu} of HU: one set cannot mix them")
 
 
@@ -220,7 +220,7 @@ def print_labels(summary, names):
         return
     seen = np.flatnonzero(summary.voxels).tolist()
     known = {*range(len(names or ())), *seen}
-    names = names or layout.class_names("", 1 + max({0, 1, *seen} - {IGNORE}))
+    names = names or class_names("", 1 + max({0, 1, *seen} - {IGNORE}))
     print(f"{'label':>5}  {'name':26}{'voxels':>12}{'slices':>8}{'cases':>7}")
     for label in sorted(known):
         name = "ignored" if label == IGNORE else names[label]

@@ -4,17 +4,19 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from augment import TwoViews
-from ct.layout import class_names, mask_path, read_json, read_spacing, split_folder
+from ct.layout import mask_path, split_folder
 from ct.organs import BTCV_ORGANS, class_colors
 from ct.pictures import contact_sheet, outlined, views_page
+from ct.properties import Properties, class_names, read_json, read_properties, write_properties
 from ct.slices import IGNORE, DataError, in_threads, read_mask, write_png
-from data import Intensity, SliceDataset, default_window, fit
+from data import Grid, Intensity, SliceDataset, default_window
 from engine.config import OneLineParser
 from engine.files import write_whole, written_whole
 from losses import matched_points
@@ -34,20 +36,34 @@ def pack(args):
     about, array = out.with_name(out.name + ".json"), out.with_name(out.name + ".npy")
     about.unlink(missing_ok=True)  # without it nobody takes the array for complete
     header = {"descr": "<i2", "fortran_order": False, "shape": (len(dataset), *dataset.size)}
-    limits = np.iinfo(np.int16)
     with written_whole(array) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for image in in_threads(dataset.__getitem__, range(len(dataset)), "packing"):
-            file.write(image[0].round().clamp(limits.min, limits.max).to(torch.int16).numpy())
-    content = {
-        "source": f"{args.root} {args.list}",
-        "stored": dataset.stored,
-        "spacing": read_spacing(args.root),
-    }
+        images = in_threads(dataset.__getitem__, range(len(dataset)), "packing")
+        for index, image in enumerate(images):
+            file.write(as_int16(image[0], dataset.path(index)).numpy())
+    content = packed_properties(dataset, f"{args.root} {args.list}").as_dict()
     write_whole(about, json.dumps(content | {"names": [*dataset.names], "cases": [*dataset.cases]}))
     size = f"{dataset.size[0]} x {dataset.size[1]}"
     print(f"{array}: {len(dataset)} slices of {size} px; cases: {len(set(dataset.cases))}")
     return 0
+
+
+def as_int16(image, path):
+    limits = torch.iinfo(torch.int16)
+    if image.min() < limits.min or image.max() > limits.max:
+        raise DataError(f"{path}: values from {image.min():g} to {image.max():g} do not fit into 16 bits")
+    return image.round().to(torch.int16)
+
+
+def packed_properties(dataset, source):
+    """Those of the set, with the size that all slices have now, and their spacing on it."""
+    own, facts, spacing = dataset.properties, dataset.facts(), {}
+    for index, case in enumerate(dataset.cases if own.spacing else ()):
+        if case in own.spacing and case not in spacing:
+            between, *mm = own.spacing[case]
+            spacing[case] = (between, *dataset.grid.spacing_on(dataset.header(index)[0], mm))
+    known = {"kind": facts.kind, "hu_offset": facts.hu_offset, "size": dataset.size, "spacing": spacing}
+    return replace(own, **known, source=source, made_by="data.py pack")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -76,8 +92,10 @@ def make_phantom(args):
     lists = split_cases(cases)
     lists["unlabelled"] = [case for case in cases if case not in lists["val"] + lists["test"]]
     spacing = phantom_spacing(args.slices, args.size)
-    write_whole(out / "spacing.json", json.dumps({case: spacing for case in cases}, indent=1))
-    write_whole(out / "classes.json", json.dumps(BTCV_ORGANS, indent=1))
+    known = {"kind": "hu", "hu_offset": 1024, "axis": 2, "size": (args.size, args.size)}
+    known |= {"spacing": dict.fromkeys(cases, spacing), "classes": BTCV_ORGANS}
+    source = f"procedural, seed {args.seed}"
+    write_properties(out, Properties(**known, source=source, made_by="data.py phantom"))
     write_lists(out, {split: sum((names[case] for case in part), []) for split, part in lists.items()})
     write_whole(out / "phantom.json", json.dumps(about | {"complete": True}))
     parts = ", ".join(f"{len(part)} {split}" for split, part in lists.items())
@@ -99,7 +117,7 @@ def show(args):
     dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
     count = min(args.count or (5 if args.views else 24), len(dataset))
     chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
-    intensity = Intensity(default_window(dataset.stored))
+    intensity = Intensity(default_window(dataset.kind))
     slices = torch.stack([intensity.to_unit(dataset[index]) for index in chosen])  # (N, 1, H, W)
     captions = [dataset.names[index] for index in chosen]
     if args.views:
@@ -126,11 +144,11 @@ def show_masks(dataset, slices, captions, args):
     masks = []
     for path in (mask_path(folder, name) for name in captions):
         own = read_mask(path) if path.exists() else np.zeros(dataset.size, np.uint8)
-        masks.append(fit(torch.from_numpy(own), dataset.size, 0, nearest=True).numpy())
+        masks.append(Grid(dataset.size).bring(torch.from_numpy(own), 0, nearest=True).numpy())
     names = []
     if highest := max(mask[mask != IGNORE].max(initial=0) for mask in masks):
         names = class_names(args.root, int(highest) + 1)
-        own = class_names(args.root) if (Path(args.root) / "classes.json").exists() else []
+        own = read_properties(args.root).classes or []
         names = own + names[len(own) :]  # `data.py check` calls labels without a name bad
     colors = class_colors(names)
     tiles = [outlined(image.numpy(), mask, 256, colors) for image, mask in zip(slices[:, 0], masks)]
@@ -153,7 +171,11 @@ def parse(argv):
         sub.add_argument("--images", default="images", help="folder of the slices; {split}: the list's name")
         if masks:
             sub.add_argument("--masks", default="masks", help="folder of the masks; {split}: the list's name")
-        sub.add_argument("--hu-offset", type=float, default=1024, help="HU = value of a 16-bit PNG - this")
+        sub.add_argument(
+            "--hu-offset",
+            type=float,
+            help="HU = value of a 16-bit PNG - this; without: the set's, or 1024",
+        )
 
     sub = command("phantom", make_phantom, "procedural abdominal CT with 13 organs, 60/20/20 by case")
     sub.add_argument("--out", required=True, help="folder of the new set")

@@ -7,6 +7,7 @@ Folders as they are published: BTCV (img/img0001.nii.gz, label/label0001.nii.gz)
 import json
 import re
 import signal
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ct.layout import class_names, read_json
 from ct.organs import BTCV_ORGANS
+from ct.properties import Properties, class_names, read_json, write_properties
 from ct.slices import IGNORE, DataError, write_png
 from ct.volumes import import_nibabel, read_volume
 from engine.files import write_whole
@@ -39,13 +40,13 @@ def slice_volumes(args):
         (out / folder).mkdir(parents=True, exist_ok=True)
     records = all_cases(pairs, args.axis, label_map, out, args.workers)
 
-    write_whole(
-        out / "spacing.json", json.dumps({case: r["spacing"] for case, r in records.items()}, indent=1)
-    )
     print(f"{out}: {sum(record['slices'] for record in records.values())} slices; cases: {len(records)}")
+    known = {"kind": "hu", "hu_offset": 1024, "axis": args.axis, "size": common_size(records)}
+    known |= {"spacing": {case: record["spacing"] for case, record in records.items()}}
     if args.labels:
         seen = {label for record in records.values() for label in record["ids"]}
-        write_classes(out, label_map, seen, names)
+        known["classes"] = choose_classes(out, label_map, seen, names)
+    write_properties(out, Properties(**known, source=str(args.images), made_by="data.py slice"))
     lists = make_lists(records, split)
     for name, slices in lists.items():
         cases = len({one.rpartition("/")[0] for one in slices})
@@ -195,18 +196,23 @@ def read_label_map(path):
     return label_map
 
 
-def write_classes(out, label_map, seen, given_names):
-    """classes.json: the names given, or BTCV's if the map leads to its 13 organs, or class 1, class 2 ..."""
+def choose_classes(out, label_map, seen, given_names):
+    """The class names: those given, or BTCV's if the map leads to its 13 organs, or class 1, class 2 ..."""
     count = max(({*label_map.values()} if label_map else seen) - {IGNORE}, default=0) + 1
     default = BTCV_ORGANS if label_map and count <= len(BTCV_ORGANS) else max(count, 2)
     names = class_names(out, given_names or default)
     if len(names) < count:
         raise DataError(f"{len(names)} class names (background first), but labels up to {count - 1}")
-    write_whole(out / "classes.json", json.dumps(names, indent=1))
     print(f"class names: {', '.join(names)}")
     named = dict(enumerate(names)) | {IGNORE: "ignored"}
     absent = [f"{id} ({named[label]})" for id, label in (label_map or {}).items() if id not in seen]
     print_names("ids of the label map that no volume holds", absent)
+    return names
+
+
+def common_size(records):
+    """The most frequent (rows, columns) of the cases."""
+    return Counter(tuple(record["size"]) for record in records.values()).most_common(1)[0][0]
 
 
 # ---- Cases ---------------------------------------------------------------------------------------
@@ -257,7 +263,8 @@ def slice_case(pair, axis, label_map, out):
     shape, spacing = volume.array.shape, volume.spacing
     write_slices(out / "images" / pair.case, (stored_slice(one) for one in volume.array))
     del volume
-    record = {"made_of": made_of, "spacing": spacing, "slices": shape[0], "labelled": None, "ids": []}
+    record = {"made_of": made_of, "spacing": spacing, "slices": shape[0], "size": shape[1:]}
+    record |= {"labelled": None, "ids": []}
     if pair.labels:
         masks, record["ids"] = read_masks(pair.labels, axis, shape, pair.image, label_map)
         write_slices(out / "masks" / pair.case, map(np.ascontiguousarray, masks))

@@ -18,7 +18,7 @@ def test_datasets_read_what_was_written(tmp_path):
     pairs = SegmentationDataset(tmp_path, "train.txt", num_classes=4)
     assert len(slices) == 9 and slices.names == names and slices.cases == [name[0] for name in names]
     assert slices.cases[2:5] == ["a", "b", "b"] and slices.cases[-1] == "c"
-    assert slices.stored == "hu" and slices.size == pairs.size == (12, 10)
+    assert slices.kind == "hu" and slices.size == pairs.size == (12, 10)
     for index, name in enumerate(names):
         with Image.open(tmp_path / "images" / name) as image:
             hu = np.array(image).astype(float) - 1024
@@ -43,7 +43,7 @@ def test_mmseg_layout(tmp_path):
         (tmp_path / f"{split}.txt").write_text("img0001_slice000\nimg0001_slice001\n")
     dataset = SegmentationDataset(tmp_path, "val.txt", "img_dir/{split}", "ann_dir/{split}")
     assert (
-        dataset.stored == "uint8"
+        dataset.kind == "uint8"
         and dataset[1][0].unique().tolist() == [7]
         and dataset.cases[0] == "img0001_slice"
     )

@@ -1,12 +1,10 @@
 """ct/layout.py: lists as other people write them, where slices lie, what stands beside them."""
 
 import pytest
-from handmade import put, random_set
+from handmade import put
 
-from ct import layout
 from ct.layout import case_of, find_slices, read_list
 from ct.slices import DataError
-from data import SegmentationDataset
 
 
 def test_list_styles(tmp_path):
@@ -72,22 +70,3 @@ def test_find_slices_adds_suffixes(tmp_path):
     names = ["a/1", "a/2", "b/3", "4", "a/1.png", "a/9", "z/1", "a/1.npy"]
     expected = ["a/1.png", "a/2.npy", "b/3.png", "4.png", "a/1.png", None, None, None]
     assert find_slices(tmp_path, names) == expected
-
-
-def test_class_names_and_spacing(tmp_path):
-    assert layout.class_names(tmp_path, 3) == ["background", "class 1", "class 2"]
-    assert layout.class_names(tmp_path, ["background", "liver"]) == ["background", "liver"]
-    with pytest.raises(DataError, match="classes.json"):
-        layout.class_names(tmp_path)
-    random_set(tmp_path)
-    (tmp_path / "classes.json").write_text('["background", "spleen"]')
-    (tmp_path / "spacing.json").write_text('{"a": [5, 0.8, 0.7]}')
-    assert layout.class_names(tmp_path) == ["background", "spleen"]
-    dataset = SegmentationDataset(tmp_path, "train.txt")
-    assert dataset.spacing("a") == (5, 0.8, 0.7) and dataset.spacing("b") is None
-    (tmp_path / "spacing.json").write_text('{"a": [5, 0.8]}')
-    with pytest.raises(DataError, match="spacing.json"):
-        SegmentationDataset(tmp_path, "train.txt")
-    (tmp_path / "classes.json").write_text("{")
-    with pytest.raises(DataError, match="classes.json"):
-        layout.class_names(tmp_path)

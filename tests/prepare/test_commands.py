@@ -25,7 +25,7 @@ def test_pack(phantom, tmp_path, capsys):
     assert about["names"] == slices.names and {*about["spacing"]} >= {*about["cases"]}
     for root in (name, f"{name}.npy", f"{name}.json"):
         packed = pickle.loads(pickle.dumps(SliceDataset(root, "any.txt")))
-        assert packed.names == slices.names and packed.cases == slices.cases and packed.stored == "hu"
+        assert packed.names == slices.names and packed.cases == slices.cases and packed.kind == "hu"
         assert all(torch.equal(packed[index], slices[index]) for index in range(18))
         assert torch.equal(packed[-1], slices[17])
     with pytest.raises(DataError, match="holds no masks"):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from handmade import one_line_of, run
 
-from ct import layout
 from ct.layout import case_of, read_list
 from ct.organs import BTCV_ORGANS
+from ct.properties import class_names
 from ct.slices import read_mask, read_slice
 from data import SegmentationDataset
 from prepare.phantom import phantom_case, phantom_spacing
@@ -179,7 +179,7 @@ def test_phantom_set(phantom):
     index = 3
     assert np.array_equal(read_slice(phantom / f"images/phantom000/{index:03d}.png"), hu[index])
     assert np.array_equal(read_mask(phantom / f"masks/phantom000/{index:03d}.png"), labels[index])
-    assert layout.class_names(phantom) == BTCV_ORGANS
+    assert class_names(phantom) == BTCV_ORGANS
     dataset = SegmentationDataset(phantom, "val.txt", num_classes=14)
     assert dataset.spacing(dataset.cases[0]) == pytest.approx(phantom_spacing(6, 48))
 

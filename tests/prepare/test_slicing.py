@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from handmade import ROOT, affines, nnunet_folder, one_line_of, put, run, save_volume
 
-from ct import layout, organs, volumes
+from ct import organs, volumes
 from ct.layout import case_of, read_list
+from ct.properties import class_names, read_properties
 from ct.slices import DataError, read_mask, read_slice
 from data import SegmentationDataset
 from prepare.slicing import pair_volumes, read_split
@@ -41,8 +42,8 @@ def test_slice_folders(tmp_path, nibabel, capsys):
     cases = {split: {*map(case_of, names)} for split, names in lists.items()}
     assert [len(cases[split]) for split in ("train", "val", "test")] == [3, 1, 1]
     assert cases["unlabelled"] == cases["train"] | {"img0006"}
-    assert layout.class_names(out) == organs.BTCV_ORGANS
-    assert json.loads((out / "spacing.json").read_text())["img0001"] == pytest.approx(
+    assert class_names(out) == organs.BTCV_ORGANS
+    assert read_properties(out).spacing["img0001"] == pytest.approx(
         volumes.read_volume(tmp_path / "img/img0001.nii.gz").spacing
     )
     for case, (hu, labels) in written.items():
@@ -106,7 +107,7 @@ def test_nnunet_folders_bring_their_class_names(tmp_path, nibabel, capsys, label
     assert code == 0, error
     assert "other channels (left out): 5" in output and "paired 5 of 5" in output
     names = ["background", "liver", "spleen", "aorta"]
-    assert layout.class_names(tmp_path / "out") == names[: 3 if ignored else 4]
+    assert class_names(tmp_path / "out") == names[: 3 if ignored else 4]
     volume = volumes.read_volume(tmp_path / "labelsTr/ct_002.nii.gz").array
     masks = [read_mask(tmp_path / f"out/masks/ct_002/{index:04d}.png") for index in range(len(volume))]
     assert np.array_equal(np.stack(masks), np.where(volume == 3, 255 if ignored else 3, volume))
@@ -201,7 +202,7 @@ def test_one_case_is_divided_into_blocks(tmp_path, nibabel, capsys):
     assert numbers("val") == [*range(17, 21)]
     assert numbers("test") == [*range(23, 27)]
     assert numbers("unlabelled") == [*range(15), 27, 28, 29]
-    assert layout.class_names(tmp_path / "out") == ["background", "class 1", "class 2"]
+    assert class_names(tmp_path / "out") == ["background", "class 1", "class 2"]
     labels[:, :, 8:] = 0
     save_volume(nibabel, tmp_path / "seg.nii.gz", labels)
     code, _, error = run(capsys, *argv)

@@ -1,0 +1,153 @@
+"""What is odd about data, and what cannot be right: every command and script asks here.
+
+Values       a histogram of HU or other stored values
+judge_...    what is doubtful about values, a window, masks, lists, pixel spacing: [Doubt]
+heed         says it, and raises DataError where nothing right can come out, unless somebody insists
+"""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from ct.slices import IGNORE, DataError
+from engine.config import one_line
+
+log = logging.getLogger("med-moco")
+
+LIMIT = 70_000  # values beyond this are counted as this
+OUTSIDE = -200  # HU; every scan has air or lung, which is below
+METAL = 10_000  # HU; nothing in a patient is beyond, metal on scanners with an extended range is
+SPACING_TOLERANCE = 1.2  # pixels that are finer or coarser than in training by this factor are worth a word
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Something odd; `fatal`: from which nothing right can come. The text says where, and what to do."""
+
+    text: str
+    fatal: bool = False
+
+
+def heed(doubts, insist, how="", say=log.warning):
+    """Say the doubts, each in one line; returns them as said. `how` insists, as "--ignore-values" does.
+
+    Raises DataError for the first fatal one, unless `insist`.
+    """
+    said = [one_line(doubt.text, 1000) for doubt in doubts]
+    for doubt, text in zip(doubts, said):
+        if doubt.fatal and not insist:
+            raise DataError(text + (f" ({how} insists)" if how else ""))
+        say(f"warning: {text}")
+    return said
+
+
+# ---- Values --------------------------------------------------------------------------------------
+
+
+class Values:
+    """A histogram of whole values, of slices or volumes: counts[value + LIMIT].
+
+    lowest and highest are the true ones; `unfit` counts what is no finite number.
+    """
+
+    def __init__(self):
+        self.counts = np.zeros(2 * LIMIT + 1, np.int64)
+        self.lowest, self.highest, self.unfit = np.inf, -np.inf, 0
+
+    def add(self, values):
+        """Count an array of any shape."""
+        values = np.asarray(values).ravel()
+        if values.dtype.kind == "f":
+            finite = np.isfinite(values)
+            self.unfit += int(values.size - finite.sum())
+            values = values[finite]
+        if values.size:
+            self.lowest, self.highest = min(self.lowest, values.min()), max(self.highest, values.max())
+            whole = np.rint(values.clip(-LIMIT, LIMIT)).astype(np.int64)
+            first = whole.min()
+            found = np.bincount(whole - first)
+            self.counts[first + LIMIT : first + LIMIT + len(found)] += found
+        return self
+
+    def total(self):
+        return int(self.counts.sum())
+
+    def share(self, low, high):
+        """Of the values from `low` to `high` (whole numbers, both included)."""
+        low, high = (int(np.clip(value, -LIMIT, LIMIT)) + LIMIT for value in (low, high))
+        return self.counts[low : high + 1].sum() / max(1, self.total())
+
+    def quantile(self, share):
+        return int(np.searchsorted(self.counts.cumsum(), share * self.total())) - LIMIT
+
+
+def judge_values(values, where, mend):
+    """Whether values taken for HU can be HU. `mend` is what to do if not, "{offset}" in it being the value
+    that would have to be subtracted from them."""
+    doubts = []
+    if values.unfit:
+        share = values.unfit / (values.unfit + values.total())
+        text = f"{where}: {values.unfit} values ({100 * share:.2g} %) are not finite numbers: taken as air"
+        doubts.append(Doubt(text, fatal=share > 0.5))
+    if not values.total() or values.lowest == values.highest:
+        return [*doubts, Doubt(f"{where}: all values are {values.lowest:g}, an empty image", fatal=True)]
+    found = f"{where}: values from {values.lowest:g} to {values.highest:g}"
+    beyond = values.share(METAL + 1, LIMIT) + values.share(-LIMIT, -METAL - 1)
+    if beyond:
+        share = f"{100 * beyond:.2g} % of them beyond +-{METAL:,}"
+        doubts.append(Doubt(f"{found}, {share}: no HU ({mend_of(mend, values)})", fatal=beyond > 0.001))
+    if not values.share(-LIMIT, OUTSIDE):
+        text = f"{found}, none below {OUTSIDE} as air would be: no HU ({mend_of(mend, values)})"
+        doubts.append(Doubt(text, fatal=True))
+    return doubts
+
+
+def mend_of(mend, values):
+    """The offset that would bring the lowest value to air's, as HU + 1024 needs it."""
+    return mend.format(offset=f"{values.lowest + 1024:g}")
+
+
+def judge_window(values, window, where):
+    """Whether a window shows anything of the values: (low, high), None for all."""
+    if window is None or not values.total():
+        return []
+    low, high = window
+    black, white = values.share(-LIMIT, low), values.share(high, LIMIT)
+    if max(black, white) < 0.995:
+        return []
+    fitting = f"[{values.quantile(0.01):g},{values.quantile(0.99):g}]"
+    shown = f"{100 * max(black, white):.1f} % of the values are {'black' if black > white else 'white'}"
+    text = f"{where}: {shown} in the window [{low:g}, {high:g}]; 98 % of them lie in data.window={fitting}"
+    return [Doubt(text, fatal=True)]
+
+
+# ---- Masks ---------------------------------------------------------------------------------------
+
+
+def judge_masks(pixels, names, where):
+    """Whether masks hold something to learn. pixels: of each of the 256 values; names: of the classes."""
+    seen = np.flatnonzero(pixels).tolist()
+    absent = [name for label, name in enumerate(names) if label and not pixels[label]]
+    if len(absent) < len(names) - 1:
+        text = f"{where}: no pixel of {', '.join(absent)} ({len(absent)} of {len(names) - 1} classes)"
+        return [Doubt(text)] if absent else []
+    if IGNORE in seen:
+        mend = "if 255 means a class, data.mask_map={255: 1}"
+        return [Doubt(f"{where}: only the values {seen}, and 255 is ignored: nothing to learn; {mend}", True)]
+    return [Doubt(f"{where}: only background, no pixel of any class: nothing to learn", True)]
+
+
+# ---- Lists ---------------------------------------------------------------------------------------
+
+
+def judge_lists(cases):
+    """Whether lists share cases. cases: {"train": the cases of its slices, ...}."""
+    counts = Counter(case for own in cases.values() for case in set(own))
+    shared = sorted(case for case, count in counts.items() if count > 1)
+    if not shared:
+        return []
+    several = " and ".join(split for split, own in cases.items() if {*shared} & {*own})
+    first = one_line(", ".join(shared[:3]))
+    return [Doubt(f"cases that stand in {several}: {len(shared)} ({first}); scores of such cases flatter")]

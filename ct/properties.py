@@ -1,0 +1,203 @@
+"""What a data set knows of itself: set.json in its root, written by every command that makes a set.
+
+{"kind": "hu", "hu_offset": 1024, "axis": 2, "size": [512, 512], "spacing": {"case": [2.5, 0.8, 0.8]},
+ "classes": ["background", "liver"], "source": "...", "made_by": "data.py slice"}
+
+Each entry may be missing, and so may the file. classes.json and spacing.json, which sets had before, are
+read where set.json does not say.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ct.slices import IGNORE, MAX_SIDE, DataError, read_stored, slice_header
+from engine.config import one_line
+from engine.files import write_whole
+
+NAME = "set.json"
+MAX_JSON = 2**29  # bytes
+MAX_SPACING = 1000  # mm between voxels
+HU_OFFSET = 1024  # of 16-bit PNGs, if nobody says
+KINDS = {"hu": "HU", "uint8": "8-bit values", "stored": "values as stored"}
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What set.json says; None or {} where it does not.
+
+    kind       of the values: "hu"; "uint8", 8-bit PNG; or "stored", which are no HU and taken as they are
+    hu_offset  HU = value of a 16-bit PNG - this
+    axis       that the slices lie across: 0 sagittal, 1 coronal, 2 axial
+    size       (rows, columns) in px that all slices are brought to
+    spacing    {case: (slice, row, column) in mm}
+    classes    their names, background first
+    source     what the set was made of;  made_by: the command
+    """
+
+    kind: str | None = None
+    hu_offset: float | None = None
+    axis: int | None = None
+    size: tuple | None = None
+    spacing: dict = field(default_factory=dict)
+    classes: list | None = None
+    source: str | None = None
+    made_by: str | None = None
+
+    def missing(self):
+        """The names of what nobody says, of what decides how slices are read and predictions are made."""
+        said = {"kind": self.kind, "axis": self.axis, "size": self.size, "spacing": self.spacing or None}
+        return [name for name, value in said.items() if value is None]
+
+    def as_dict(self):
+        """For JSON; what is not known is left out."""
+        return {name: value for name, value in vars(self).items() if value not in (None, {})}
+
+
+def read_properties(root):
+    """The Properties of the set in a folder. Raises DataError for a damaged file."""
+    root = Path(root)
+    path = root / NAME
+    found = parse_properties(read_json(path, dict) if path.exists() else {}, path)
+    for name, kind in (("classes", list), ("spacing", dict)):
+        beside = root / f"{name}.json"
+        if not getattr(found, name) and beside.exists():
+            alone = parse_properties({name: read_json(beside, kind)}, beside)
+            found = replace(found, **{name: getattr(alone, name)})
+    return found
+
+
+def write_properties(root, properties, **more):
+    """Write set.json; `more` are further entries, which readers leave alone."""
+    write_whole(Path(root) / NAME, json.dumps(properties.as_dict() | more, indent=1) + "\n")
+
+
+def parse_properties(content, path):
+    """Properties of the JSON object that was read from `path`; entries of other names are left alone."""
+
+    def take(name, holds, wanted):
+        value = content.get(name)
+        if value is not None and not holds(value):
+            raise DataError(f"{path}: {name}: {wanted} is expected, not {one_line(str(value))}")
+        return value
+
+    spacing = (
+        take("spacing", lambda value: isinstance(value, dict), "{case: [slice, row, column] in mm}") or {}
+    )
+    for case, three in spacing.items():
+        whole = isinstance(three, list) and len(three) == 3
+        if not whole or not all(is_number(mm) and 0 < mm < MAX_SPACING for mm in three):
+            wanted = "[slice, row, column] in mm is expected"
+            raise DataError(f"{path}: spacing: {one_line(case)}: {wanted}, not {one_line(three)}")
+    size = take("size", is_size, "[rows, columns] in px")
+    classes = take("classes", lambda value: isinstance(value, list), "a list of names")
+    return Properties(
+        kind=take("kind", lambda value: value in KINDS, " or ".join(KINDS)),
+        hu_offset=take("hu_offset", lambda value: is_number(value) and abs(value) < 2**16, "a number"),
+        axis=take("axis", lambda value: type(value) is int and 0 <= value <= 2, "0, 1 or 2"),
+        size=size and tuple(size),
+        spacing={case: tuple(map(float, three)) for case, three in spacing.items()},
+        classes=classes and checked_names(classes, path),
+        source=take("source", lambda value: isinstance(value, str), "a text"),
+        made_by=take("made_by", lambda value: isinstance(value, str), "a text"),
+    )
+
+
+def is_number(value):
+    return type(value) in (int, float)
+
+
+def is_size(value):
+    two = isinstance(value, list) and len(value) == 2
+    return two and all(type(px) is int and 0 < px <= MAX_SIDE for px in value)
+
+
+# ---- How its slices are read ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A 16-bit PNG's values minus hu_offset are of `kind`, "hu" or "stored", those of .npy of `arrays`."""
+
+    kind: str = "hu"
+    hu_offset: float = HU_OFFSET
+    arrays: str = "hu"
+
+    def header(self, path):
+        """(height, width) in px and the kind of values, without reading the pixels."""
+        size, stored = slice_header(path)
+        return size, self.kind_of(stored, path)
+
+    def slice(self, path):
+        """A slice, float32 (H, W), and the kind of its values."""
+        values, stored = read_stored(path, self.hu_offset)
+        return values, self.kind_of(stored, path)
+
+    def kind_of(self, stored, path):
+        if stored == "uint8":
+            return stored
+        return self.arrays if str(path).lower().endswith(".npy") else self.kind
+
+
+def reading_of(properties, hu_offset=None):
+    """How slices of a set are read. hu_offset: data.hu_offset; None: the set's, else 1024.
+
+    With 0, where the set does not say the same, 16-bit values are taken as stored. Raises DataError for
+    another one than the set's.
+    """
+    own = properties.hu_offset
+    if properties.kind == "stored":
+        if hu_offset:
+            raise DataError(f"data.hu_offset: {hu_offset:g}, but set.json says that values are no HU")
+        return Reading("stored", 0, "stored")
+    if hu_offset in (None, own):
+        return Reading("hu", HU_OFFSET if own is None else own)
+    if hu_offset == 0:
+        return Reading("stored", 0)
+    if own is not None:
+        raise DataError(f"data.hu_offset: {hu_offset:g}, but set.json says {own:g}")
+    return Reading("hu", hu_offset)
+
+
+# ---- Class names ---------------------------------------------------------------------------------
+
+
+def class_names(root, classes=None):
+    """The names of the classes, background first. `classes` is a list of them, or their number K
+    (background, class 1 ... class K - 1), or None: the set in `root` has them."""
+    path = Path(root) / NAME
+    if isinstance(classes, int):
+        classes = ["background"] + [f"class {index}" for index in range(1, classes)]
+    if classes is None:
+        classes = read_properties(root).classes
+    if classes is None:
+        raise DataError(
+            f"{path}: no class names there; give the classes (a number, or names from background on)"
+        )
+    return checked_names(classes, path)
+
+
+def checked_names(classes, path):
+    texts = all(isinstance(name, str) and name.isprintable() for name in classes)
+    if not texts or not 2 <= len(set(classes)) == len(classes) <= IGNORE:
+        raise DataError(
+            f"{path}: 2 to {IGNORE} different class names are expected, background first, "
+            f"not {one_line(str(classes))}"
+        )
+    return list(classes)
+
+
+def read_json(path, kind):
+    """The content of a JSON file, which must be of type `kind` (dict or list)."""
+    if os.path.exists(path) and os.path.getsize(path) > MAX_JSON:
+        raise DataError(f"{path}: too large, {os.path.getsize(path) >> 20} MB")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({one_line(error)})") from None
+    if not isinstance(content, kind):
+        raise DataError(f"{path}: a JSON {'object' if kind is dict else 'list'} is expected")
+    return content

@@ -1,0 +1,75 @@
+"""What is judged of values, windows, masks and lists."""
+
+import numpy as np
+import pytest
+
+from ct.plausible import Doubt, Values, heed, judge_lists, judge_masks, judge_values, judge_window
+from ct.slices import DataError
+
+
+def scan(seed=0):
+    """Values as in a CT slice: air, fat, soft tissue, bone."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.normal(mean, 20, 500) for mean in (-1000, -100, 50, 700)]).round()
+
+
+def judged(values, mend="subtract {offset}"):
+    return judge_values(Values().add(values), "ct.nii.gz", mend)
+
+
+def test_hu_are_plausible_and_padding_is_air():
+    assert judged(scan()) == []
+    assert judged(np.append(scan(), np.full(900, -3024))) == []
+    assert judged(np.append(scan(), 12_000)) != []  # metal: a word, no end
+    assert not judged(np.append(scan(), 12_000))[0].fatal
+
+
+def test_values_that_are_not_hu_are_named_with_what_mends_them():
+    [doubt] = judged(np.maximum(scan() + 1024, 0))
+    assert doubt.fatal and "values from 0 to" in doubt.text and "subtract 1024" in doubt.text
+    assert any(doubt.fatal for doubt in judged(np.linspace(-180_000, 180_000, 1000)))
+    assert all(doubt.fatal for doubt in judged(np.zeros(10)))
+    assert all(doubt.fatal for doubt in judged(np.full(10, np.nan)))
+
+
+def test_a_few_voxels_that_are_not_finite_are_counted():
+    values = scan()
+    values[:3] = np.nan
+    [doubt] = judged(values)
+    assert not doubt.fatal and "3 values" in doubt.text
+
+
+def test_a_window_that_shows_nothing():
+    stored = Values().add(scan() + 1024)
+    assert judge_window(Values().add(scan()), (-160, 240), "here") == []
+    [doubt] = judge_window(Values().add(scan() + 3000), (-160, 240), "here")
+    assert doubt.fatal and "white" in doubt.text and "data.window=[" in doubt.text
+    assert judge_window(stored, None, "here") == []
+
+
+def test_masks_of_0_and_255_hold_no_class():
+    pixels = np.zeros(256, int)
+    pixels[[0, 255]] = 10
+    [doubt] = judge_masks(pixels, ["background", "liver"], "masks")
+    assert doubt.fatal and "data.mask_map={255: 1}" in doubt.text
+    pixels[1] = 1
+    assert judge_masks(pixels, ["background", "liver"], "masks") == []
+    [doubt] = judge_masks(pixels, ["background", "liver", "spleen"], "masks")
+    assert not doubt.fatal and "spleen" in doubt.text
+    pixels[[1, 255]] = 0
+    assert judge_masks(pixels, ["background", "liver"], "masks")[0].fatal
+
+
+def test_cases_in_several_lists():
+    assert judge_lists({"train": ["a", "b"], "val": ["c"], "test": []}) == []
+    [doubt] = judge_lists({"train": ["a", "b"], "val": ["c"], "test": ["b", "b"]})
+    assert "train and test" in doubt.text and "(b)" in doubt.text
+
+
+def test_heed_ends_at_what_is_fatal_unless_somebody_insists():
+    said = []
+    doubts = [Doubt("odd"), Doubt("impossible", fatal=True)]
+    with pytest.raises(DataError, match=r"impossible \(--force insists\)"):
+        heed(doubts, False, "--force", said.append)
+    assert said == ["warning: odd"]
+    assert heed(doubts, True, "--force", said.append) == ["odd", "impossible"]
