@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from augment import SegmentationAugment, TwoViews  # noqa: F401 (can be imported from here, too)
+from ct.grid import Grid
 from ct.layout import (
     Cases,
     Strings,
@@ -36,8 +36,8 @@ from ct.layout import (
     split_folder,
     without_suffix,
 )
-from ct.plausible import SPACING_TOLERANCE, Values, judge_values, judge_window
-from ct.properties import HU_OFFSET, KINDS, read_properties, reading_of
+from ct.plausible import Values, judge_values, judge_window
+from ct.properties import HU_OFFSET, KINDS, Facts, parse_facts, read_json, read_properties, reading_of
 from ct.slices import AIR, IGNORE, DataError, mask_size, read_mask
 from engine.config import one_line
 
@@ -95,87 +95,29 @@ def default_window(kind):
     return (-160.0, 240.0) if kind == "hu" else (0.0, 255.0)
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is known of the slices that an encoder or a model was trained on; None: unknown.
-
-    kind      of their values, "hu", "uint8" or "stored"
-    hu_offset     what 16-bit PNGs of that set hold beside HU
-    axis, size    that they lie across; (H, W) in px that they were brought to
-    pixel_mm  see Grid
-    source    of the set
-    """
-
-    kind: str | None = None
-    hu_offset: float | None = None
-    axis: int | None = None
-    size: tuple | None = None
-    pixel_mm: tuple | None = None
-    source: str | None = None
-
-
 def network_input(unit: Tensor, intensity: Intensity, in_channels: int) -> Tensor:
     """Windowed images (N, 1, H, W) -> what the network sees, (N, in_channels, H, W) channels_last."""
     images = intensity.normalise(unit).expand(-1, in_channels, -1, -1)
     return images.contiguous(memory_format=torch.channels_last)
 
 
-# ---- One grid for all slices ---------------------------------------------------------------------
+# ---- What travels with an encoder ----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What slices are brought to: `size` (H, W) in px and, if known, how many mm apart rows and columns of
-    the training slices are on it, ((least, most), (least, most)).
-
-    A slice is scaled to fit inside with its aspect ratio kept, centred, the rest filled. One whose pixels are
-    much finer than those of training (SPACING_TOLERANCE) is scaled further down, to theirs.
-    """
-
-    size: tuple
-    pixel_mm: tuple | None = None
-
-    def placement(self, own, mm=None):
-        """Where a slice of `own` px whose rows and columns are `mm` apart comes to lie: (height, width, top,
-        left) in px."""
-        scale = min(self.size[0] / own[0], self.size[1] / own[1])
-        zooms = [1.0, 1.0]
-        for axis in (0, 1) if mm and self.pixel_mm else ():
-            share = mm[axis] / scale / self.pixel_mm[axis][0]
-            zooms[axis] = share if share * SPACING_TOLERANCE < 1 else 1.0
-        height, width = (max(1, round(side * scale * zoom)) for side, zoom in zip(own, zooms))
-        return height, width, (self.size[0] - height) // 2, (self.size[1] - width) // 2
-
-    def bring(self, image, fill, mm=None, nearest=False):
-        """An image (h, w), or a stack (S, h, w), on the grid: (H, W), or (S, H, W). Bilinear (antialiased
-        where it shrinks), or nearest for masks. The dtype is kept."""
-        own = tuple(image.shape[-2:])
-        height, width, top, left = self.placement(own, mm)
-        if (height, width) == own == self.size:
-            return image
-        pixels = image.reshape(1, -1, *own).float()
-        if nearest:
-            scaled = F.interpolate(pixels, (height, width), mode="nearest-exact")
-        else:
-            scaled = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
-        out = image.new_full((*image.shape[:-2], *self.size), fill)
-        out[..., top : top + height, left : left + width] = scaled.view(*image.shape[:-2], height, width)
-        return out
-
-    def back(self, labels, own, mm=None):
-        """Labels uint8 (H, W) or (S, H, W) on the grid -> on a slice's own one, (h, w) or (S, h, w)."""
-        height, width, top, left = self.placement(own, mm)
-        inside = labels[..., top : top + height, left : left + width]
-        if tuple(inside.shape[-2:]) == tuple(own):
-            return inside
-        pixels = inside.reshape(1, -1, height, width).float()
-        on_own = F.interpolate(pixels, tuple(own), mode="nearest-exact")
-        return on_own.view(*labels.shape[:-2], *own).to(labels.dtype)
-
-    def spacing_on(self, own, mm):
-        """How many mm apart rows and columns of a slice are once it lies on the grid."""
-        height, width, *_ = self.placement(own, mm)
-        return mm[0] * own[0] / height, mm[1] * own[1] / width
+def encoder_card(path):
+    """What encoder.json beside our encoder.pth says: {"arch", "window", "mean", "std", "facts": Facts}; {}
+    without one, and for path None. Raises DataError for a damaged one."""
+    beside = path and Path(path).with_suffix(".json")
+    if beside is None or not beside.is_file():
+        return {}
+    try:
+        card = read_json(beside, dict)
+        window, mean, std = (card["normalisation"][name] for name in ("window", "mean", "std"))
+        Intensity(window, mean + 0.0, std + 0.0)
+        facts = parse_facts(card.get("data") or {}, beside)
+        return {"arch": str(card["arch"]), "window": window, "mean": mean, "std": std, "facts": facts}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{beside}: does not describe an encoder; restore it or remove it") from None
 
 
 # ---- Datasets ------------------------------------------------------------------------------------
@@ -210,19 +152,26 @@ class SliceDataset(Dataset):
             self.cases = Cases(self.names)
             self.properties = read_properties(root)
             self.reading = reading_of(self.properties, hu_offset)
-            headers = [self.read_or_next(self.header, index) for index in self.looked_at()]
-            sizes, kinds = zip(*headers)
+            sizes, kinds = zip(*self.look(self.header))
             self.kind = most_frequent(kinds)
         said = self.properties.kind
         if said and (said == "uint8") != (self.kind == "uint8"):
             raise DataError(f"{root}: holds {KINDS[self.kind]}, but its set.json says {KINDS[said]}")
         self.grid = Grid(tuple(size or self.properties.size or most_frequent(sizes)))
 
-    def looked_at(self):
-        """LOOKED_AT slices, evenly spaced, in which is noticed early what is odd about a set."""
-        count = min(LOOKED_AT, len(self))
-        rows = [len(self) * i // count for i in range(count)]
-        return [row for row in rows if self.path(row).is_file()] or [0]
+    def look(self, read):
+        """read(index) of LOOKED_AT slices, evenly spaced, in which is noticed early what is odd about a set;
+        without those that cannot be read, unless that is all of them."""
+        count, found = min(LOOKED_AT, len(self)), []
+        for index in (len(self) * i // count for i in range(count)):
+            try:
+                if self.path(index).is_file():  # a named pipe would wait
+                    found.append(read(index))
+            except DataError as error:
+                reason = error
+        if not found:
+            raise reason
+        return found
 
     def header(self, index):
         """The (height, width) in px of a slice, and the kind of its values."""
@@ -280,6 +229,20 @@ class SliceDataset(Dataset):
         if not self.said[about]:
             self.said[about][0] = True
             log.warning(text)
+
+    def assumed(self):
+        """What is taken for granted where set.json says nothing, as a line; "" if it says all."""
+        missing = self.properties.missing()
+        if not missing:
+            return ""
+        meant = {
+            "kind": KINDS[self.kind] + (" + 1024 in 16-bit PNGs" if self.kind == "hu" else ""),
+            "axis": "unknown",
+            "size": f"{self.size[0]} x {self.size[1]} px",
+            "spacing": "unknown",
+        }
+        said = "; ".join(f"{name}: {meant[name]}" for name in missing)
+        return f"{self.root}: set.json does not say, and is taken for granted: {said}"
 
     def pixel_mm(self):
         """How many mm apart rows and columns are on the grid, ((least, most), (least, most)) over the cases;
@@ -412,16 +375,16 @@ def present(names, folder, what, skip_bad=False):
 # ---- What is odd about them ----------------------------------------------------------------------
 
 
-def judge(dataset, cfg_window, intensity):
+def judge(dataset, given_window, intensity):
     """What is doubtful about the values of a set, from some of its slices: [Doubt] of ct/plausible.py.
 
-    cfg_window: data.window as it was given. A window of one's own insists that values are what they are.
+    given_window: data.window of the settings. One of one's own insists that values are what they are.
     """
     values = Values()
-    for index in dataset.looked_at():
-        values.add(dataset.read_or_next(dataset.read, index))
+    for slice in dataset.look(dataset.read):
+        values.add(slice)
     doubts = []
-    if dataset.kind == "hu" and cfg_window == "auto":
+    if dataset.kind == "hu" and given_window == "auto":
         mend = "if they are HU + {offset}, add that to data.hu_offset; data.window=[low,high] insists"
         doubts = judge_values(values, dataset.root, mend)
     return doubts + judge_window(values, intensity.window, dataset.root)

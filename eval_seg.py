@@ -43,10 +43,12 @@ data:
   classes: null             # number of classes, or names, background first; null: classes.json below root
   size: null                # finetune: side of the training crops, px; null: the slices' size
   window: auto              # [low, high] HU; null: unscaled; auto: the encoder's, else [-160, 240]
-  hu_offset: 1024           # HU = 16-bit value - hu_offset
+  mask_map: null            # {pixel value or "r,g,b": class}, as {255: 1}; other grey values stay
+  hu_offset: null           # HU = 16-bit value - hu_offset; null: the set's, or 1024; 0: values as stored
   mean: null                # of the windowed values; null: the encoder's, else 0.5
   std: null                 # null: the encoder's, else 0.25
   workers: 2                # reading processes for each training process
+  insist: false             # go on, with a warning, where the data look impossible
 augment:                    # finetune; see augment.SegmentationAugment
   scale: [0.5, 2.0]
   flip: 0.0                 # probability; 0 because organs have sides
@@ -85,20 +87,24 @@ if __name__ == "__main__":
     parse_arguments()  # answers --help before the imports, which take seconds
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from augment import SegmentationAugment
-from ct.properties import class_names
-from data import DataError, Intensity, SegmentationDataset, network_input
+from ct.properties import KINDS, class_names
+from ct.slices import mask_mapping
+from data import DataError, Intensity, SegmentationDataset, encoder_card, network_input
 from engine.files import make_run_folder, write_whole
 from engine.process import Process, start_process, warn
 from engine.stopping import StopRequest, begin, run_script
 from evaluation import encoder_file, report
 from evaluation.batches import Batches, frozen_collapse
-from evaluation.segmenter import Description, build_model, frozen_features, predict, save_model
+from evaluation.judgement import heed_evaluation
+from evaluation.prediction import predict
+from evaluation.segmenter import Description, build_model, frozen_features, save_model
 from evaluation.supervised import Stopped, train, training_positions
 from models import Encoder, WeightsError, read_weights, seeded
 
@@ -109,6 +115,8 @@ NULLABLE = {
     "data.val": str,
     "data.classes": (int, list),
     "data.size": int,
+    "data.mask_map": dict,
+    "data.hu_offset": float,
     "data.window": (list, str),
     "data.mean": float,
     "data.std": float,
@@ -117,7 +125,16 @@ NULLABLE = {
     "eval.window": int,
 }
 # What may differ when a run is repeated in its folder: none of it decides what is computed.
-FREE_KEYS = ("run.out", "run.device", "run.compile", "run.timeout", "data.workers", "cache", "log.")
+FREE_KEYS = (
+    "run.out",
+    "run.device",
+    "run.compile",
+    "run.timeout",
+    "data.workers",
+    "data.insist",
+    "cache",
+    "log.",
+)
 PHOTOMETRIC = ("brightness", "contrast", "gamma", "noise")
 
 
@@ -167,13 +184,16 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     torch.manual_seed(cfg.seed)
     classes = class_names(cfg.data.root, cfg.data.classes)
     sets = open_sets(cfg, len(classes))
-    facts = encoder_file.facts_of(encoder_file.path_of(cfg))
-    intensity = encoder_file.normalisation(cfg, facts, sets["train"].kind)
-    encoder = encoder_file.build_encoder(cfg, facts, process)
-    shape = (encoder.arch, encoder.in_channels, encoder.output_stride)
-    about = Description(cfg.mode, *shape, classes, intensity.as_dict(), sets["train"].kind)
-    model = build_model(about, encoder, process).eval()
     positions = labelled_positions(cfg, sets)
+    path = encoder_file.path_of(cfg)
+    card = encoder_card(path)
+    intensity = encoder_file.normalisation(cfg, card, sets["train"].kind)
+    warnings = heed_evaluation(cfg, path, card, sets, positions["train"], classes, intensity, process)
+    encoder = encoder_file.build_encoder(cfg, card, process)
+    shape = (encoder.arch, encoder.in_channels, encoder.output_stride)
+    facts = sets["train"].facts()
+    about = Description(cfg.mode, *shape, classes, intensity.as_dict(), facts)
+    model = build_model(about, encoder, process).eval()
     begin(make_run_folder(folder, process), cfg, process)
 
     def to_images(stored: Tensor) -> Tensor:
@@ -218,7 +238,8 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     scores = report.score(scored, batches["test"], process, "test cases", full=True)
     if process.is_main:
         report.draw_predictions(folder / "predictions.png", sets["test"], scores, intensity, classes)
-        write_results(cfg, folder, report.summary(scores, classes) | {"val_dice": best, **collapse})
+        found = report.summary(scores, classes) | {"val_dice": best, **collapse}
+        write_results(cfg, folder, found | {"data": asdict(facts), "warnings": warnings})
         process.say(f"{folder}: results.json, cases.csv, table.md, predictions.png, model.pth")
     process.barrier()
 
@@ -291,12 +312,13 @@ def open_sets(cfg: Config, num_classes: int) -> dict[str, SegmentationDataset]:
     data = cfg.data
     lists = {"train": data.train, "val": data.val, "test": data.test}
     folders = (data.images, data.masks, data.hu_offset, num_classes)
-    sets = {split: SegmentationDataset(data.root, file, *folders) for split, file in lists.items() if file}
-    for split, dataset in sets.items():
-        if dataset.kind != sets["train"].kind:
-            raise DataError(
-                f"{lists[split]}: {dataset.kind} slices, but {sets['train'].stored} in {data.train}"
-            )
+    sets = {}
+    for split, file in lists.items():
+        if file:
+            how = {"like": sets.get("train"), "mask_map": mask_mapping(data.mask_map)}
+            sets[split] = SegmentationDataset(data.root, file, *folders, **how)
+            if (kind := sets[split].kind) != sets["train"].kind:
+                raise DataError(f"{file}: {KINDS[kind]}, but {KINDS[sets['train'].kind]} in {data.train}")
     return sets
 
 

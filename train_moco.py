@@ -40,6 +40,7 @@ data:
   mean: 0.5                 # of the windowed values; `data.py check` measures both
   std: 0.25
   workers: 4                # DataLoader workers of each training process
+  insist: false             # go on, with a warning, where the data look impossible
 augment:
   scale: [0.2, 1.0]         # area of a crop as a fraction of the slice
   flip: 0.0                 # probability; 0 because organs have sides
@@ -121,8 +122,8 @@ from pretraining.run import NotFinite, Run
 from pretraining.schedule import learning_rate
 
 # Settings that may be null, and their type otherwise.
-NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "decorrelation.eps": float}
-NULLABLE["data.hu_offset"] = float
+NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "data.hu_offset": float}
+NULLABLE |= {"decorrelation.eps": float}
 
 
 def main(argv: list[str] | None = None) -> int:

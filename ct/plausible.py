@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ct.properties import AXES, KINDS
 from ct.slices import IGNORE, DataError
 from engine.config import one_line
 
@@ -30,7 +31,7 @@ class Doubt:
     fatal: bool = False
 
 
-def heed(doubts, insist, how="", say=log.warning):
+def heed(doubts, insist, how="", say=lambda text: log.warning("warning: %s", text)):
     """Say the doubts, each in one line; returns them as said. `how` insists, as "--ignore-values" does.
 
     Raises DataError for the first fatal one, unless `insist`.
@@ -39,7 +40,7 @@ def heed(doubts, insist, how="", say=log.warning):
     for doubt, text in zip(doubts, said):
         if doubt.fatal and not insist:
             raise DataError(text + (f" ({how} insists)" if how else ""))
-        say(f"warning: {text}")
+        say(text)
     return said
 
 
@@ -121,6 +122,31 @@ def judge_window(values, window, where):
     shown = f"{100 * max(black, white):.1f} % of the values are {'black' if black > white else 'white'}"
     text = f"{where}: {shown} in the window [{low:g}, {high:g}]; 98 % of them lie in data.window={fitting}"
     return [Doubt(text, fatal=True)]
+
+
+# ---- What an encoder or a model was trained on ---------------------------------------------------
+
+
+def judge_facts(theirs, ours, where):
+    """Whether slices are like those that an encoder or a model was trained on. Both are Facts."""
+    doubts = []
+    if theirs.kind and ours.kind and theirs.kind != ours.kind:
+        kinds = f"{KINDS[theirs.kind]}, these slices hold {KINDS[ours.kind]}"
+        doubts.append(Doubt(f"{where}: was trained on {kinds}", fatal=True))
+    known = None not in (theirs.hu_offset, ours.hu_offset)
+    if theirs.kind == ours.kind == "stored" and known and theirs.hu_offset != ours.hu_offset:
+        offsets = f"HU + {theirs.hu_offset:g}, these slices hold HU + {ours.hu_offset:g}"
+        doubts.append(Doubt(f"{where}: was trained on {offsets}", fatal=True))
+    if None not in (theirs.axis, ours.axis) and theirs.axis != ours.axis:
+        axes = f"{AXES[theirs.axis]} slices, these are {AXES[ours.axis]}"
+        doubts.append(Doubt(f"{where}: was trained on {axes}"))
+    for name, mine, other in zip(("rows", "columns"), theirs.pixel_mm or (), ours.pixel_mm or ()):
+        if mine[1] * SPACING_TOLERANCE < other[0] or other[1] * SPACING_TOLERANCE < mine[0]:
+            apart = (
+                f"{name} {mine[0]:.3g} to {mine[1]:.3g} mm apart, here {other[0]:.3g} to {other[1]:.3g} mm"
+            )
+            doubts.append(Doubt(f"{where}: was trained on {apart}"))
+    return doubts
 
 
 # ---- Masks ---------------------------------------------------------------------------------------

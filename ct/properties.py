@@ -20,6 +20,7 @@ NAME = "set.json"
 MAX_JSON = 2**29  # bytes
 MAX_SPACING = 1000  # mm between voxels
 HU_OFFSET = 1024  # of 16-bit PNGs, if nobody says
+AXES = ("sagittal", "coronal", "axial")
 KINDS = {"hu": "HU", "uint8": "8-bit values", "stored": "values as stored"}
 
 
@@ -158,6 +159,47 @@ def reading_of(properties, hu_offset=None):
     if own is not None:
         raise DataError(f"data.hu_offset: {hu_offset:g}, but set.json says {own:g}")
     return Reading("hu", hu_offset)
+
+
+# ---- What travels with an encoder or a model -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the slices that an encoder or a model was trained on; None: unknown.
+
+    kind      of their values, "hu", "uint8" or "stored"
+    hu_offset     by which values of that set's 16-bit PNGs exceed HU
+    axis, size    that they lie across; (H, W) in px that they were brought to
+    pixel_mm  how many mm apart rows and columns are then, ((least, most), (least, most))
+    source    of the set
+    """
+
+    kind: str | None = None
+    hu_offset: float | None = None
+    axis: int | None = None
+    size: tuple | None = None
+    pixel_mm: tuple | None = None
+    source: str | None = None
+
+
+def parse_facts(content, path):
+    """Facts from a JSON object; other entries are left alone. Raises DataError."""
+    known = parse_properties(
+        {name: content.get(name) for name in ("kind", "hu_offset", "axis", "source")}, path
+    )
+    size, mm = content.get("size"), content.get("pixel_mm")
+    size = None if size is None else [*size]
+    if size is not None and not is_size(size):
+        raise DataError(f"{path}: size: [rows, columns] in px is expected, not {one_line(size)}")
+    try:
+        mm = mm and tuple((least + 0.0, most + 0.0) for least, most in mm)
+        sound = mm is None or (len(mm) == 2 and all(0 < least <= most for least, most in mm))
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise DataError(f"{path}: pixel_mm: [[least, most], [least, most]] is expected, not {one_line(mm)}")
+    return Facts(known.kind, known.hu_offset, known.axis, size and tuple(size), mm, known.source)
 
 
 # ---- Class names ---------------------------------------------------------------------------------

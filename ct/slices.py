@@ -52,6 +52,12 @@ def read_stored(path, hu_offset=1024):
     return values - hu_offset if stored == "hu" else values, stored
 
 
+def whole_hu(values):
+    """HU as 16-bit PNGs keep them, float32 of the same shape: whole numbers, air (-1024) for NaN and whatever
+    lies below."""
+    return np.rint(np.nan_to_num(values, nan=-1024.0)).clip(-1024, 64511).astype(np.float32)
+
+
 def read_mask(path, mapping=None):
     """One mask as uint8 (H, W): the pixels of an 8-bit grey PNG, or the indices of a palette PNG.
 

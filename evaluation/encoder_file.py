@@ -1,13 +1,12 @@
 """The encoder that an evaluation is of: its file, and the normalisation that travels with it."""
 
 import hashlib
-import json
 from pathlib import Path
 
 from data import Intensity, default_window
 from engine.config import Config, ConfigError, config_errors
 from engine.process import Process
-from models import Encoder, WeightsError, load_encoder_weights
+from models import Encoder, load_encoder_weights
 
 
 def path_of(cfg: Config) -> Path | None:
@@ -15,48 +14,34 @@ def path_of(cfg: Config) -> Path | None:
     return None if cfg.encoder == "random" else Path(cfg.encoder.removeprefix("torchvision:")).expanduser()
 
 
-def facts_of(path: Path | None) -> dict:
-    """What encoder.json beside our encoder.pth says: {"arch", "normalisation": {...}}; {} without one."""
-    sidecar = path and path.with_suffix(".json")
-    if sidecar is None or not sidecar.is_file():
-        return {}
-    try:
-        facts = json.loads(sidecar.read_text(encoding="utf-8"))
-        window, mean, std = (facts["normalisation"][name] for name in ("window", "mean", "std"))
-        Intensity(window, mean + 0.0, std + 0.0)
-        return {"arch": str(facts["arch"]), "window": window, "mean": mean, "std": std}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise WeightsError(f"{sidecar}: does not describe an encoder; restore it or remove it") from None
-
-
-def agreed(cfg: Config, name: str, facts: dict):
+def agreed(cfg: Config, name: str, card: dict):
     """A value that config and encoder may both give, in which case they must agree; None if neither does.
 
     Raises ConfigError with both values.
     """
     section, key = name.split(".")
     given = cfg[section][key]
-    if key not in facts:
+    if key not in card:
         return given
     left_open = "auto" if key == "window" else None
-    if given not in (left_open, facts[key]):
-        raise ConfigError(f"{name}: {given!r} contradicts {facts[key]!r} of {path_of(cfg)}")
-    return facts[key]
+    if given not in (left_open, card[key]):
+        raise ConfigError(f"{name}: {given!r} contradicts {card[key]!r} of {path_of(cfg)}")
+    return card[key]
 
 
-def normalisation(cfg: Config, facts: dict, stored: str) -> Intensity:
-    """The encoder's own normalisation, else the config's, else the default for the kind of stored values."""
-    window = agreed(cfg, "data.window", facts)
+def normalisation(cfg: Config, card: dict, kind: str) -> Intensity:
+    """The encoder's own normalisation, else the config's, else the default for the kind of values."""
+    window = agreed(cfg, "data.window", card)
     if window == "auto":
-        window = default_window(stored)
-    values = {name: agreed(cfg, f"data.{name}", facts) for name in ("mean", "std")}
+        window = default_window(kind)
+    values = {name: agreed(cfg, f"data.{name}", card) for name in ("mean", "std")}
     return Intensity(window, **{name: value for name, value in values.items() if value is not None})
 
 
-def build_encoder(cfg: Config, facts: dict, process: Process) -> Encoder:
+def build_encoder(cfg: Config, card: dict, process: Process) -> Encoder:
     """The encoder with its initial weights, at the evaluation's output stride."""
     path = path_of(cfg)
-    arch = agreed(cfg, "model.arch", facts) or "resnet50"
+    arch = agreed(cfg, "model.arch", card) or "resnet50"
     with config_errors():
         encoder = Encoder(arch, cfg.model.in_channels)
         encoder.set_output_stride(cfg.model.output_stride)

@@ -1,25 +1,23 @@
-"""The segmentation model as an evaluation uses it: what it is, its file, and its predictions.
+"""The segmentation model as an evaluation uses it: what it is, its file, and its logits.
 
 LinearProbe             frozen encoder and linear decoder; its rival, DeepLabV3Plus, is in models.py
 save_model, load_model  model.pth: the weights with all that is needed to use them
 segmentation_logits     of whole slices, or of windows of them
-segment, predict        labels of slices and volumes
 """
 
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ct.slices import IGNORE, MAX_SIDE, DataError, read_stored, write_png
-from ct.volumes import read_volume, write_labels
-from data import Intensity, network_input
-from engine.config import Config, ConfigError
-from engine.files import make_run_folder, written_whole
-from engine.process import Process, progress
+from ct.properties import Facts, parse_facts
+from ct.slices import IGNORE, MAX_SIDE, DataError
+from data import Intensity
+from engine.config import ConfigError
+from engine.files import written_whole
+from engine.process import Process
 from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, is_sound, read_weights, upsample
 
 SMALLEST_WINDOW = 64  # px
@@ -59,7 +57,7 @@ class Description:
     output_stride: int
     classes: list[str]
     normalisation: dict
-    stored: str  # "hu" or "uint8", the values that it takes
+    facts: Facts  # of the slices that it was trained on
 
 
 def build_model(about: Description, encoder: Encoder, process: Process) -> nn.Module:
@@ -79,7 +77,7 @@ def load_model(path: Path, process: Process) -> tuple[nn.Module, Description]:
         raise ConfigError(f"run.out: no trained model in {path.parent} (model.pth); evaluate there first")
     content = read_weights(path)
     try:
-        about, state = Description(**content["about"]), content["state"]
+        about, state = description_of(content["about"]), content["state"]
         sound = all(map(is_sound, state.values())) and 1 < len(about.classes) <= IGNORE
         sound = sound and about.in_channels == state["encoder.conv1.weight"].shape[1]
         if not sound or not Intensity(**about.normalisation)(torch.zeros(1)).isfinite():
@@ -90,6 +88,13 @@ def load_model(path: Path, process: Process) -> tuple[nn.Module, Description]:
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError, AttributeError):
         raise WeightsError(f"{path}: not a model of this program, or damaged") from None
     return model.eval(), about
+
+
+def description_of(saved: dict) -> Description:
+    """From a file; models from before 26 November 2026 know of their slices whether they hold HU."""
+    facts = saved.get("facts", {"kind": saved.get("stored")})
+    rest = {name: value for name, value in saved.items() if name not in ("facts", "stored")}
+    return Description(**rest, facts=parse_facts(facts, "model.pth"))
 
 
 def at_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -142,59 +147,3 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
         return [0]
     gaps = math.ceil((length - window) / max(1, window * (1 - overlap)))
     return [round(i * (length - window) / gaps) for i in range(gaps + 1)]
-
-
-# ---- Prediction ----------------------------------------------------------------------------------
-
-
-def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
-    """Masks for a slice, a volume, or all slices and volumes below a folder, by the model in run.out.
-
-    Slices become 8-bit PNGs of the same relative names; NIfTI volumes become NIfTI on their own grid.
-    Raises ConfigError without a trained model, DataError for an input that cannot be used.
-    """
-    model, about = load_model(Path(cfg.run.out) / "model.pth", process)
-    slices, volumes = slices_and_volumes(source)
-    base = source if source.is_dir() else source.parent
-    make_run_folder(out, process)
-    own = (slices + volumes)[process.rank :: process.world]
-    for path in progress(process, "predicting", own):
-        target = out / path.relative_to(base)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() in (".nii", ".gz"):
-            volume = read_volume(path)
-            stored = torch.from_numpy(np.nan_to_num(volume.array.astype(np.float32), nan=-1024))
-            write_labels(target, segment(model, about, stored, "hu", path, cfg, process), volume)
-        else:
-            array, kind = read_stored(path, cfg.data.hu_offset)
-            labels = segment(model, about, torch.from_numpy(array)[None], kind, path, cfg, process)
-            write_png(target.with_suffix(".png"), labels[0])
-    process.say(f"{out}: masks of {len(slices)} slices and {len(volumes)} volumes")
-
-
-def slices_and_volumes(source: Path) -> tuple[list[Path], list[Path]]:
-    """The .png and .npy files, and the .nii and .nii.gz files, anywhere below a folder; or the one file."""
-    if not source.exists():
-        raise DataError(f"{source}: no such file or folder")
-    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    slices = [path for path in files if path.suffix.lower() in (".png", ".npy")]
-    volumes = [path for path in files if path.name.lower().endswith((".nii", ".nii.gz"))]
-    if not slices and not volumes:
-        raise DataError(f"{source}: neither slices (.png, .npy) nor volumes (.nii, .nii.gz)")
-    return slices, volumes
-
-
-@torch.no_grad()
-def segment(model, about: Description, stored: Tensor, kind: str, path: Path, cfg: Config, process: Process):
-    """Labels (S, H, W) uint8 of slices (S, H, W) in stored values."""
-    if kind != about.stored:
-        raise DataError(f"{path}: holds {kind} values, the model was trained on {about.stored} ones")
-    intensity = Intensity(**about.normalisation)
-    labels = []
-    for some in stored.split(cfg.optim.batch_size):
-        unit = intensity.to_unit(some[:, None].to(process.device))
-        with process.autocast():
-            images = network_input(unit, intensity, about.in_channels)
-            logits = segmentation_logits(model, images, some.shape[1:], cfg.eval.window, cfg.eval.overlap)
-        labels.append(logits.argmax(1).to(torch.uint8).cpu())
-    return torch.cat(labels).numpy()

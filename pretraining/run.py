@@ -21,6 +21,7 @@ from engine.stopping import StopRequest, batch_loader, begin, leave
 from models import MoCo
 from pretraining.guard import Guard, NotFinite, bad_steps_text
 from pretraining.journal import Journal
+from pretraining.judgement import heed_data
 from pretraining.monitor import CollapseMonitor, draw, show
 from pretraining.run_state import average_running_statistics, averaged_statistics, export, resume, save
 from pretraining.schedule import Due, StepBatches, count_steps
@@ -45,6 +46,7 @@ class Run:
 
     def __post_init__(self):
         cfg, process, self.dataset = self.cfg, self.process, self.reader.dataset
+        heed_data(cfg, process, self.dataset, self.intensity)
         self.steps_per_epoch, self.total_steps = count_steps(cfg, len(self.dataset), process)
         self.guard = Guard(self.model, self.optimizer, cfg.run.max_bad_steps)
         self.folder = make_run_folder(cfg.run.out, process)

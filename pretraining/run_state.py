@@ -3,6 +3,7 @@
 import hashlib
 import json
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 import torchvision
@@ -16,7 +17,7 @@ from pretraining.guard import running_statistics
 
 # What the names of settings begin with that a resumed run may change: the method does not depend on them.
 RUN_FREE = ("out", "device", "compile", "save", "max_bad", "skip", "timeout", "deterministic")
-FREE = (*(f"run.{name}" for name in RUN_FREE), "data.workers", "log.")
+FREE = (*(f"run.{name}" for name in RUN_FREE), "data.workers", "data.insist", "log.")
 
 
 def resume(run) -> tuple[int, bool]:
@@ -80,7 +81,7 @@ def export(run, name: str, metrics: dict) -> None:
         "arch": cfg.model.arch,
         "in_channels": cfg.model.in_channels,
         "normalisation": run.intensity.as_dict(),
-        "data": {"slices": len(dataset), "cases": len(set(dataset.cases)), "size": list(dataset.size)},
+        "data": {"slices": len(dataset), "cases": len(set(dataset.cases)), **asdict(dataset.facts())},
         "steps": run.step,
         "metrics": {key: value for key, value in metrics.items() if not isinstance(value, list)},
         "config": cfg.plain(),

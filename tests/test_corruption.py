@@ -92,20 +92,19 @@ KINDS = {
     "npy: check": Kind(CHECK, ARRAYS, NPY, fast=20),
     "mask: check": Kind(CHECK, MASKS, PNG, fast=20),
     "list: check": Kind("data.py check --root set --list few.txt", "set/few.txt", LIST, fast=20),
-    "classes: check": Kind(CHECK, "set/classes.json", JSON),
-    "spacing: check": Kind(CHECK, "set/spacing.json", JSON),
+    "set.json: check": Kind(CHECK, "set/set.json", JSON),
     "png: pack": Kind(f"{PACK} few.txt", FEW, PNG, PACKED),
     "npy: pack": Kind(f"{PACK} numpy.txt", ARRAYS, NPY, PACKED),
     "list: pack": Kind(f"{PACK} few.txt", "set/few.txt", LIST, PACKED),
     "mask: show": Kind(SHOW, MASKS, PNG, PAGE),
-    "classes: show": Kind(SHOW, "set/classes.json", JSON, PAGE),
+    "set.json: show": Kind(SHOW, "set/set.json", JSON, PAGE),
     "png: show views": Kind(f"{SHOW} --views", FEW, PNG, PAGE),
     "phantom.json": Kind(PHANTOM, "set/phantom.json", JSON),
     # volumes
     "nii: slice": Kind(f"{SLICE} --images {{target}}", "volumes/ct.nii*", NIFTI, LISTS, 30),
     "labels: slice": Kind(SLICE, "volumes/seg.nii.gz", NIFTI, LISTS, 20),
     "map: slice": Kind(f"{SLICE} --label-map map.json", "map.json", JSON, LISTS),
-    "classes: slice": Kind(f"{SLICE} --classes set/classes.json", "set/classes.json", JSON, LISTS),
+    "classes: slice": Kind(f"{SLICE} --classes names.json", "names.json", JSON, LISTS),
     # pretraining
     "png: pretrain": Kind(STEP, FEW, PNG, ENCODER, 3),
     "list: pretrain": Kind(STEP, "set/few.txt", LIST, ENCODER, 4),
@@ -121,7 +120,7 @@ KINDS = {
     "encoder.pth: evaluate": Kind(f"{EVAL} encoder={{target}}", "run/encoder.pth", TORCH, SCORES, 5),
     "encoder.json: evaluate": Kind(f"{EVAL} encoder=run/encoder.pth", "run/encoder.json", JSON, SCORES, 4),
     "mask: evaluate": Kind(EVAL, MASKS, PNG, SCORES, 4),
-    "spacing: evaluate": Kind(EVAL, "set/spacing.json", JSON, SCORES, 4),
+    "set.json: evaluate": Kind(EVAL, "set/set.json", JSON, SCORES, 4),
     "checkpoint: evaluate": Kind(PART, "part/checkpoint.pth", TORCH, ("part/results.json",), 5),
     "config.yaml: evaluate": Kind(f"{EVAL} run.out=done", "done/config.yaml", YAML),
     "results.json: evaluate": Kind(f"{EVAL} run.out=done", "done/results.json", JSON),
@@ -220,9 +219,9 @@ NASTY = {
     "YAML nested deeply": (SETTINGS, "bad.yaml", "[" * 100_000, 2, "nested too deeply"),
     "code in YAML": (SETTINGS, "bad.yaml", "run: !!python/object/apply:os.mkdir [owned]", 2, "not a YAML"),
     "gigabytes of YAML": (SETTINGS, "bad.yaml", 3 * GB, 2, "too large"),
-    "gigabytes of JSON": (CHECK, "set/spacing.json", 3 * GB, 2, "too large"),
+    "gigabytes of JSON": (CHECK, "set/set.json", 3 * GB, 2, "too large"),
     "gigabytes of list": (CHECK, "set/few.txt", 3 * GB, 2, "few.txt"),
-    "JSON nested deeply": (CHECK, "set/classes.json", "[" * 100_000, 2, "not valid JSON"),
+    "JSON nested deeply": (CHECK, "set/set.json", "[" * 100_000, 2, "not valid JSON"),
     "a list climbs": (CHECK, "set/few.txt", "a/0.png\na/../../../../etc/passwd", 2, "leaves the data root"),
     "a list begins at the top": (STEP, "set/few.txt", "/etc/passwd", 2, "leaves the data root"),
     "a list has a NUL": (STEP, "set/few.txt", "phantom000/\0.png", 2, "few.txt"),
@@ -301,6 +300,7 @@ def write_sound_files(root, command):
     (root / "set/images/numpy").mkdir()
     for name in ("000", "001"):
         np.save(root / f"set/images/numpy/{name}.npy", np.full((48, 48), 40, np.int16))
+    (root / "names.json").write_text('["background", "bright"]')
     (root / "map.json").write_text('{"1": 1, "2": 2, "7": 3, "255": 255}')
     (root / "one").mkdir()
     shutil.copy(root / "set/images/phantom000/002.png", root / "one/a.png")

@@ -16,6 +16,7 @@ from PIL import Image
 
 import eval_seg
 from ct import organs, slices
+from ct.properties import class_names, read_properties
 from ct.slices import DataError
 from engine import stopping
 from engine.config import ConfigError
@@ -60,7 +61,7 @@ def encoder_file(tmp_path_factory):
 def slow_dice(prediction_folder, root):
     """Dice per case and organ from PNG masks on disk, by sets of pixels; None where both are empty."""
     names = (root / "test.txt").read_text().split()
-    organs = json.loads((root / "classes.json").read_text())
+    organs = class_names(root)
     cases = {}
     for case in {name.split("/")[0] for name in names}:
         own = [name for name in names if name.startswith(case + "/")]
@@ -204,7 +205,7 @@ def test_two_processes_write_one_result_of_their_common_model(phantom, tmp_path)
     assert len(results["cases"]) == 3
     run(*TINY, f"run.out={tmp_path}/run", "--predict", phantom / "images", "--out", tmp_path / "masks")
     (tmp_path / "set").mkdir()
-    for name in ("masks", "classes.json"):
+    for name in ("masks", "set.json"):
         (tmp_path / "set" / name).symlink_to(phantom / name)
     (tmp_path / "set" / "test.txt").write_text((phantom / "train.txt").read_text())
     assert slow_dice(tmp_path / "masks", tmp_path / "set") == results["cases"]
@@ -255,8 +256,8 @@ def test_predicting_a_volume_of_any_orientation_equals_predicting_its_slices(lin
         [np.asarray(Image.open(tmp_path / "slices" / p.name)) for p in sorted(folder.iterdir())]
     )
     # On disk: axis 0 runs to inferior, axis 1 to the patient's left, axis 2 to anterior.
-    affine = np.array([[0, -2, 0, 50], [0, 0, 3, -70], [-5, 0, 0, 20], [0, 0, 0, 1.0]])
-    affine[0, 1] = -2.0
+    between, row, column = read_properties(phantom).spacing[folder.name]
+    affine = np.array([[0, -column, 0, 50], [0, 0, row, -70], [-between, 0, 0, 20], [0, 0, 0, 1.0]])
     on_disk = hu[::-1].transpose(0, 2, 1)[:, :, ::-1]
     image = nibabel.Nifti1Image(on_disk.astype(np.int16), affine)
     (tmp_path / "in" / "sub").mkdir(parents=True)
@@ -296,7 +297,7 @@ def test_predicting_without_a_model_or_without_images_is_refused(linear, tmp_pat
 
 def test_values_of_another_kind_than_trained_on_are_refused(linear, tmp_path):
     Image.fromarray(np.zeros((48, 48), np.uint8)).save(tmp_path / "eight_bit.png")
-    with pytest.raises(DataError, match=r"eight_bit\.png: holds uint8 values"):
+    with pytest.raises(DataError, match=r"eight_bit\.png: 8-bit values, but the model"):
         run(*TINY, f"run.out={linear[0]}", "--predict", tmp_path / "eight_bit.png", "--out", tmp_path / "out")
 
 
@@ -360,7 +361,7 @@ def test_damaged_and_malicious_encoder_files_are_refused(phantom, encoder_file, 
     for name in ("code.pth", "short.pth"):
         with pytest.raises(WeightsError, match=name):
             evaluate(phantom, tmp_path / "out", encoder=tmp_path / name)
-    with pytest.raises(WeightsError, match=r"other\.json: does not describe an encoder"):
+    with pytest.raises(DataError, match=r"other\.json: does not describe an encoder"):
         evaluate(phantom, tmp_path / "out", encoder=tmp_path / "other.pth")
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,85 @@
+"""What is odd about an evaluation before it begins: its encoder, its slices, its masks, its lists."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ct.plausible import Doubt, heed, judge_facts, judge_lists, judge_masks
+from ct.slices import DataError, in_threads
+from data import Intensity, SegmentationDataset, judge
+from engine.config import Config
+from engine.process import Process, warn
+
+
+def heed_evaluation(
+    cfg: Config,
+    path: Path | None,
+    card: dict,
+    sets: dict[str, SegmentationDataset],
+    positions: list[int],
+    classes: list[str],
+    intensity: Intensity,
+    process: Process,
+) -> list[str]:
+    """Say it all; returns what was said. Raises DataError where nothing right can come out, unless
+    data.insist.
+
+    Args:
+        path: of the encoder's weights, None for random ones; card: data.encoder_card of it.
+        positions: the training slices that take part.
+    """
+    doubts = judge_encoder(path, card, sets["train"], intensity)
+    doubts += judge(sets["train"], cfg.data.window, intensity)
+    doubts += judge_lists({split: dataset.cases for split, dataset in sets.items()})
+    for dataset in sets.values():
+        doubts += judge_spacing(dataset)
+    doubts += judge_training_masks(sets["train"], positions, classes, process)
+    if note := sets["train"].assumed():
+        process.say(f"note: {note}")
+    return heed(doubts, cfg.data.insist, "data.insist=true", warn if process.is_main else lambda _: None)
+
+
+def judge_encoder(path, card: dict, train: SegmentationDataset, intensity: Intensity) -> list[Doubt]:
+    """Whether the encoder was trained on such slices; without a card nobody knows."""
+    if path and not card:
+        assumed = f"window {intensity.window}, mean {intensity.mean:g}, std {intensity.std:g}"
+        text = f"encoder: no {path.stem}.json beside {path}: its normalisation is unknown; assumed: {assumed}"
+        return [Doubt(text)]
+    return judge_facts(card["facts"], train.facts(), f"encoder: {path}") if card else []
+
+
+def judge_spacing(dataset: SegmentationDataset) -> list[Doubt]:
+    """Cases whose pixels are finer or coarser than those of training: the first, and how many."""
+    first = {}
+    for index, case in enumerate(dataset.cases if dataset.grid.pixel_mm else ()):
+        first.setdefault(case, index)
+    found = [
+        (case, doubt)
+        for case, index in first.items()
+        for doubt in dataset.grid.judge(dataset.header(index)[0], dataset.mm_of(index), case)
+    ]
+    others = len({case for case, _ in found}) - 1
+    return [Doubt(found[0][1].text + (f"; and {others} cases more" if others else ""))] if found else []
+
+
+def judge_training_masks(
+    dataset: SegmentationDataset, positions: list[int], classes: list[str], process: Process
+) -> list[Doubt]:
+    """Whether there is something to learn in the masks of these slices, all of which the main process reads.
+
+    Raises DataError for a mask that cannot be used.
+    """
+
+    def count():
+        pixels = np.zeros(256, np.int64)
+        try:
+            for mask in in_threads(dataset.own_mask, positions, "training masks"):
+                pixels += np.bincount(mask.ravel(), minlength=256)
+        except DataError as error:
+            return error
+        return pixels
+
+    pixels = process.from_main(count)
+    if isinstance(pixels, DataError):
+        raise pixels
+    return judge_masks(pixels, classes, f"masks of {len(positions)} training slices")

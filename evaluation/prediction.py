@@ -1,0 +1,171 @@
+"""Masks of slices and volumes by a trained model, on the way on which its test cases were scored."""
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ct.grid import Grid
+from ct.layout import case_of
+from ct.plausible import Values, heed, judge_values, judge_window
+from ct.properties import AXES, KINDS, Facts, Properties, Reading, read_properties, reading_of
+from ct.slices import AIR, DataError, whole_hu, write_png
+from ct.volumes import read_volume, write_labels
+from data import LOOKED_AT, Intensity, network_input
+from engine.config import Config
+from engine.files import make_run_folder
+from engine.process import Process, progress, warn
+from evaluation.segmenter import Description, load_model, segmentation_logits
+
+
+def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
+    """Masks for a slice, a volume, or all slices and volumes below a folder, by the model in run.out.
+
+    Slices become 8-bit PNGs of the same relative names (given a data set's root, those of its images folder),
+    NIfTI volumes NIfTI on their own grid. What cannot be read is named and passed over.
+    Raises ConfigError without a trained model, DataError for an input that cannot be used.
+    """
+    model, about = load_model(Path(cfg.run.out) / "model.pth", process)
+    inputs = Inputs.of(source, cfg)
+    predictor = Predictor(model, about, inputs.reading(about.facts, cfg), cfg, process)
+    predictor.judge(inputs)
+    make_run_folder(out, process)
+    paths, failed = inputs.slices + inputs.volumes, []
+    for path in progress(process, "predicting", paths[process.rank :: process.world]):
+        target = out / path.relative_to(inputs.base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if path in inputs.volumes:
+                predictor.volume(path, target)
+            else:
+                predictor.slice(path, target.with_suffix(".png"), inputs.mm_of(path))
+        except DataError as error:
+            if len(paths) == 1:
+                raise
+            warn(f"{error}; passed over")
+            failed.append(path)
+    if failed := sum(process.gather(failed), []):
+        raise DataError(f"{source}: no mask for {len(failed)} of {len(paths)} files, the first: {failed[0]}")
+    process.say(f"{out}: masks of {len(inputs.slices)} slices and {len(inputs.volumes)} volumes")
+
+
+@dataclass
+class Inputs:
+    """What is to be predicted: files, the folder that their targets' names are relative to, and of the data
+    set around them, if there is one, its properties and its images folder."""
+
+    slices: list[Path]
+    volumes: list[Path]
+    base: Path
+    properties: Properties
+    images: Path | None
+
+    @classmethod
+    def of(cls, source: Path, cfg: Config) -> "Inputs":
+        name = cfg.data.images if "{split}" not in cfg.data.images else "images"
+        inside = source.is_dir() and (source / name).is_dir()
+        where = source / name if inside else source
+        slices, volumes = slices_and_volumes(where)
+        around = [where, *where.absolute().parents] if not inside else [source]
+        root = next((folder for folder in around if (folder / "set.json").is_file()), None)
+        base = where if where.is_dir() else where.parent
+        if root is None:
+            return cls(slices, volumes, base, Properties(), where if inside else None)
+        return cls(slices, volumes, base, read_properties(root), (root / name).absolute())
+
+    def reading(self, facts: Facts, cfg: Config) -> Reading:
+        """How its slices are read: as their own set says, else as those that the model was trained on."""
+        own = self.properties
+        if own.kind is None and own.hu_offset is None:
+            own = replace(own, kind=facts.kind if facts.kind == "stored" else None, hu_offset=facts.hu_offset)
+        elif facts.kind == "stored" and cfg.data.hu_offset is None:
+            return reading_of(own, 0)
+        return reading_of(own, cfg.data.hu_offset)
+
+    def mm_of(self, path: Path):
+        """How many mm rows and columns of a slice are apart, or None."""
+        if self.images is None or not path.absolute().is_relative_to(self.images):
+            return None
+        spacing = self.properties.spacing.get(case_of(path.absolute().relative_to(self.images).as_posix()))
+        return spacing and spacing[1:]
+
+
+class Predictor:
+    """Masks by a trained model, on the way on which its test cases were scored: slices are brought to the
+    grid of the training slices, segmented, and their labels brought back."""
+
+    def __init__(self, model: nn.Module, about: Description, reading: Reading, cfg: Config, process: Process):
+        self.model, self.about, self.reading, self.cfg, self.process = model, about, reading, cfg, process
+        self.facts, self.intensity = about.facts, Intensity(**about.normalisation)
+        self.axis = 2 if about.facts.axis is None else about.facts.axis
+
+    def judge(self, inputs: Inputs) -> None:
+        """Say what is odd about the inputs as a whole."""
+        if inputs.volumes and self.facts.axis is None:
+            self.process.say("note: the model does not say across which axis slices lie: axial")
+        own = inputs.properties.axis
+        if own is not None and own != self.axis:
+            warn(f"{inputs.images}: {AXES[own]} slices, the model was trained on {AXES[self.axis]} ones")
+        values = Values()
+        for path in inputs.slices[:: -(-len(inputs.slices) // LOOKED_AT) or 1]:
+            with suppress(DataError):
+                slice, kind = self.reading.slice(path)
+                if kind == self.facts.kind:
+                    values.add(slice)
+        if inputs.slices and values.total():
+            self.heed(values, inputs.base)
+
+    def heed(self, values: Values, where: Path, more=()) -> None:
+        mend = "the model takes HU"
+        doubts = judge_values(values, where, mend) if self.facts.kind == "hu" else []
+        doubts += judge_window(values, self.intensity.window, where)
+        say = warn if self.process.is_main else lambda _: None
+        heed([*doubts, *more], self.cfg.data.insist, "data.insist=true", say)
+
+    def slice(self, path: Path, target: Path, mm: tuple | None) -> None:
+        values, kind = self.reading.slice(path)
+        if kind != self.facts.kind:
+            raise DataError(f"{path}: {KINDS[kind]}, but the model was trained on {KINDS[self.facts.kind]}")
+        write_png(target, self.labels(torch.from_numpy(values)[None], mm)[0])
+
+    def volume(self, path: Path, target: Path) -> None:
+        volume = read_volume(path, self.axis)
+        values = whole_hu(volume.array)
+        grid = Grid(self.facts.size or values.shape[1:], self.facts.pixel_mm)
+        sample = Values().add(volume.array[:: -(-len(values) // LOOKED_AT)])
+        self.heed(sample, path, grid.judge(values.shape[1:], volume.spacing[1:], path))
+        if self.facts.kind == "stored" and self.facts.hu_offset is not None:
+            values = values + np.float32(self.facts.hu_offset)
+        elif self.facts.kind != "hu":
+            raise DataError(f"{path}: HU, but the model was trained on {KINDS[self.facts.kind]}")
+        write_labels(target, self.labels(torch.from_numpy(values), volume.spacing[1:]), volume)
+
+    @torch.no_grad()
+    def labels(self, stored: Tensor, mm: tuple | None) -> np.ndarray:
+        """Labels (S, H, W) uint8 of slices (S, H, W) in stored values, rows and columns `mm` apart."""
+        own, found = tuple(stored.shape[1:]), []
+        grid = Grid(self.facts.size or own, self.facts.pixel_mm)
+        for some in stored.split(self.cfg.optim.batch_size):
+            on_grid = grid.bring(some, AIR[self.facts.kind], mm)[:, None].to(self.process.device)
+            unit = self.intensity.to_unit(on_grid)
+            with self.process.autocast():
+                images = network_input(unit, self.intensity, self.about.in_channels)
+                window = self.cfg.eval.window, self.cfg.eval.overlap
+                logits = segmentation_logits(self.model, images, grid.size, *window)
+            found.append(logits.argmax(1).to(torch.uint8).cpu())
+        return grid.back(torch.cat(found), own, mm).numpy()
+
+
+def slices_and_volumes(source: Path) -> tuple[list[Path], list[Path]]:
+    """The .png and .npy files, and the .nii and .nii.gz files, anywhere below a folder; or the one file."""
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder")
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    slices = [path for path in files if path.suffix.lower() in (".png", ".npy")]
+    volumes = [path for path in files if path.name.lower().endswith((".nii", ".nii.gz"))]
+    if not slices and not volumes:
+        raise DataError(f"{source}: neither slices (.png, .npy) nor volumes (.nii, .nii.gz)")
+    return slices, volumes

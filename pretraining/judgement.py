@@ -1,0 +1,49 @@
+"""What is odd about the slices that a run is about to learn from: said before the first step."""
+
+from pathlib import Path
+
+from ct.layout import case_of, read_list, without_suffix
+from ct.plausible import Doubt, heed, judge_facts
+from data import Intensity, SliceDataset, encoder_card, judge
+from engine.config import Config
+from engine.process import Process, warn
+
+
+def heed_data(cfg: Config, process: Process, dataset: SliceDataset, intensity: Intensity) -> None:
+    """Say it; raises DataError where nothing right can come out, unless data.insist."""
+    doubts = judge(dataset, cfg.data.window, intensity)
+    doubts += judge_start(cfg, dataset, intensity) + judge_held_out(cfg, dataset)
+    heed(doubts, cfg.data.insist, "data.insist=true", warn if process.is_main else lambda _: None)
+    if note := dataset.assumed():
+        process.say(f"note: {note}")
+
+
+def judge_start(cfg: Config, dataset: SliceDataset, intensity: Intensity) -> list[Doubt]:
+    """Whether the weights to start from were trained on such slices, in such a normalisation."""
+    card = encoder_card(None if cfg.model.init == "random" else cfg.model.init)
+    if not card:
+        return []
+    doubts = judge_facts(card["facts"], dataset.facts(), f"model.init: {cfg.model.init}")
+    theirs = Intensity(card["window"], card["mean"], card["std"])
+    if theirs != intensity:
+        text = f"model.init: {cfg.model.init} was trained with {theirs}, this run has {intensity}"
+        doubts.append(Doubt(text))
+    return doubts
+
+
+def judge_held_out(cfg: Config, dataset: SliceDataset) -> list[Doubt]:
+    """Whether slices, or other slices of the cases, of test.txt or of the validation list are learnt from."""
+    doubts = []
+    for name in {"test.txt", cfg.data.val} - {None, "", cfg.data.list}:
+        path = Path(cfg.data.root) / name
+        if dataset.packed or not path.is_file():
+            continue
+        held_out = {without_suffix(slice) for slice in read_list(path)}
+        cases = {case_of(slice) for slice in held_out}
+        shared = sum(without_suffix(slice) in held_out for slice in dataset.names)
+        if shared:
+            doubts.append(Doubt(f"{cfg.data.list}: {shared} of its slices stand in {name}, too"))
+        elif among := sorted(cases & set(dataset.cases)):
+            text = f"{cfg.data.list}: has other slices of {len(among)} cases of {name} ({among[0]})"
+            doubts.append(Doubt(text))
+    return doubts
