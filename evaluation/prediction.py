@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ct.grid import Grid
 from ct.layout import case_of
-from ct.plausible import Values, heed, judge_values, judge_window
+from ct.plausible import Doubt, Values, heed, judge_values, judge_window
 from ct.properties import AXES, KINDS, Facts, Properties, Reading, read_properties, reading_of
 from ct.slices import AIR, DataError, whole_hu, write_png
 from ct.volumes import read_volume, write_labels
@@ -19,6 +19,8 @@ from engine.config import Config
 from engine.files import make_run_folder
 from engine.process import Process, progress, warn
 from evaluation.segmenter import Description, load_model, segmentation_logits
+
+TAKES_HU = "the model takes HU"
 
 
 def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
@@ -107,7 +109,7 @@ class Predictor:
         if inputs.volumes and self.facts.axis is None:
             self.process.say("note: the model does not say across which axis slices lie: axial")
         own = inputs.properties.axis
-        if own is not None and own != self.axis:
+        if self.process.is_main and own not in (None, self.axis):
             warn(f"{inputs.images}: {AXES[own]} slices, the model was trained on {AXES[self.axis]} ones")
         values = Values()
         for path in inputs.slices[:: -(-len(inputs.slices) // LOOKED_AT) or 1]:
@@ -115,15 +117,13 @@ class Predictor:
                 slice, kind = self.reading.slice(path)
                 if kind == self.facts.kind:
                     values.add(slice)
-        if inputs.slices and values.total():
-            self.heed(values, inputs.base)
+        if values.total():
+            doubts = judge_values(values, inputs.base, TAKES_HU) if self.facts.kind == "hu" else []
+            doubts += judge_window(values, self.intensity.window, inputs.base)
+            self.heed(doubts, say=warn if self.process.is_main else lambda _: None)
 
-    def heed(self, values: Values, where: Path, more=()) -> None:
-        mend = "the model takes HU"
-        doubts = judge_values(values, where, mend) if self.facts.kind == "hu" else []
-        doubts += judge_window(values, self.intensity.window, where)
-        say = warn if self.process.is_main else lambda _: None
-        heed([*doubts, *more], self.cfg.data.insist, "data.insist=true", say)
+    def heed(self, doubts: list[Doubt], say=warn) -> None:
+        heed(doubts, self.cfg.data.insist, "data.insist=true", say)
 
     def slice(self, path: Path, target: Path, mm: tuple | None) -> None:
         values, kind = self.reading.slice(path)
@@ -133,21 +133,26 @@ class Predictor:
 
     def volume(self, path: Path, target: Path) -> None:
         volume = read_volume(path, self.axis)
-        values = whole_hu(volume.array)
-        grid = Grid(self.facts.size or values.shape[1:], self.facts.pixel_mm)
-        sample = Values().add(volume.array[:: -(-len(values) // LOOKED_AT)])
-        self.heed(sample, path, grid.judge(values.shape[1:], volume.spacing[1:], path))
+        values, mm = whole_hu(volume.array), volume.spacing[1:]
+        some = slice(None, None, -(-len(values) // LOOKED_AT))
+        doubts = judge_values(Values().add(volume.array[some]), path, TAKES_HU)
         if self.facts.kind == "stored" and self.facts.hu_offset is not None:
-            values = values + np.float32(self.facts.hu_offset)
+            values += np.float32(self.facts.hu_offset)
         elif self.facts.kind != "hu":
             raise DataError(f"{path}: HU, but the model was trained on {KINDS[self.facts.kind]}")
-        write_labels(target, self.labels(torch.from_numpy(values), volume.spacing[1:]), volume)
+        doubts += judge_window(Values().add(values[some]), self.intensity.window, path)
+        self.heed(doubts + self.grid(values.shape[1:]).judge(values.shape[1:], mm, path))
+        write_labels(target, self.labels(torch.from_numpy(values), mm), volume)
+
+    def grid(self, own: tuple) -> Grid:
+        """That of the training slices; for a model that does not know it, the slices' own."""
+        return Grid(self.facts.size or tuple(own), self.facts.pixel_mm)
 
     @torch.no_grad()
     def labels(self, stored: Tensor, mm: tuple | None) -> np.ndarray:
         """Labels (S, H, W) uint8 of slices (S, H, W) in stored values, rows and columns `mm` apart."""
         own, found = tuple(stored.shape[1:]), []
-        grid = Grid(self.facts.size or own, self.facts.pixel_mm)
+        grid = self.grid(own)
         for some in stored.split(self.cfg.optim.batch_size):
             on_grid = grid.bring(some, AIR[self.facts.kind], mm)[:, None].to(self.process.device)
             unit = self.intensity.to_unit(on_grid)

@@ -257,7 +257,8 @@ def test_predicting_a_volume_of_any_orientation_equals_predicting_its_slices(lin
     )
     # On disk: axis 0 runs to inferior, axis 1 to the patient's left, axis 2 to anterior.
     between, row, column = read_properties(phantom).spacing[folder.name]
-    affine = np.array([[0, -column, 0, 50], [0, 0, row, -70], [-between, 0, 0, 20], [0, 0, 0, 1.0]])
+    rows = [[0, -column, 0, 50], [0, 0, row, -70], [-between, 0, 0, 20], [0, 0, 0, 1]]
+    affine = np.array(rows, np.float32)
     on_disk = hu[::-1].transpose(0, 2, 1)[:, :, ::-1]
     image = nibabel.Nifti1Image(on_disk.astype(np.int16), affine)
     (tmp_path / "in" / "sub").mkdir(parents=True)
