@@ -93,7 +93,8 @@ from torch import Tensor
 from augment import SegmentationAugment
 from ct.layout import class_names
 from data import DataError, Intensity, SegmentationDataset, network_input
-from engine.files import make_run_folder, write_whole
+from engine.files import make_run_folder, refuse_other_run, write_whole
+from engine.ownership import all_refuse
 from engine.process import Process, start_process, warn
 from engine.stopping import StopRequest, begin, run_script
 from evaluation import encoder_file, report
@@ -118,6 +119,7 @@ NULLABLE = {
 }
 # What may differ when a run is repeated in its folder: none of it decides what is computed.
 FREE_KEYS = ("run.out", "run.device", "run.compile", "run.timeout", "data.workers", "cache", "log.")
+SCRIPT = "eval_seg.py"  # whose folders these are, see engine/ownership.py
 PHOTOMETRIC = ("brightness", "contrast", "gamma", "noise")
 
 
@@ -159,7 +161,8 @@ def check_config(cfg: Config) -> None:
 def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     """Train on the labelled cases, keep the best model on the validation cases, score the test cases."""
     check_batch(cfg, process)
-    folder = Path(cfg.run.out)
+    folder, weights = Path(cfg.run.out), encoder_file.path_of(cfg)
+    all_refuse(process, refuse_other_run, cfg, SCRIPT, weights)
     if results := finished(cfg, folder):
         process.say(f"{folder}: finished already\n{report.organ_table(results)}")
         return
@@ -167,14 +170,14 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     torch.manual_seed(cfg.seed)
     classes = class_names(cfg.data.root, cfg.data.classes)
     sets = open_sets(cfg, len(classes))
-    facts = encoder_file.facts_of(encoder_file.path_of(cfg))
+    facts = encoder_file.facts_of(weights)
     intensity = encoder_file.normalisation(cfg, facts, sets["train"].stored)
     encoder = encoder_file.build_encoder(cfg, facts, process)
     shape = (encoder.arch, encoder.in_channels, encoder.output_stride)
     about = Description(cfg.mode, *shape, classes, intensity.as_dict(), sets["train"].stored)
     model = build_model(about, encoder, process).eval()
     positions = labelled_positions(cfg, sets)
-    begin(make_run_folder(folder, process), cfg, process)
+    begin(make_run_folder(cfg, process, SCRIPT, weights), cfg, process, SCRIPT)
 
     def to_images(stored: Tensor) -> Tensor:
         return network_input(intensity.to_unit(stored), intensity, encoder.in_channels)
@@ -352,7 +355,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("--predict INPUT and --out DIR belong together")
     cfg = load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
     check_config(cfg)
-    if args.folder:
+    if args.folder:  # launch.sh asks
+        refuse_other_run(cfg, SCRIPT, cfg.encoder and encoder_file.path_of(cfg))
         print(cfg.run.out)
         return 0
     process = start_process(cfg.run)

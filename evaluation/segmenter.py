@@ -18,11 +18,13 @@ from ct.slices import IGNORE, MAX_SIDE, DataError, read_stored, write_png
 from ct.volumes import read_volume, write_labels
 from data import Intensity, network_input
 from engine.config import Config, ConfigError
-from engine.files import make_run_folder, written_whole
+from engine.files import make_folder, written_whole
+from engine.ownership import all_refuse, refuse_foreign
 from engine.process import Process, progress
 from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, is_sound, read_weights, upsample
 
 SMALLEST_WINDOW = 64  # px
+PREDICTED = "eval_seg.py --predict"  # by which its files are known, see engine/ownership.py
 
 
 class LinearProbe(nn.Module):
@@ -155,21 +157,44 @@ def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
     """
     model, about = load_model(Path(cfg.run.out) / "model.pth", process)
     slices, volumes = slices_and_volumes(source)
-    base = source if source.is_dir() else source.parent
-    make_run_folder(out, process)
+    slices, volumes = (outside(out, source, paths, process) for paths in (slices, volumes))
+    if not slices and not volumes:
+        raise DataError(f"{source}: all slices and volumes there lie below --out {out}; choose another --out")
+    targets = prediction_paths(slices, volumes, source, out)
+    all_refuse(process, refuse_foreign, targets.values(), targets, PREDICTED)
+    make_folder(out, process, "--out")
     own = (slices + volumes)[process.rank :: process.world]
     for path in progress(process, "predicting", own):
-        target = out / path.relative_to(base)
+        target = targets[path]
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() in (".nii", ".gz"):
             volume = read_volume(path)
             stored = torch.from_numpy(np.nan_to_num(volume.array.astype(np.float32), nan=-1024))
-            write_labels(target, segment(model, about, stored, "hu", path, cfg, process), volume)
+            write_labels(target, segment(model, about, stored, "hu", path, cfg, process), volume, PREDICTED)
         else:
             array, kind = read_stored(path, cfg.data.hu_offset)
             labels = segment(model, about, torch.from_numpy(array)[None], kind, path, cfg, process)
-            write_png(target.with_suffix(".png"), labels[0])
+            write_png(target, labels[0], PREDICTED)
     process.say(f"{out}: masks of {len(slices)} slices and {len(volumes)} volumes")
+
+
+def outside(out: Path, source: Path, paths: list[Path], process: Process) -> list[Path]:
+    """The paths without those below --out: a folder of earlier predictions, inside of what is predicted."""
+    folder = out.resolve()
+    if folder == source.resolve():  # then every file would be its own prediction, which is refused
+        return paths
+    kept = [path for path in paths if not path.resolve().is_relative_to(folder)]
+    if source.is_dir() and len(kept) < len(paths):
+        process.say(f"{out}: lies below {source}; its {len(paths) - len(kept)} files are not taken as input")
+        return kept
+    return paths
+
+
+def prediction_paths(slices: list[Path], volumes: list[Path], source: Path, out: Path) -> dict[Path, Path]:
+    """{input: its mask}, of the same name relative to `source`; that of a slice ends in .png."""
+    base = source if source.is_dir() else source.parent
+    targets = {path: out / path.relative_to(base) for path in slices + volumes}
+    return targets | {path: targets[path].with_suffix(".png") for path in slices}
 
 
 def slices_and_volumes(source: Path) -> tuple[list[Path], list[Path]]:

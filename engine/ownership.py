@@ -1,0 +1,189 @@
+"""Whose files these are: nothing is written over that this project did not write there itself.
+
+Beside what a command writes stands .med-moco, one JSON object a line:
+
+    {"file": "ct.nii.gz", "made_by": "eval_seg.py --predict", "sha256": "..."}    before the file appears
+    {"folder_of": "train_moco.py"}                                        before anything else is in the folder
+
+A command replaces a file only if it wrote it itself, in this folder, and nobody has changed it since; and it
+takes a folder for one of its own only if it is new, or empty, or says so. Copying or editing a file makes it
+the user's.
+
+    refuse_foreign(targets, sources, made_by)      a command that writes single files, before it writes any
+    refuse_other_folder(folder, made_by)           one that fills a folder; then claim(folder, made_by)
+    enter(path, content, made_by)                  called by engine.files.written_whole
+"""
+
+import hashlib
+import json
+import os
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from engine.config import ConfigError, one_line
+from engine.process import Process
+
+RECORD = ".med-moco"
+LEFT_OVER = ".med-moco.part"  # the ending of files under way, of which a killed process leaves one
+LOGS = (".log", ".out", ".err")  # of a scheduler or a shell; they may be in a folder before its run
+
+
+def enter(path: Path, content: Path, made_by: str) -> None:
+    """Note in the folder's record that `path` is about to become what the file `content` holds now."""
+    add_line(path.parent, {"file": path.name, "made_by": made_by, "sha256": sha256(content)})
+
+
+def claim(folder: Path, made_by: str) -> None:
+    """Note that the folder, which `refuse_other_folder` has let through, belongs to this command."""
+    if not is_folder_of(folder, made_by):
+        add_line(folder, {"folder_of": made_by})
+
+
+def add_line(folder: Path, content: dict) -> None:
+    """In one piece, since several processes may write into one folder. After a line that a full disk has cut
+    off a new one begins."""
+    handle = os.open(folder / RECORD, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(handle, b"\n" * (not ends_a_line(folder / RECORD)) + json.dumps(content).encode() + b"\n")
+    finally:
+        os.close(handle)
+
+
+def ends_a_line(path: Path) -> bool:
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+        return file.read(1) in (b"", b"\n")
+
+
+def lines_of(folder: Path) -> list[dict]:
+    """The folder's record; lines that cannot be read are left out, so that what they speak of is foreign."""
+    try:
+        text = (folder / RECORD).read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        found += [content] if isinstance(content, dict) else []
+    return found
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def refuse_foreign(
+    targets: Iterable[Path], sources: Iterable[str | Path], made_by: str, setting: str = "--out"
+) -> None:
+    """Raise a ConfigError unless all targets can be written without loss.
+
+    That is, none of them is one of the sources, which the command reads, also under another name; no two are
+    the same; and what exists of them this very command wrote there.
+    """
+    targets = [Path(target) for target in targets]
+    if twice := [target for target, count in Counter(targets).items() if count > 1]:
+        raise ConfigError(f"{one_line(twice[0])}: two files would become this one; rename one of them")
+    there = [target for target in targets if os.path.lexists(target)]
+    if not there:
+        return
+    identities = {identity for source in sources if (identity := identity_of(source))}
+    for target in there:
+        if identity_of(target) in identities:
+            text = "is read by this command, which would write over it; choose another"
+            raise ConfigError(f"{one_line(target)}: {text} {setting}")
+    if foreign := foreign_files(there, made_by):
+        more = f" ({len(foreign)} such files)" if len(foreign) > 1 else ""
+        raise ConfigError(
+            f"{one_line(foreign[0])}: would be written over, and is not as {made_by} wrote it there{more}; "
+            f"move it away or choose another {setting}"
+        )
+
+
+def identity_of(path: str | Path) -> tuple | None:
+    """The same for all names of a file, through whatever links; None if it does not exist."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def foreign_files(paths: Iterable[Path], made_by: str) -> list[Path]:
+    """Those of these existing files that `made_by` did not write there, or that have changed since."""
+    records, foreign = {}, []
+    for path in paths:
+        if path.parent not in records:
+            records[path.parent] = written_in(path.parent, made_by)
+        known = records[path.parent].get(path.name)
+        if not known or path.is_symlink() or not path.is_file() or sha256(path) not in known:
+            foreign.append(path)
+    return foreign
+
+
+def written_in(folder: Path, made_by: str) -> dict[str, set]:
+    """{name: the sha256 of everything that `made_by` ever wrote under it in this folder}"""
+    written = defaultdict(set)
+    for line in lines_of(folder):
+        if line.get("made_by") == made_by:
+            written[line.get("file")].add(line.get("sha256"))
+    return written
+
+
+# ---- Folders -------------------------------------------------------------------------------------
+
+
+def refuse_other_folder(
+    folder: str | Path, made_by: str, setting: str = "--out", sign: str | None = None
+) -> None:
+    """Raise a ConfigError unless the folder is new, empty, or one of `made_by`'s.
+
+    Logs and what a killed process has left do not count. `sign`: a file by which a folder of an older version,
+    which left no record, can be known; the message then says how it can be kept.
+    """
+    folder = Path(folder)
+    if not os.path.lexists(folder) or is_folder_of(folder, made_by):
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{setting}: {folder} is a file; choose another folder")
+    names = sorted(path.name for path in folder.iterdir())
+    names = [name for name in names if not name.endswith((*LOGS, LEFT_OVER)) and name != RECORD]
+    owners = [line["folder_of"] for line in lines_of(folder) if "folder_of" in line]
+    if owners:
+        text = f"belongs to {one_line(owners[0])}, not to {made_by}; choose another folder"
+    elif names:
+        text = f"holds {one_line(names[0])} and nothing that says it is one of {made_by}'s folders"
+        text += "; choose a new or empty one"
+    else:
+        return
+    if sign in names and not owners:
+        line = shlex.quote(json.dumps({"folder_of": made_by}))
+        text += f" (or, if an older version made it: echo {line} >> {shlex.quote(str(folder / RECORD))})"
+    raise ConfigError(f"{setting}: {folder} {text}")
+
+
+def is_folder_of(folder: Path, made_by: str) -> bool:
+    return any(line.get("folder_of") == made_by for line in lines_of(folder))
+
+
+def all_refuse(process: Process, check, *arguments) -> None:
+    """check(*arguments) on the main process only; the ConfigError that it raises is raised on all."""
+
+    def reason() -> str | None:
+        try:
+            check(*arguments)
+        except (ConfigError, OSError) as error:
+            return str(error)
+        return None
+
+    if text := process.from_main(reason):
+        raise ConfigError(text)
