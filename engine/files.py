@@ -77,7 +77,7 @@ def refuse_other_run(cfg: Config, script: str, weights: Path | None) -> None:
     if not same_settings(cfg, folder):
         refuse_foreign([folder / "config.yaml"], [], script, "run.out")
     if weights and weights.is_file() and weights.resolve().parent == folder.resolve():
-        raise ConfigError(f"run.out: the run would write over {weights}, from which it starts; choose another")
+        raise ConfigError(f"run.out: the run starts from {weights} and would write over it; choose another")
 
 
 def same_settings(cfg: Config, folder: Path) -> bool:

@@ -2,15 +2,17 @@
 
 Beside what a command writes stands .med-moco, one JSON object a line:
 
-    {"file": "ct.nii.gz", "made_by": "eval_seg.py --predict", "sha256": "..."}    before the file appears
-    {"folder_of": "train_moco.py"}                                        before anything else is in the folder
+    {"file": "ct.nii.gz", "made_by": "eval_seg.py --predict", "sha256": "..."}
+    {"folder_of": "train_moco.py"}
 
+which is written before the file appears, or anything else in the folder: a kill at any moment does no harm.
 A command replaces a file only if it wrote it itself, in this folder, and nobody has changed it since; and it
 takes a folder for one of its own only if it is new, or empty, or says so. Copying or editing a file makes it
 the user's.
 
     refuse_foreign(targets, sources, made_by)      a command that writes single files, before it writes any
     refuse_other_folder(folder, made_by)           one that fills a folder; then claim(folder, made_by)
+    remove_own(paths, made_by)                     those of which all that is true
     enter(path, content, made_by)                  called by engine.files.written_whole
 """
 
@@ -125,7 +127,13 @@ def foreign_files(paths: Iterable[Path], made_by: str) -> list[Path]:
         if path.parent not in records:
             records[path.parent] = written_in(path.parent, made_by)
         known = records[path.parent].get(path.name)
-        if not known or path.is_symlink() or not path.is_file() or sha256(path) not in known:
+        if (
+            not known
+            or path.is_symlink()
+            or not path.is_file()
+            or path.stat().st_size
+            and sha256(path) not in known
+        ):
             foreign.append(path)
     return foreign
 
@@ -139,6 +147,20 @@ def written_in(folder: Path, made_by: str) -> dict[str, set]:
     return written
 
 
+def remove_own(paths: Iterable[Path], made_by: str) -> None:
+    """Delete the files that exist and are as `made_by` wrote them there; all others stay."""
+    there = [path for path in paths if os.path.lexists(path)]
+    for path in {*there} - {*foreign_files(there, made_by)}:
+        path.unlink()
+
+
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, but for the record and what a killed process has left; [] without it."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not path.name.endswith((RECORD, LEFT_OVER)))
+
+
 # ---- Folders -------------------------------------------------------------------------------------
 
 
@@ -147,16 +169,15 @@ def refuse_other_folder(
 ) -> None:
     """Raise a ConfigError unless the folder is new, empty, or one of `made_by`'s.
 
-    Logs and what a killed process has left do not count. `sign`: a file by which a folder of an older version,
-    which left no record, can be known; the message then says how it can be kept.
+    Logs and what a killed process has left do not count. `sign`: a file by which a folder of an older
+    version, which left no record, can be known; the message then says how it can be kept.
     """
     folder = Path(folder)
     if not os.path.lexists(folder) or is_folder_of(folder, made_by):
         return
     if not folder.is_dir():
         raise ConfigError(f"{setting}: {folder} is a file; choose another folder")
-    names = sorted(path.name for path in folder.iterdir())
-    names = [name for name in names if not name.endswith((*LOGS, LEFT_OVER)) and name != RECORD]
+    names = [path.name for path in contents(folder) if not path.name.endswith(LOGS)]
     owners = [line["folder_of"] for line in lines_of(folder) if "folder_of" in line]
     if owners:
         text = f"belongs to {one_line(owners[0])}, not to {made_by}; choose another folder"

@@ -19,8 +19,13 @@ from ct.layout import class_names, read_json
 from ct.organs import BTCV_ORGANS
 from ct.slices import IGNORE, DataError, write_png
 from ct.volumes import import_nibabel, read_volume
+from engine.config import ConfigError
 from engine.files import write_whole
-from prepare.lists import remove_lists, split_cases, write_lists
+from engine.ownership import claim, contents, refuse_foreign, refuse_other_folder, remove_own
+from prepare.lists import files_beside_images, remove_lists, split_cases, write_lists
+
+SLICE = "data.py slice"  # by which its files are known, see engine/ownership.py
+PARTS = ("images", "masks")
 
 
 def slice_volumes(args):
@@ -34,14 +39,16 @@ def slice_volumes(args):
     names, label_map = names_and_map(args)
     split = read_split(args.split, [pair.case for pair in pairs if pair.labels])
     out = Path(args.out)
-    remove_lists(out)
+    check_out(args, pairs, label_map, out)
+    out.mkdir(parents=True, exist_ok=True)
+    claim(out, SLICE)
+    remove_lists(out, SLICE)
     for folder in ("images", "masks", "sliced") if args.labels else ("images", "sliced"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     records = all_cases(pairs, args.axis, label_map, out, args.workers)
 
-    write_whole(
-        out / "spacing.json", json.dumps({case: r["spacing"] for case, r in records.items()}, indent=1)
-    )
+    spacings = {case: record["spacing"] for case, record in records.items()}
+    write_whole(out / "spacing.json", json.dumps(spacings, indent=1), SLICE)
     print(f"{out}: {sum(record['slices'] for record in records.values())} slices; cases: {len(records)}")
     if args.labels:
         seen = {label for record in records.values() for label in record["ids"]}
@@ -50,8 +57,25 @@ def slice_volumes(args):
     for name, slices in lists.items():
         cases = len({one.rpartition("/")[0] for one in slices})
         print(f"{name}.txt: " + (f"{len(slices)} slices; cases: {cases}" if slices else "none"))
-    write_lists(out, lists)
+    write_lists(out, lists, SLICE)
     return 0
+
+
+def check_out(args, pairs, label_map, out):
+    """ConfigError if the set would be written over, or into, what the command has not written; before
+    anything is written. What is in the folder of a case that has to be made again goes, all of it."""
+    refuse_other_folder(out, SLICE)
+    for given in filter(None, (args.images, args.labels)):
+        folder = Path(given).resolve()
+        if folder.is_relative_to(out.resolve()) and folder.is_dir():
+            raise ConfigError(f"{given}: is read, and lies in the set's own folder; choose another --out")
+    targets = files_beside_images(out)
+    for pair in pairs:
+        if up_to_date(pair, args.axis, label_map, out) is None:
+            targets.append(out / "sliced" / f"{pair.case}.json")
+            targets += [path for part in PARTS for path in contents(out / part / pair.case)]
+    volumes = [path for pair in pairs for path in (pair.image, pair.labels) if path]
+    refuse_foreign(targets, [*volumes, *filter(None, (args.label_map, args.classes, args.split))], SLICE)
 
 
 # ---- Which image has which labels ----------------------------------------------------------------
@@ -202,7 +226,7 @@ def write_classes(out, label_map, seen, given_names):
     names = class_names(out, given_names or default)
     if len(names) < count:
         raise DataError(f"{len(names)} class names (background first), but labels up to {count - 1}")
-    write_whole(out / "classes.json", json.dumps(names, indent=1))
+    write_whole(out / "classes.json", json.dumps(names, indent=1), SLICE)
     print(f"class names: {', '.join(names)}")
     named = dict(enumerate(names)) | {IGNORE: "ignored"}
     absent = [f"{id} ({named[label]})" for id, label in (label_map or {}).items() if id not in seen]
@@ -246,24 +270,42 @@ def leave_signals_to_parent():
 def slice_case(pair, axis, label_map, out):
     """Write one case, image first, then labels -> its record: spacing in mm, number of slices, which of them
     have labels, and the ids in the label file."""
-    path = out / "sliced" / f"{pair.case}.json"
-    made_of = {"axis": axis, "label_map": label_map and {str(id): to for id, to in label_map.items()}}
-    made_of |= {"image": file_identity(pair.image), "labels": pair.labels and file_identity(pair.labels)}
-    there = path.is_file() and (out / "images" / pair.case).is_dir()
-    if there and (record := read_json(path, dict)).get("made_of") == made_of:
+    if record := up_to_date(pair, axis, label_map, out):
         return record
+    path = out / "sliced" / f"{pair.case}.json"
     path.unlink(missing_ok=True)
     volume = read_volume(pair.image, axis)
     shape, spacing = volume.array.shape, volume.spacing
     write_slices(out / "images" / pair.case, (stored_slice(one) for one in volume.array))
     del volume
-    record = {"made_of": made_of, "spacing": spacing, "slices": shape[0], "labelled": None, "ids": []}
+    record = {"made_of": made_of(pair, axis, label_map), "spacing": spacing}
+    record |= {"slices": shape[0], "labelled": None, "ids": []}
     if pair.labels:
         masks, record["ids"] = read_masks(pair.labels, axis, shape, pair.image, label_map)
         write_slices(out / "masks" / pair.case, map(np.ascontiguousarray, masks))
         record["labelled"] = np.flatnonzero(masks.any(axis=(1, 2))).tolist()
-    write_whole(path, json.dumps(record))
+    else:
+        remove_own(contents(out / "masks" / pair.case), SLICE)
+    write_whole(path, json.dumps(record), SLICE)
     return record
+
+
+def up_to_date(pair, axis, label_map, out):
+    """The record of a case that is there, made from these files in this way; else None."""
+    path = out / "sliced" / f"{pair.case}.json"
+    if not path.is_file() or not (out / "images" / pair.case).is_dir():
+        return None
+    record = read_json(path, dict)
+    return record if record.get("made_of") == made_of(pair, axis, label_map) else None
+
+
+def made_of(pair, axis, label_map):
+    return {
+        "axis": axis,
+        "label_map": label_map and {str(id): to for id, to in label_map.items()},
+        "image": file_identity(pair.image),
+        "labels": pair.labels and file_identity(pair.labels),
+    }
 
 
 def file_identity(path):
@@ -278,8 +320,9 @@ def stored_slice(hu):
 
 def write_slices(folder, slices):
     folder.mkdir(exist_ok=True)
+    remove_own(contents(folder), SLICE)  # of a former image, which may have had more of them
     for index, one in enumerate(slices):
-        write_png(folder / f"{index:04d}.png", one)
+        write_png(folder / f"{index:04d}.png", one, SLICE)
 
 
 def read_masks(path, axis, shape, image, label_map):
