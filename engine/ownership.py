@@ -122,20 +122,17 @@ def identity_of(path: str | Path) -> tuple | None:
 
 def foreign_files(paths: Iterable[Path], made_by: str) -> list[Path]:
     """Those of these existing files that `made_by` did not write there, or that have changed since."""
-    records, foreign = {}, []
-    for path in paths:
+    records = {}
+
+    def is_own(path: Path) -> bool:
         if path.parent not in records:
             records[path.parent] = written_in(path.parent, made_by)
         known = records[path.parent].get(path.name)
-        if (
-            not known
-            or path.is_symlink()
-            or not path.is_file()
-            or path.stat().st_size
-            and sha256(path) not in known
-        ):
-            foreign.append(path)
-    return foreign
+        if not known or path.is_symlink() or not path.is_file():
+            return False
+        return path.stat().st_size == 0 or sha256(path) in known  # empty: the power went while it was written
+
+    return [path for path in paths if not is_own(path)]
 
 
 def written_in(folder: Path, made_by: str) -> dict[str, set]:
@@ -182,8 +179,7 @@ def refuse_other_folder(
     if owners:
         text = f"belongs to {one_line(owners[0])}, not to {made_by}; choose another folder"
     elif names:
-        text = f"holds {one_line(names[0])} and nothing that says it is one of {made_by}'s folders"
-        text += "; choose a new or empty one"
+        text = f"is not empty ({one_line(names[0])}) and not a folder of {made_by}; choose a new or empty one"
     else:
         return
     if sign in names and not owners:

@@ -334,13 +334,17 @@ def test_figures_of_what_is_there(run, tmp_path):
     run()
     always = {"dice.png", "spectra.png", "training.png", "measures.png"}
     assert run("--figures", str(out)) == (0, [])
-    assert {f.name for f in out.iterdir()} == always | {"labels.png", "segmentations.png"}
+    assert {f.name for f in out.glob("*.png")} == always | {"labels.png", "segmentations.png"}
+    assert run("--figures", str(out)) == (0, [])  # again
+    (out / "labels.png").write_bytes(b"of the user's")
+    with pytest.raises(ConfigError, match=r"labels\.png: would be written over"):
+        run("--figures", str(out))
     shutil.rmtree(out)
     for record in Cells(tmp_path / "out").read():
         for name in record.keys() & {"finetune-50", "finetune-100", "masks"}:
             forget(tmp_path / "out", cell_of(record), name)
     run("--figures", str(out))
-    assert {f.name for f in out.iterdir()} == always
+    assert {f.name for f in out.glob("*.png")} == always
 
 
 def test_protocols_that_are_none(tmp_path):
