@@ -16,6 +16,7 @@ the user's.
     enter(path, content, made_by)                  called by engine.files.written_whole
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -46,9 +47,13 @@ def claim(folder: Path, made_by: str) -> None:
 def add_line(folder: Path, content: dict) -> None:
     """In one piece, since several processes may write into one folder. After a line that a full disk has cut
     off a new one begins."""
-    handle = os.open(folder / RECORD, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    path = folder / RECORD
+    line = json.dumps(content).encode() + b"\n"
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(handle, b"\n" * (not ends_a_line(folder / RECORD)) + json.dumps(content).encode() + b"\n")
+        line = line if ends_a_line(path) else b"\n" + line
+        if os.write(handle, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(handle)
 
@@ -140,7 +145,7 @@ def written_in(folder: Path, made_by: str) -> dict[str, set]:
     written = defaultdict(set)
     for line in lines_of(folder):
         if line.get("made_by") == made_by:
-            written[line.get("file")].add(line.get("sha256"))
+            written[str(line.get("file"))].add(str(line.get("sha256")))
     return written
 
 
@@ -152,10 +157,12 @@ def remove_own(paths: Iterable[Path], made_by: str) -> None:
 
 
 def contents(folder: Path) -> list[Path]:
-    """What is in a folder, sorted, but for the record and what a killed process has left; [] without it."""
+    """What is in a folder, sorted; [] without it. Hidden files and what a killed process has left do not
+    count."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if not path.name.endswith((RECORD, LEFT_OVER)))
+    names = sorted(path.name for path in folder.iterdir())
+    return [folder / name for name in names if name[0] != "." and not name.endswith(LEFT_OVER)]
 
 
 # ---- Folders -------------------------------------------------------------------------------------

@@ -179,15 +179,14 @@ def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
 
 
 def outside(out: Path, source: Path, paths: list[Path], process: Process) -> list[Path]:
-    """The paths without those below --out: a folder of earlier predictions, inside of what is predicted."""
+    """The paths without those below --out, where it lies inside of what is predicted: earlier predictions."""
     folder = out.resolve()
-    if folder == source.resolve():  # then every file would be its own prediction, which is refused
+    if source.resolve() not in folder.parents:
         return paths
-    kept = [path for path in paths if not path.resolve().is_relative_to(folder)]
-    if source.is_dir() and len(kept) < len(paths):
-        process.say(f"{out}: lies below {source}; its {len(paths) - len(kept)} files are not taken as input")
-        return kept
-    return paths
+    kept = [path for path in paths if not path.parent.resolve().is_relative_to(folder)]
+    if left := len(paths) - len(kept):
+        process.say(f"{out}: lies below {source}; {left} files there are not taken as input")
+    return kept
 
 
 def prediction_paths(slices: list[Path], volumes: list[Path], source: Path, out: Path) -> dict[Path, Path]:
