@@ -105,6 +105,10 @@ def refuse_foreign(
         return
     identities = {identity for source in sources if (identity := identity_of(source))}
     for target in there:
+        if target.is_dir():
+            raise ConfigError(
+                f"{one_line(target)}: is a folder, and a file is meant; choose another {setting}"
+            )
         if identity_of(target) in identities:
             text = "is read by this command, which would write over it; choose another"
             raise ConfigError(f"{one_line(target)}: {text} {setting}")

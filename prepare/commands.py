@@ -59,9 +59,11 @@ def pack(args):
 def files_read(dataset, args):
     """The files that a set consists of: its slices, or its array with its names, and the list."""
     if dataset.packed:
-        return [dataset.packed.path, dataset.packed.path.with_suffix(".json")]
-    lists = [Path(args.root) / args.list] if args.list else []
-    return lists + [dataset.path(index) for index in range(len(dataset))]
+        yield from (dataset.packed.path, dataset.packed.path.with_suffix(".json"))
+        return
+    if args.list:
+        yield Path(args.root) / args.list
+    yield from map(dataset.path, range(len(dataset)))
 
 
 # ---- Command line --------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ import eval_seg
 import train_moco
 from engine import config
 from engine.config import ConfigError
-from experiments import ablation, findings
+from engine.ownership import refuse_foreign
+from experiments import ablation, figures, findings
 from experiments.cells import Cell, Cells, cell_of, evaluation_record, pretraining_record, thinned
 from experiments.position import local_task, noise, set_borders
 from models import Encoder, MoCo
@@ -301,6 +302,12 @@ def test_committed_results_are_small_and_give_the_tables_of_the_readme():
             table = re.sub(" +", " ", text)
             assert "| full-queue512 | 3 | 46.8 ± 1.0 |" in table
             assert "| moco-queue512 | 3 | 29.6 ± 8.3 |" in table
+
+
+def test_committed_figures_may_be_drawn_again():
+    docs = RESULTS.parents[1] / "docs"
+    drawn = ("spectra", "training", "dice", "labels", "measures", "segmentations")
+    refuse_foreign([docs / f"{name}.png" for name in drawn], [], figures.FIGURES)
 
 
 # ---- Options and protocols ----
