@@ -97,7 +97,8 @@ from augment import SegmentationAugment
 from ct.properties import KINDS, class_names
 from ct.slices import mask_mapping
 from data import DataError, Intensity, SegmentationDataset, encoder_card, network_input
-from engine.files import make_run_folder, write_whole
+from engine.files import make_run_folder, refuse_other_run, write_whole
+from engine.ownership import all_refuse
 from engine.process import Process, start_process, warn
 from engine.stopping import StopRequest, begin, run_script
 from evaluation import encoder_file, report
@@ -125,16 +126,9 @@ NULLABLE = {
     "eval.window": int,
 }
 # What may differ when a run is repeated in its folder: none of it decides what is computed.
-FREE_KEYS = (
-    "run.out",
-    "run.device",
-    "run.compile",
-    "run.timeout",
-    "data.workers",
-    "data.insist",
-    "cache",
-    "log.",
-)
+FREE_KEYS = ("run.out", "run.device", "run.compile", "run.timeout", "cache", "log.")
+FREE_KEYS += ("data.workers", "data.insist")
+SCRIPT = "eval_seg.py"  # whose folders these are, see engine/ownership.py
 PHOTOMETRIC = ("brightness", "contrast", "gamma", "noise")
 
 
@@ -176,7 +170,8 @@ def check_config(cfg: Config) -> None:
 def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     """Train on the labelled cases, keep the best model on the validation cases, score the test cases."""
     check_batch(cfg, process)
-    folder = Path(cfg.run.out)
+    folder, weights = Path(cfg.run.out), encoder_file.path_of(cfg)
+    all_refuse(process, refuse_other_run, cfg, SCRIPT, weights)
     if results := finished(cfg, folder):
         process.say(f"{folder}: finished already\n{report.organ_table(results)}")
         return
@@ -185,16 +180,15 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     classes = class_names(cfg.data.root, cfg.data.classes)
     sets = open_sets(cfg, len(classes))
     positions = labelled_positions(cfg, sets)
-    path = encoder_file.path_of(cfg)
-    card = encoder_card(path)
+    card = encoder_card(weights)
     intensity = encoder_file.normalisation(cfg, card, sets["train"].kind)
-    warnings = heed_evaluation(cfg, path, card, sets, positions["train"], classes, intensity, process)
+    warnings = heed_evaluation(cfg, weights, card, sets, positions["train"], classes, intensity, process)
     encoder = encoder_file.build_encoder(cfg, card, process)
     shape = (encoder.arch, encoder.in_channels, encoder.output_stride)
     facts = sets["train"].facts()
     about = Description(cfg.mode, *shape, classes, intensity.as_dict(), facts)
     model = build_model(about, encoder, process).eval()
-    begin(make_run_folder(folder, process), cfg, process)
+    begin(make_run_folder(cfg, process, SCRIPT, weights), cfg, process, SCRIPT)
 
     def to_images(stored: Tensor) -> Tensor:
         return network_input(intensity.to_unit(stored), intensity, encoder.in_channels)
@@ -374,7 +368,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("--predict INPUT and --out DIR belong together")
     cfg = load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
     check_config(cfg)
-    if args.folder:
+    if args.folder:  # launch.sh asks
+        refuse_other_run(cfg, SCRIPT, cfg.encoder and encoder_file.path_of(cfg))
         print(cfg.run.out)
         return 0
     process = start_process(cfg.run)

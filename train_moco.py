@@ -118,7 +118,7 @@ from models import (
     row_ranges,
     seeded,
 )
-from pretraining.run import NotFinite, Run
+from pretraining.run import NotFinite, Run, check_folder
 from pretraining.schedule import learning_rate
 
 # Settings that may be null, and their type otherwise.
@@ -131,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
     check_config(cfg)
     if args.folder:  # launch.sh asks
+        check_folder(cfg)
         print(cfg.run.out)
         return 0
     process = start_process(cfg.run)

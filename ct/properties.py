@@ -69,9 +69,9 @@ def read_properties(root):
     return found
 
 
-def write_properties(root, properties, **more):
-    """Write set.json; `more` are further entries, which readers leave alone."""
-    write_whole(Path(root) / NAME, json.dumps(properties.as_dict() | more, indent=1) + "\n")
+def write_properties(root, properties):
+    """Write set.json, for the command that the properties name."""
+    write_whole(Path(root) / NAME, json.dumps(properties.as_dict(), indent=1) + "\n", properties.made_by)
 
 
 def parse_properties(content, path):

@@ -181,9 +181,9 @@ def check_side(path, size):
         raise DataError(f"{path}: {size[0]} x {size[1]} px; 1 to {MAX_SIDE} a side can be read")
 
 
-def write_png(path, array):
-    """uint8 or uint16 (H, W) to a greyscale PNG, complete or not at all."""
-    with written_whole(path, sync=False) as file:  # of thousands
+def write_png(path, array, made_by=None, record=None):
+    """uint8 or uint16 (H, W) to a greyscale PNG, whole or not at all; made_by, record: see written_whole."""
+    with written_whole(path, sync=False, made_by=made_by, record=record) as file:  # of thousands
         Image.fromarray(array).save(file, format="PNG", compress_level=3)
 
 

@@ -86,14 +86,14 @@ def check_header(image, path):
     dtype = image.get_data_dtype()
     if dtype.kind not in "iuf":
         raise DataError(f"{path}: voxels of numbers are expected, not {dtype}")
-    inflation = 1032 if path.suffix == ".gz" else 1  # the most that deflate can do
+    inflation = 1032 if path.suffix.lower() == ".gz" else 1  # the most that deflate can do
     if np.prod(shape, dtype=float) * dtype.itemsize > os.path.getsize(path) * inflation:
         raise DataError(f"{path}: damaged, too short for the {shape} voxels its header claims")
 
 
-def write_labels(path, labels, volume):
+def write_labels(path, labels, volume, made_by=None):
     """labels (S, H, W) uint8 in the view of `volume` -> a NIfTI on its file's grid, affine and header
-    kept."""
+    kept; made_by: see written_whole."""
     path = Path(path)
     header = volume.image.header.copy()
     header.set_data_dtype(np.uint8)
@@ -101,8 +101,8 @@ def write_labels(path, labels, volume):
     header["cal_min"], header["cal_max"] = 0, 0
     voxels = np.ascontiguousarray(volume.restore(np.asarray(labels)).astype(np.uint8))
     image = volume.image.__class__(voxels, volume.image.affine, header)
-    with written_whole(path) as file:
-        if path.suffix == ".gz":
+    with written_whole(path, made_by=made_by) as file:
+        if path.suffix.lower() == ".gz":
             with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
                 image.to_stream(packed)
         else:

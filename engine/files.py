@@ -12,31 +12,37 @@ from pathlib import Path
 
 import torch
 
-from engine.config import ConfigError, one_line
+from engine.config import Config, ConfigError, one_line, read_yaml
+from engine.ownership import LEFT_OVER, all_refuse, claim, enter, refuse_foreign, refuse_other_folder
 from engine.process import Process, warn
 
 # ---- Whole files ---------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, made_by: str | None = None) -> None:
     """Write a text file so that nobody ever sees a part of it."""
-    with written_whole(path) as file:
+    with written_whole(path, made_by=made_by) as file:
         file.write(text.encode())
 
 
 @contextmanager
-def written_whole(path: Path, sync: bool = True):
+def written_whole(path: Path, sync: bool = True, made_by: str | None = None, record: Path | None = None):
     """A binary file to write to, which appears under its name, `sync`ed to disk, when all went well.
+
+    made_by: the command that may replace it another time, see engine/ownership.py; None where the folder
+    tells whose it is. record: the folder in which that is noted; None: the file's own.
 
     Raises OSError, on a full disk for example; nothing is left then of what was written.
     """
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + LEFT_OVER)
     try:
         with open(temporary, "wb") as file:
             yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
+        if made_by:
+            enter(path, temporary, made_by, record)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -48,23 +54,57 @@ def written_whole(path: Path, sync: bool = True):
 # ---- The run's folder and its log ----------------------------------------------------------------
 
 
-def make_run_folder(path: str | Path, process: Process) -> Path:
-    """The run's folder, made if needed.
+def make_run_folder(cfg: Config, process: Process, script: str, weights: Path | None) -> Path:
+    """The folder run.out, made if needed.
 
     Raises:
-        ConfigError: it cannot be made or written.
+        ConfigError: it cannot be made or written; or see `refuse_other_run`.
     """
-    folder = Path(path)
+    folder = Path(cfg.run.out)
+    all_refuse(process, refuse_other_run, cfg, script, weights)
+    make_folder(folder, process, "run.out")
+    if process.is_main:
+        claim(folder, script)
+    process.barrier()
+    return folder
+
+
+def refuse_other_run(cfg: Config, script: str, weights: Path | None) -> None:
+    """Raise a ConfigError if run.out holds something else than a run of this script, settings that somebody
+    has written into its config.yaml, or the `weights` that the run would start from."""
+    folder = Path(cfg.run.out)
+    refuse_other_folder(folder, script, "run.out", sign="config.yaml")
+    if not same_settings(cfg, folder):
+        refuse_foreign([folder / "config.yaml"], [], script, "run.out")
+    if weights and weights.is_file() and weights.resolve().parent == folder.resolve():
+        raise ConfigError(f"run.out: the run starts from {weights} and would write over it; choose another")
+
+
+def same_settings(cfg: Config, folder: Path) -> bool:
+    """Whether the folder's config.yaml says the same already; comments in it may be the user's."""
+    try:
+        return read_yaml(folder / "config.yaml") == cfg.plain()
+    except (ConfigError, OSError):
+        return False
+
+
+def save_settings(cfg: Config, folder: Path, script: str) -> None:
+    """The folder's config.yaml, which `refuse_other_run` has let through."""
+    if not same_settings(cfg, folder):
+        write_whole(folder / "config.yaml", cfg.as_yaml(), made_by=script)
+
+
+def make_folder(folder: Path, process: Process, setting: str) -> None:
+    """Make a folder to write into; ConfigError if that cannot be done."""
     if process.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
+            probe = folder / ("writable" + LEFT_OVER)
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise ConfigError(f"run.out: cannot write into {folder} ({error.strerror})") from None
+            raise ConfigError(f"{setting}: cannot write into {folder} ({error.strerror})") from None
     process.barrier()
-    return folder
 
 
 class MetricsLog:

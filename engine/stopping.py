@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from engine.config import Config, ConfigError, one_line
-from engine.files import write_whole
+from engine.files import save_settings, write_whole
 from engine.process import Process
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request, everything is saved, the same command resumes
@@ -62,11 +62,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_MARKER = "stopped.json"  # in run.out after a stop on request, until the next start
 
 
-def begin(folder: Path, cfg: Config, process: Process) -> None:
+def begin(folder: Path, cfg: Config, process: Process, script: str) -> None:
     """Take away the marker of an earlier stop, and write the settings to config.yaml."""
     if process.is_main:
         (folder / STOP_MARKER).unlink(missing_ok=True)
-        write_whole(folder / "config.yaml", cfg.as_yaml())
+        save_settings(cfg, folder, script)
 
 
 def leave(folder: Path, step: int, reasons: list[str], process: Process) -> int:

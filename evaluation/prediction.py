@@ -16,10 +16,12 @@ from ct.slices import AIR, DataError, whole_hu, write_png
 from ct.volumes import read_volume, write_labels
 from data import LOOKED_AT, Intensity, network_input
 from engine.config import Config
-from engine.files import make_run_folder
+from engine.files import make_folder
+from engine.ownership import all_refuse, refuse_foreign
 from engine.process import Process, progress, warn
 from evaluation.segmenter import Description, load_model, segmentation_logits
 
+PREDICTED = "eval_seg.py --predict"  # by which its files are known, see engine/ownership.py
 TAKES_HU = "the model takes HU"
 
 
@@ -31,26 +33,31 @@ def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
     Raises ConfigError without a trained model, DataError for an input that cannot be used.
     """
     model, about = load_model(Path(cfg.run.out) / "model.pth", process)
-    inputs = Inputs.of(source, cfg)
+    inputs = Inputs.of(source, out, cfg)
+    if inputs.left_out:
+        process.say(f"{out}: lies below {source}; {inputs.left_out} files there are not taken as input")
+    targets = inputs.targets(out)
+    all_refuse(process, refuse_foreign, targets.values(), targets, PREDICTED)
     predictor = Predictor(model, about, inputs.reading(about.facts, cfg), cfg, process)
     predictor.judge(inputs)
-    make_run_folder(out, process)
-    paths, failed = inputs.slices + inputs.volumes, []
-    for path in progress(process, "predicting", paths[process.rank :: process.world]):
-        target = out / path.relative_to(inputs.base)
-        target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out, process, "--out")
+    failed, volumes = [], {*inputs.volumes}
+    for path in progress(process, "predicting", [*targets][process.rank :: process.world]):
+        targets[path].parent.mkdir(parents=True, exist_ok=True)
         try:
-            if path in inputs.volumes:
-                predictor.volume(path, target)
+            if path in volumes:
+                predictor.volume(path, targets[path])
             else:
-                predictor.slice(path, target.with_suffix(".png"), inputs.mm_of(path))
+                predictor.slice(path, targets[path], inputs.mm_of(path))
         except DataError as error:
-            if len(paths) == 1:
+            if len(targets) == 1:
                 raise
             warn(f"{error}; passed over")
             failed.append(path)
     if failed := sum(process.gather(failed), []):
-        raise DataError(f"{source}: no mask for {len(failed)} of {len(paths)} files, the first: {failed[0]}")
+        raise DataError(
+            f"{source}: no mask for {len(failed)} of {len(targets)} files, the first: {failed[0]}"
+        )
     process.say(f"{out}: masks of {len(inputs.slices)} slices and {len(inputs.volumes)} volumes")
 
 
@@ -64,19 +71,25 @@ class Inputs:
     base: Path
     properties: Properties
     images: Path | None
+    left_out: int  # files that are earlier predictions
 
     @classmethod
-    def of(cls, source: Path, cfg: Config) -> "Inputs":
+    def of(cls, source: Path, out: Path, cfg: Config) -> "Inputs":
+        """All slices and volumes of `source` but those below `out`, which are earlier predictions."""
         name = cfg.data.images if "{split}" not in cfg.data.images else "images"
         inside = source.is_dir() and (source / name).is_dir()
         where = source / name if inside else source
-        slices, volumes = slices_and_volumes(where)
+        everything = slices_and_volumes(where)
+        slices, volumes = (outside(out, where, paths) for paths in everything)
+        left_out = sum(map(len, everything)) - len(slices) - len(volumes)
+        if not slices and not volumes:
+            raise DataError(f"{source}: all slices and volumes there lie below --out {out}; choose another")
         around = [where, *where.absolute().parents] if not inside else [source]
         root = next((folder for folder in around if (folder / "set.json").is_file()), None)
         base = where if where.is_dir() else where.parent
         if root is None:
-            return cls(slices, volumes, base, Properties(), where if inside else None)
-        return cls(slices, volumes, base, read_properties(root), (root / name).absolute())
+            return cls(slices, volumes, base, Properties(), where if inside else None, left_out)
+        return cls(slices, volumes, base, read_properties(root), (root / name).absolute(), left_out)
 
     def reading(self, facts: Facts, cfg: Config) -> Reading:
         """How its slices are read: as their own set says, else as those that the model was trained on."""
@@ -86,6 +99,11 @@ class Inputs:
         elif facts.kind == "stored" and cfg.data.hu_offset is None:
             return reading_of(own, 0)
         return reading_of(own, cfg.data.hu_offset)
+
+    def targets(self, out: Path) -> dict[Path, Path]:
+        """{input: its mask}, of the same name relative to `base`; that of a slice ends in .png."""
+        targets = {path: out / path.relative_to(self.base) for path in self.slices + self.volumes}
+        return targets | {path: targets[path].with_suffix(".png") for path in self.slices}
 
     def mm_of(self, path: Path):
         """How many mm rows and columns of a slice are apart, or None."""
@@ -129,7 +147,7 @@ class Predictor:
         values, kind = self.reading.slice(path)
         if kind != self.facts.kind:
             raise DataError(f"{path}: {KINDS[kind]}, but the model was trained on {KINDS[self.facts.kind]}")
-        write_png(target, self.labels(torch.from_numpy(values)[None], mm)[0])
+        write_png(target, self.labels(torch.from_numpy(values)[None], mm)[0], PREDICTED)
 
     def volume(self, path: Path, target: Path) -> None:
         volume = read_volume(path, self.axis)
@@ -142,7 +160,7 @@ class Predictor:
             raise DataError(f"{path}: HU, but the model was trained on {KINDS[self.facts.kind]}")
         doubts += judge_window(Values().add(values[some]), self.intensity.window, path)
         self.heed(doubts + self.grid(values.shape[1:]).judge(values.shape[1:], mm, path))
-        write_labels(target, self.labels(torch.from_numpy(values), mm), volume)
+        write_labels(target, self.labels(torch.from_numpy(values), mm), volume, PREDICTED)
 
     def grid(self, own: tuple) -> Grid:
         """That of the training slices; for a model that does not know it, the slices' own."""
@@ -162,6 +180,14 @@ class Predictor:
                 logits = segmentation_logits(self.model, images, grid.size, *window)
             found.append(logits.argmax(1).to(torch.uint8).cpu())
         return grid.back(torch.cat(found), own, mm).numpy()
+
+
+def outside(out: Path, source: Path, paths: list[Path]) -> list[Path]:
+    """The paths without those below --out, where it lies inside of what is predicted."""
+    folder = out.resolve()
+    if source.resolve() not in folder.parents:
+        return paths
+    return [path for path in paths if not path.parent.resolve().is_relative_to(folder)]
 
 
 def slices_and_volumes(source: Path) -> tuple[list[Path], list[Path]]:

@@ -27,10 +27,13 @@ import yaml
 
 from engine.config import ConfigError, OneLineParser, from_yaml, read_yaml, to_config
 from engine.files import write_whole
+from engine.ownership import claim, refuse_foreign, refuse_other_folder
 from engine.process import start_process
 from engine.stopping import STOPPED, run_script
 from experiments import figures, findings
 from experiments.cells import Cell, Cells, best_rate, evaluation_name, evaluation_record, pretraining_record
+
+ABLATION = "experiments.ablation"  # whose folders these are, see engine/ownership.py
 
 
 class Ablation:
@@ -319,11 +322,15 @@ def read_protocol(path: str, overrides: list[str]) -> dict:
 
 
 def check_same_protocol(path: Path, protocol: dict) -> None:
-    """Write the protocol into the folder; ConfigError if what is there was made under another one. New
-    methods, variants and seeds may be added, and settings of run (precision, device) are the machine's."""
-    text = yaml.safe_dump(protocol, sort_keys=False)
+    """Write the protocol into the folder; ConfigError if what is there was made under another one, or is
+    something else. New methods, variants and seeds may be added, and settings of run (precision, device) are
+    the machine's."""
+    refuse_other_folder(path.parent, ABLATION, sign=path.name)
     if path.is_file():
-        before = yaml.safe_load(path.read_text())
+        before = read_yaml(path)
+        if before == protocol:
+            return
+        refuse_foreign([path], [], ABLATION)
         for name in ("data", "phantom", "pretrain", "linear", "finetune"):
             if without_machine(before.get(name)) != without_machine(protocol.get(name)):
                 raise ConfigError(f"{name}: not that of {path}; choose another --out")
@@ -332,7 +339,8 @@ def check_same_protocol(path: Path, protocol: dict) -> None:
                 if name in protocol[group] and protocol[group][name] != own:
                     raise ConfigError(f"{group}.{name}: not that of {path}; choose another name or --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
+    claim(path.parent, ABLATION)
+    write_whole(path, yaml.safe_dump(protocol, sort_keys=False), ABLATION)
 
 
 def without_machine(settings: dict | None) -> dict:

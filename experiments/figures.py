@@ -23,10 +23,13 @@ from ct.properties import class_names
 from ct.slices import read_stored
 from data import Intensity, SegmentationDataset
 from engine.config import ConfigError
+from engine.files import written_whole
+from engine.ownership import refuse_foreign
 from evaluation.report import TILE, painted
 from experiments.cells import chosen
 from experiments.findings import MEASURES, checkpoints, tau_of, tuned_dice
 
+FIGURES = "experiments.ablation --figures"  # by which they are known, see engine/ownership.py
 SHOWN_CASES = 3  # in the figure of segmentations
 
 
@@ -53,13 +56,17 @@ def draw(records: list[dict], protocol: dict, root: Path, out: Path) -> None:
         "labels": labels(methods, colors, protocol["fractions"]),
         "measures": measures(records, methods, colors),
     }
+    figures = {name: figure for name, figure in figures.items() if figure}
+    masks = {name: own[0]["masks"] for name, own in methods.items() if own[0].get("masks")}
+    shown = ["segmentations"] if masks and (root / "images").is_dir() else []
+    refuse_foreign([out / f"{name}.png" for name in [*figures, *shown]], [], FIGURES, "--figures")
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        if figure:
-            figure.savefig(out / f"{name}.png", dpi=110)
-    masks = {name: own[0]["masks"] for name, own in methods.items() if own[0].get("masks")}
-    if masks and (root / "images").is_dir():
-        segmentations(masks, root).save(out / "segmentations.png")
+        with written_whole(out / f"{name}.png", made_by=FIGURES) as file:
+            figure.savefig(file, format="png", dpi=110)
+    if shown:
+        with written_whole(out / "segmentations.png", made_by=FIGURES) as file:
+            segmentations(masks, root).save(file, format="PNG")
 
 
 def page(columns: int, size: tuple[float, float] | None = None):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data import Intensity, SliceDataset, network_input
 from engine.config import ConfigError, OneLineParser, to_config
 from engine.files import load_checkpoint, write_whole
+from engine.ownership import refuse_foreign
 from engine.process import start_process
 from engine.stopping import run_script
 from losses import at_least_float32, local_nce_per_image
@@ -26,6 +27,7 @@ from models import MoCo, seeded
 from pretraining.monitor import validation_slices
 from train_moco import build_model, make_views
 
+POSITION = "experiments.position"  # by which position.json is known, see engine/ownership.py
 IMAGES = 256  # slices (at most) and images of noise
 
 
@@ -34,9 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder of a pretraining with local.weight > 0"
     )
-    for run in parser.parse_args(argv).runs:
+    runs = parser.parse_args(argv).runs
+    refuse_foreign([Path(run) / "position.json" for run in runs], [], POSITION, "RUN")
+    for run in runs:
         found = position_cues(Path(run))
-        write_whole(Path(run) / "position.json", json.dumps(found) + "\n")
+        write_whole(Path(run) / "position.json", json.dumps(found) + "\n", POSITION)
         print(json.dumps({"run": run, **found}))
     return 0
 

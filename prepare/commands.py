@@ -17,13 +17,17 @@ from ct.pictures import contact_sheet, outlined, views_page
 from ct.properties import Properties, class_names, read_json, read_properties, write_properties
 from ct.slices import IGNORE, DataError, in_threads, read_mask, write_png
 from data import Grid, Intensity, SliceDataset, default_window
-from engine.config import OneLineParser
+from engine.config import ConfigError, OneLineParser
 from engine.files import write_whole, written_whole
+from engine.ownership import claim, contents, refuse_foreign, refuse_other_folder
 from losses import matched_points
 from prepare.check import check_set
-from prepare.lists import remove_lists, split_cases, write_lists
+from prepare.lists import files_beside_images, remove_lists, split_cases, write_lists
 from prepare.phantom import phantom_case, phantom_spacing
 from prepare.slicing import slice_volumes
+
+# By which the files of a command are known, see engine/ownership.py.
+PACK, PHANTOM, SHOW = "data.py pack", "data.py phantom", "data.py show"
 
 # ---- Packing -------------------------------------------------------------------------------------
 
@@ -32,17 +36,19 @@ def pack(args):
     """The pack command: the slices of a list, on their common size, as one file that needs no decoding."""
     dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
     out = Path(args.out.removesuffix(".npy"))
-    out.parent.mkdir(parents=True, exist_ok=True)
     about, array = out.with_name(out.name + ".json"), out.with_name(out.name + ".npy")
+    refuse_foreign([about, array], files_read(dataset, args), PACK)
+    out.parent.mkdir(parents=True, exist_ok=True)
     about.unlink(missing_ok=True)  # without it nobody takes the array for complete
     header = {"descr": "<i2", "fortran_order": False, "shape": (len(dataset), *dataset.size)}
-    with written_whole(array) as file:
+    with written_whole(array, made_by=PACK) as file:
         np.lib.format.write_array_header_1_0(file, header)
         images = in_threads(dataset.__getitem__, range(len(dataset)), "packing")
         for index, image in enumerate(images):
             file.write(as_int16(image[0], dataset.path(index)).numpy())
     content = packed_properties(dataset, f"{args.root} {args.list}").as_dict()
-    write_whole(about, json.dumps(content | {"names": [*dataset.names], "cases": [*dataset.cases]}))
+    content |= {"names": [*dataset.names], "cases": [*dataset.cases]}
+    write_whole(about, json.dumps(content), PACK)
     size = f"{dataset.size[0]} x {dataset.size[1]}"
     print(f"{array}: {len(dataset)} slices of {size} px; cases: {len(set(dataset.cases))}")
     return 0
@@ -63,7 +69,17 @@ def packed_properties(dataset, source):
             between, *mm = own.spacing[case]
             spacing[case] = (between, *dataset.grid.spacing_on(dataset.header(index)[0], mm))
     known = {"kind": facts.kind, "hu_offset": facts.hu_offset, "size": dataset.size, "spacing": spacing}
-    return replace(own, **known, source=source, made_by="data.py pack")
+    return replace(own, **known, source=source, made_by=PACK)
+
+
+def files_read(dataset, args):
+    """The files that a set consists of: its slices, or its array with its names, and the list."""
+    if dataset.packed:
+        yield from (dataset.packed.path, dataset.packed.path.with_suffix(".json"))
+        return
+    if args.list:
+        yield Path(args.root) / args.list
+    yield from map(dataset.path, range(len(dataset)))
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -78,15 +94,18 @@ def make_phantom(args):
         if there == about | {"complete": True}:
             print(f"{out}: this phantom is there already")
             return 0
-        if {key: there.get(key) for key in about} != about:
+        if there | {"complete": True} != about | {"complete": True}:
             raise DataError(f"{out}: holds a phantom with other arguments ({there}); choose another folder")
-    elif out.exists() and any(out.iterdir()):
-        raise DataError(f"{out}: not empty, and not a phantom; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "phantom.json", json.dumps(about | {"complete": False}))
-    remove_lists(out)
-
     cases = [f"phantom{index:03d}" for index in range(args.cases)]
+    refuse_other_folder(out, PHANTOM)
+    folders = [out / part / case for part in ("images", "masks") for case in cases]
+    existing = [path for folder in folders for path in contents(folder)]
+    refuse_foreign([*files_beside_images(out), *existing], [], PHANTOM, record=out)
+    out.mkdir(parents=True, exist_ok=True)
+    claim(out, PHANTOM)
+    write_whole(out / "phantom.json", json.dumps(about | {"complete": False}))
+    remove_lists(out, PHANTOM)
+
     list(in_threads(lambda case: write_phantom_case(out, case, args), cases, "phantom"))
     names = {case: [f"{case}/{index:03d}.png" for index in range(args.slices)] for case in cases}
     lists = split_cases(cases)
@@ -95,8 +114,9 @@ def make_phantom(args):
     known = {"kind": "hu", "hu_offset": 1024, "axis": 2, "size": (args.size, args.size)}
     known |= {"spacing": dict.fromkeys(cases, spacing), "classes": BTCV_ORGANS}
     source = f"procedural, seed {args.seed}"
-    write_properties(out, Properties(**known, source=source, made_by="data.py phantom"))
-    write_lists(out, {split: sum((names[case] for case in part), []) for split, part in lists.items()})
+    write_properties(out, Properties(**known, source=source, made_by=PHANTOM))
+    slices = {split: sum((names[case] for case in part), []) for split, part in lists.items()}
+    write_lists(out, slices, PHANTOM)
     write_whole(out / "phantom.json", json.dumps(about | {"complete": True}))
     parts = ", ".join(f"{len(part)} {split}" for split, part in lists.items())
     print(f"{out}: {args.cases} cases of {args.slices} slices of {args.size} px (cases: {parts})")
@@ -109,12 +129,14 @@ def write_phantom_case(out, case, args):
     for folder, values in (("images", stored), ("masks", labels)):
         (out / folder / case).mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(values):
-            write_png(out / folder / case / f"{number:03d}.png", image)
+            write_png(out / folder / case / f"{number:03d}.png", image, PHANTOM, record=out)
 
 
 def show(args):
     """The show command: evenly spaced slices of a list with mask outlines, or pairs of views, on one page."""
     dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
+    out = Path(args.out)
+    refuse_foreign([out], files_read(dataset, args), SHOW)
     count = min(args.count or (5 if args.views else 24), len(dataset))
     chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     intensity = Intensity(default_window(dataset.kind))
@@ -124,8 +146,9 @@ def show(args):
         page = show_views(slices, captions, args.seed)
     else:
         page = show_masks(dataset, slices, captions, args)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    page.save(args.out, format="PNG")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(out, made_by=SHOW) as file:
+        page.save(file, format="PNG")
     print(f"{args.out}: {len(chosen)} of {len(dataset)} slices, {page.width} x {page.height} px")
     return 0
 
@@ -234,7 +257,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         return args.function(args)
-    except DataError as error:
+    except (DataError, ConfigError) as error:
         message = str(error)
     except OSError as error:
         message = f"{error.filename or args.command}: {error.strerror or error}"

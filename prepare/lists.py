@@ -3,6 +3,10 @@
 import numpy as np
 
 from engine.files import write_whole
+from engine.ownership import remove_own
+
+SPLITS = ("train", "val", "test", "unlabelled")
+ABOUT = ("set.json",)  # what else lies beside the lists
 
 
 def split_cases(cases, val=None, test=None):
@@ -21,14 +25,18 @@ def split_cases(cases, val=None, test=None):
     }
 
 
-def write_lists(root, lists):
+def files_beside_images(root):
+    """All that a command may write into the root of a set."""
+    return [root / name for name in (*(f"{split}.txt" for split in SPLITS), *ABOUT)]
+
+
+def write_lists(root, lists, made_by):
     """{"train": names, ...} to root/train.txt ...; an empty list is not written."""
     for split, names in lists.items():
         if names:
-            write_whole(root / f"{split}.txt", "\n".join(names) + "\n")
+            write_whole(root / f"{split}.txt", "\n".join(names) + "\n", made_by)
 
 
-def remove_lists(root):
-    """What follows rewrites the set: without its lists nobody takes it for complete."""
-    for split in ("train", "val", "test", "unlabelled"):
-        (root / f"{split}.txt").unlink(missing_ok=True)
+def remove_lists(root, made_by):
+    """What follows rewrites the set: without its lists nobody takes it for complete. The user's own stay."""
+    remove_own([root / f"{split}.txt" for split in SPLITS], made_by)

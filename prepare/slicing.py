@@ -20,8 +20,13 @@ from ct.organs import BTCV_ORGANS
 from ct.properties import Properties, class_names, read_json, write_properties
 from ct.slices import IGNORE, DataError, write_png
 from ct.volumes import import_nibabel, read_volume
+from engine.config import ConfigError
 from engine.files import write_whole
-from prepare.lists import remove_lists, split_cases, write_lists
+from engine.ownership import claim, contents, refuse_foreign, refuse_other_folder, remove_own
+from prepare.lists import files_beside_images, remove_lists, split_cases, write_lists
+
+SLICE = "data.py slice"  # by which its files are known, see engine/ownership.py
+PARTS = ("images", "masks")
 
 
 def slice_volumes(args):
@@ -35,7 +40,10 @@ def slice_volumes(args):
     names, label_map = names_and_map(args)
     split = read_split(args.split, [pair.case for pair in pairs if pair.labels])
     out = Path(args.out)
-    remove_lists(out)
+    check_out(args, pairs, label_map, out)
+    out.mkdir(parents=True, exist_ok=True)
+    claim(out, SLICE)
+    remove_lists(out, SLICE)
     for folder in ("images", "masks", "sliced") if args.labels else ("images", "sliced"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     records = all_cases(pairs, args.axis, label_map, out, args.workers)
@@ -46,13 +54,31 @@ def slice_volumes(args):
     if args.labels:
         seen = {label for record in records.values() for label in record["ids"]}
         known["classes"] = choose_classes(out, label_map, seen, names)
-    write_properties(out, Properties(**known, source=str(args.images), made_by="data.py slice"))
+    write_properties(out, Properties(**known, source=str(args.images), made_by=SLICE))
     lists = make_lists(records, split)
     for name, slices in lists.items():
         cases = len({one.rpartition("/")[0] for one in slices})
         print(f"{name}.txt: " + (f"{len(slices)} slices; cases: {cases}" if slices else "none"))
-    write_lists(out, lists)
+    write_lists(out, lists, SLICE)
     return 0
+
+
+def check_out(args, pairs, label_map, out):
+    """ConfigError if the set would be written over, or into, what the command has not written; before
+    anything is written. What is in the folder of a case that has to be made again goes, all of it."""
+    refuse_other_folder(out, SLICE)
+    for given in filter(None, (args.images, args.labels)):
+        folder = Path(given).resolve()
+        if folder.is_relative_to(out.resolve()) and folder.is_dir():
+            raise ConfigError(f"{given}: is read, and lies in the set's own folder; choose another --out")
+    volumes = [path for pair in pairs for path in (pair.image, pair.labels) if path]
+    sources = [*volumes, *filter(None, (args.label_map, args.classes, args.split))]
+    refuse_foreign(files_beside_images(out), sources, SLICE)
+    for pair in pairs:
+        if up_to_date(pair, args.axis, label_map, out) is None:
+            targets = [path for part in PARTS for path in contents(out / part / pair.case)]
+            refuse_foreign(targets, sources, SLICE, record=record_folder(out, pair.case))
+            refuse_foreign([out / "sliced" / f"{pair.case}.json"], sources, SLICE)
 
 
 # ---- Which image has which labels ----------------------------------------------------------------
@@ -252,25 +278,42 @@ def leave_signals_to_parent():
 def slice_case(pair, axis, label_map, out):
     """Write one case, image first, then labels -> its record: spacing in mm, number of slices, which of them
     have labels, and the ids in the label file."""
-    path = out / "sliced" / f"{pair.case}.json"
-    made_of = {"axis": axis, "label_map": label_map and {str(id): to for id, to in label_map.items()}}
-    made_of |= {"image": file_identity(pair.image), "labels": pair.labels and file_identity(pair.labels)}
-    there = path.is_file() and (out / "images" / pair.case).is_dir()
-    if there and (record := read_json(path, dict)).get("made_of") == made_of:
+    if record := up_to_date(pair, axis, label_map, out):
         return record
+    path = out / "sliced" / f"{pair.case}.json"
     path.unlink(missing_ok=True)
     volume = read_volume(pair.image, axis)
     shape, spacing = volume.array.shape, volume.spacing
-    write_slices(out / "images" / pair.case, (stored_slice(one) for one in volume.array))
+    write_slices(out, "images", pair.case, (stored_slice(one) for one in volume.array))
     del volume
-    record = {"made_of": made_of, "spacing": spacing, "slices": shape[0], "size": shape[1:]}
-    record |= {"labelled": None, "ids": []}
+    record = {"made_of": made_of(pair, axis, label_map), "spacing": spacing}
+    record |= {"slices": shape[0], "size": shape[1:], "labelled": None, "ids": []}
     if pair.labels:
         masks, record["ids"] = read_masks(pair.labels, axis, shape, pair.image, label_map)
-        write_slices(out / "masks" / pair.case, map(np.ascontiguousarray, masks))
+        write_slices(out, "masks", pair.case, map(np.ascontiguousarray, masks))
         record["labelled"] = np.flatnonzero(masks.any(axis=(1, 2))).tolist()
-    write_whole(path, json.dumps(record))
+    else:
+        remove_own(contents(out / "masks" / pair.case), SLICE, record_folder(out, pair.case))
+    write_whole(path, json.dumps(record), SLICE)
     return record
+
+
+def up_to_date(pair, axis, label_map, out):
+    """The record of a case that is there, made from these files in this way; else None."""
+    path = out / "sliced" / f"{pair.case}.json"
+    if not path.is_file() or not (out / "images" / pair.case).is_dir():
+        return None
+    record = read_json(path, dict)
+    return record if record.get("made_of") == made_of(pair, axis, label_map) else None
+
+
+def made_of(pair, axis, label_map):
+    return {
+        "axis": axis,
+        "label_map": label_map and {str(id): to for id, to in label_map.items()},
+        "image": file_identity(pair.image),
+        "labels": pair.labels and file_identity(pair.labels),
+    }
 
 
 def file_identity(path):
@@ -283,10 +326,18 @@ def stored_slice(hu):
     return np.clip(np.rint(np.nan_to_num(hu, nan=-1024) + 1024.0), 0, 65535).astype(np.uint16)
 
 
-def write_slices(folder, slices):
-    folder.mkdir(exist_ok=True)
+def write_slices(out, part, case, slices):
+    folder, record = out / part / case, record_folder(out, case)
+    for needed in (folder, record):
+        needed.mkdir(parents=True, exist_ok=True)
+    remove_own(contents(folder), SLICE, record)  # of a former image, which may have had more of them
     for index, one in enumerate(slices):
-        write_png(folder / f"{index:04d}.png", one)
+        write_png(folder / f"{index:04d}.png", one, SLICE, record)
+
+
+def record_folder(out, case):
+    """Whose .med-moco lists the slices and masks of a case: their own folders hold nothing else."""
+    return out / "sliced" / case
 
 
 def read_masks(path, axis, shape, image, label_map):

@@ -7,6 +7,7 @@ result.
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import BatchReader, Intensity
 from engine.config import Config
-from engine.files import make_run_folder, written_whole
+from engine.files import make_run_folder, refuse_other_run, written_whole
 from engine.process import Process, Readback, warn
 from engine.stopping import StopRequest, batch_loader, begin, leave
 from models import MoCo
@@ -25,6 +26,18 @@ from pretraining.judgement import heed_data
 from pretraining.monitor import CollapseMonitor, draw, show
 from pretraining.run_state import average_running_statistics, averaged_statistics, export, resume, save
 from pretraining.schedule import Due, StepBatches, count_steps
+
+SCRIPT = "train_moco.py"  # whose folders these are, see engine/ownership.py
+
+
+def check_folder(cfg: Config) -> None:
+    """Raise a ConfigError if run.out is not a folder that this run may write into."""
+    refuse_other_run(cfg, SCRIPT, first_weights(cfg))
+
+
+def first_weights(cfg: Config) -> Path:
+    """The file that model.init names, if it names one."""
+    return Path(cfg.model.init.removeprefix("torchvision:")).expanduser()
 
 
 @dataclass
@@ -49,13 +62,13 @@ class Run:
         heed_data(cfg, process, self.dataset, self.intensity)
         self.steps_per_epoch, self.total_steps = count_steps(cfg, len(self.dataset), process)
         self.guard = Guard(self.model, self.optimizer, cfg.run.max_bad_steps)
-        self.folder = make_run_folder(cfg.run.out, process)
+        self.folder = make_run_folder(cfg, process, SCRIPT, first_weights(cfg))
         self.step, complete = resume(self)
         self.finished = self.step >= self.total_steps and complete
         if self.finished:
             process.say(f"{self.folder} holds this run, finished after {self.step} steps; nothing to do")
             return
-        begin(self.folder, cfg, process)
+        begin(self.folder, cfg, process, SCRIPT)
         self.monitor = CollapseMonitor(cfg, self.dataset, self.intensity, process)
         process.say(
             f"{len(self.dataset)} slices of {self.dataset.size[0]} x {self.dataset.size[1]} px; "

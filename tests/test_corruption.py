@@ -318,7 +318,7 @@ def write_sound_files(root, command):
     command(f"{TRAIN} run.out=run")  # two steps, an epoch and a checkpoint each
     for out, newest in (("stopped", "checkpoint.pth.previous"), ("two", "checkpoint.pth")):
         (root / out).mkdir()
-        for file in ("config.yaml", "metrics.jsonl"):
+        for file in (".med-moco", "config.yaml", "metrics.jsonl"):
             shutil.copy(root / "run" / file, root / out / file)
         os.link(root / "run" / newest, root / out / "checkpoint.pth")
     os.link(root / "run/checkpoint.pth.previous", root / "two/checkpoint.pth.previous")

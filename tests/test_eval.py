@@ -250,10 +250,12 @@ def test_an_encoder_file_that_changed_is_noticed(phantom, encoder_file, tmp_path
 def test_predicting_a_volume_of_any_orientation_equals_predicting_its_slices(linear, phantom, tmp_path):
     nibabel = pytest.importorskip("nibabel")
     folder = next((phantom / "images").iterdir())
-    hu = np.stack([slices.read_slice(path) for path in sorted(folder.iterdir())])  # (S, H, W), radiological
+    hu = np.stack(
+        [slices.read_slice(path) for path in sorted(folder.glob("*.png"))]
+    )  # (S, H, W), radiological
     run(*TINY, f"run.out={linear[0]}", "--predict", folder, "--out", tmp_path / "slices")
     expected = np.stack(
-        [np.asarray(Image.open(tmp_path / "slices" / p.name)) for p in sorted(folder.iterdir())]
+        [np.asarray(Image.open(tmp_path / "slices" / p.name)) for p in sorted(folder.glob("*.png"))]
     )
     # On disk: axis 0 runs to inferior, axis 1 to the patient's left, axis 2 to anterior.
     between, row, column = read_properties(phantom).spacing[folder.name]

@@ -199,7 +199,7 @@ def test_what_is_damaged_is_named_and_passed_over(mixed, tmp_path, capsys):
     put(folder / "1.png", b"no picture")
     with pytest.raises(DataError, match=r"no mask for 1 of 3 files, the first: .*1\.png"):
         run(f"run.out={mixed.parent / 'forth'}", "--predict", folder, "--out", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "2.png"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["0.png", "2.png"]
     assert "1.png: not a PNG image; passed over" in capsys.readouterr().err
 
 

@@ -18,7 +18,8 @@ import eval_seg
 import train_moco
 from engine import config
 from engine.config import ConfigError
-from experiments import ablation, findings
+from engine.ownership import refuse_foreign
+from experiments import ablation, figures, findings
 from experiments.cells import Cell, Cells, cell_of, evaluation_record, pretraining_record, thinned
 from experiments.position import local_task, noise, set_borders
 from models import Encoder, MoCo
@@ -303,6 +304,12 @@ def test_committed_results_are_small_and_give_the_tables_of_the_readme():
             assert "| moco-queue512 | 3 | 29.6 ± 8.3 |" in table
 
 
+def test_committed_figures_may_be_drawn_again():
+    docs = RESULTS.parents[1] / "docs"
+    drawn = ("spectra", "training", "dice", "labels", "measures", "segmentations")
+    refuse_foreign([docs / f"{name}.png" for name in drawn], [], figures.FIGURES)
+
+
 # ---- Options and protocols ----
 
 
@@ -334,13 +341,17 @@ def test_figures_of_what_is_there(run, tmp_path):
     run()
     always = {"dice.png", "spectra.png", "training.png", "measures.png"}
     assert run("--figures", str(out)) == (0, [])
-    assert {f.name for f in out.iterdir()} == always | {"labels.png", "segmentations.png"}
+    assert {f.name for f in out.glob("*.png")} == always | {"labels.png", "segmentations.png"}
+    assert run("--figures", str(out)) == (0, [])  # again
+    (out / "labels.png").write_bytes(b"of the user's")
+    with pytest.raises(ConfigError, match=r"labels\.png: would be written over"):
+        run("--figures", str(out))
     shutil.rmtree(out)
     for record in Cells(tmp_path / "out").read():
         for name in record.keys() & {"finetune-50", "finetune-100", "masks"}:
             forget(tmp_path / "out", cell_of(record), name)
     run("--figures", str(out))
-    assert {f.name for f in out.iterdir()} == always
+    assert {f.name for f in out.glob("*.png")} == always
 
 
 def test_protocols_that_are_none(tmp_path):

@@ -78,6 +78,7 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
         ("check", "--root", tmp_path / "nowhere"),
         ("show", "--root", tmp_path / "set", "--list", "train.txt", "--out", tmp_path / "file/page.png"),
         ("slice", "--images", tmp_path / "nope.nii", "--out", tmp_path / "s"),
+        ("show", "--root", tmp_path / "set", "--list", "train.txt", "--out", tmp_path),
     ]
     for argv in wrong:
         code, _, error = run(capsys, *argv)
