@@ -14,6 +14,7 @@ import torch
 
 from engine.config import ConfigError, one_line
 from engine.process import Process, warn
+from engine.text import read_text as read_text  # for all who read a user's files
 
 # ---- Whole files ---------------------------------------------------------------------------------
 
