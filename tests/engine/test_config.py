@@ -26,7 +26,7 @@ def test_unreadable_configs(tmp_path, content, message):
 
 def test_a_config_that_is_not_there_is_named_with_the_whole_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"configs/none.yaml: no such .* {tmp_path}/configs/none.yaml"):
+    with pytest.raises(ConfigError, match=rf"^configs/none.yaml: no such .*\({tmp_path}/configs/none.yaml\)"):
         config.load_config(DEFAULTS, "configs/none.yaml", [], NULLABLE)
 
 
