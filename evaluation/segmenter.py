@@ -80,9 +80,8 @@ def load_model(path: Path, process: Process) -> tuple[nn.Module, Description]:
     content = read_weights(path)
     try:
         about, state = Description(**content["about"]), content["state"]
-        sound = (
-            about.in_channels == state["encoder.conv1.weight"].shape[1] and 1 < len(about.classes) <= IGNORE
-        )
+        sound = isinstance(state, dict) and 1 < len(about.classes) <= IGNORE
+        sound = sound and about.in_channels == state["encoder.conv1.weight"].shape[1]
         if not sound or not Intensity(**about.normalisation)(torch.zeros(1)).isfinite():
             raise ValueError
         encoder = Encoder(about.arch, about.in_channels, output_stride=about.output_stride)
