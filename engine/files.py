@@ -206,6 +206,7 @@ UNREADABLE = (
 )
 # and content that is not what it should be those who look at it.
 UNFIT = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
+ANEW = "remove it, or choose another run.out, to start anew"
 
 
 def load_checkpoint(folder: Path, checked, name: str = "checkpoint.pth"):
@@ -227,7 +228,9 @@ def load_checkpoint(folder: Path, checked, name: str = "checkpoint.pth"):
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except UNREADABLE as error:
             reason = f"cannot read {path} ({one_line(error, 100)})"
-            failures.append(ConfigError(f"run.out: {reason}; remove it to start anew"))
+            failures.append(
+                ConfigError(f"run.out: {reason}; remove it, or choose another run.out, to start anew")
+            )
             continue
         try:
             content = checked(content)
@@ -237,7 +240,9 @@ def load_checkpoint(folder: Path, checked, name: str = "checkpoint.pth"):
             continue
         except UNFIT:
             reason = f"{path} is not a checkpoint of this program, or damaged"
-            failures.append(ConfigError(f"run.out: {reason}; remove it to start anew"))
+            failures.append(
+                ConfigError(f"run.out: {reason}; remove it, or choose another run.out, to start anew")
+            )
             continue
         if failures:
             warn(f"{reason}; continuing from {path}")
