@@ -99,15 +99,15 @@ from ct.slices import mask_mapping
 from data import DataError, Intensity, SegmentationDataset, encoder_card, network_input
 from engine.files import make_run_folder, refuse_other_run, write_whole
 from engine.ownership import all_refuse
-from engine.process import Process, start_process, warn
+from engine.process import Process, only_warning, start_process, warn
 from engine.stopping import StopRequest, begin, run_script
 from evaluation import encoder_file, report
 from evaluation.batches import Batches, frozen_collapse
 from evaluation.judgement import heed_evaluation
 from evaluation.prediction import predict
-from evaluation.segmenter import Description, build_model, frozen_features, save_model
+from evaluation.segmenter import Description, build_model, frozen_features, load_model, save_model
 from evaluation.supervised import Stopped, train, training_positions
-from models import Encoder, WeightsError, read_weights, seeded
+from models import Encoder, WeightsError, seeded
 
 NULLABLE = {
     "cache": (str, bool),
@@ -228,12 +228,13 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
 
     best = train(cfg, process, trained, batches["train"], augment, validate, keep, stop)
     process.barrier()
-    model.load_state_dict(read_weights(folder / "model.pth")["state"])
+    model.load_state_dict(load_model(folder / "model.pth", process)[0].state_dict())
     scores = report.score(scored, batches["test"], process, "test cases", full=True)
     if process.is_main:
-        report.draw_predictions(folder / "predictions.png", sets["test"], scores, intensity, classes)
         found = report.summary(scores, classes) | {"val_dice": best, **collapse}
         write_results(cfg, folder, found | {"data": asdict(facts), "warnings": warnings})
+        with only_warning("no predictions.png"):
+            report.draw_predictions(folder / "predictions.png", sets["test"], scores, intensity, classes)
         process.say(f"{folder}: results.json, cases.csv, table.md, predictions.png, model.pth")
     process.barrier()
 
@@ -260,7 +261,7 @@ def labelled_positions(cfg: Config, sets: dict[str, SegmentationDataset]) -> dic
 
 
 def write_results(cfg: Config, folder: Path, results: dict) -> None:
-    """results.json, which comes last, since it marks the run as finished, and the tables made of it."""
+    """results.json, which marks the run as finished, and the tables made of it."""
     results = results | {
         "encoder": cfg.encoder,
         "encoder_sha256": encoder_file.sha256(encoder_file.path_of(cfg)),
@@ -269,10 +270,11 @@ def write_results(cfg: Config, folder: Path, results: dict) -> None:
         "label_fraction": cfg.label_fraction,
         "config": cfg.plain(),
     }
-    table = report.organ_table(results)
-    write_whole(folder / "cases.csv", report.cases_csv(results))
-    write_whole(folder / "table.md", table + "\n")
     write_whole(folder / "results.json", json.dumps(results, indent=1))
+    table = report.organ_table(results)
+    for name, text in (("cases.csv", report.cases_csv(results)), ("table.md", table + "\n")):
+        with only_warning(f"no {name}"):
+            write_whole(folder / name, text)
     for name in ("checkpoint.pth", "checkpoint.pth.previous"):
         (folder / name).unlink(missing_ok=True)
     print(table, flush=True)
@@ -285,7 +287,10 @@ def finished(cfg: Config, folder: Path) -> dict | None:
     the same name but other content.
     """
     results, saved = folder / "results.json", folder / "config.yaml"
-    if not saved.is_file() or not (results.is_file() or (folder / "checkpoint.pth").is_file()):
+    checkpoint = folder / "checkpoint.pth"
+    if not saved.is_file() and checkpoint.is_file():
+        raise ConfigError(f"run.out: {checkpoint} is there without config.yaml; choose another run.out")
+    if not saved.is_file() or not (results.is_file() or checkpoint.is_file()):
         return None
     try:
         before = load_config(DEFAULTS, saved, [], NULLABLE)

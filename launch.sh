@@ -20,8 +20,11 @@
 # SIGTERM, SIGUSR1 and Ctrl-C end pretraining after the step under way; it saves, the exit code is 75, and the
 # same command resumes the run. After SIGUSR1 a SLURM job also goes back into the queue. A second Ctrl-C: at once.
 #
-# The current Python is used if it has what requirements.txt names; else .venv is made here, once. PYTHON=...
-# names another one to begin with.
+# From any folder: bash PROJECT/launch.sh ...; paths are relative to where you stand, also those in a config.
+# demo and test stay in the project's folder.
+#
+# The current Python is used if it has what requirements.txt names; else .venv is made beside this file, once.
+# PYTHON=... names another one to begin with.
 set -euo pipefail
 
 fail() { # MESSAGE: what the user can mend, in one line
@@ -29,10 +32,11 @@ fail() { # MESSAGE: what the user can mend, in one line
     exit 2
 }
 
-cd "$(dirname "${BASH_SOURCE[0]}")"
-if [ ! -f train_moco.py ]; then # sbatch runs a copy of this file in a folder of its own
-    cd "${SLURM_SUBMIT_DIR:-.}"
-    [ -f train_moco.py ] || fail "submit launch.sh from the project's folder: there is no train_moco.py in $PWD"
+HERE=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd) # the project's folder
+if [ ! -f "$HERE/train_moco.py" ]; then # sbatch runs a copy of this file in a folder of its own
+    HERE=$(cd "${SLURM_SUBMIT_DIR:-.}" && pwd)
+    [ -f "$HERE/train_moco.py" ] ||
+        fail "submit launch.sh from the project's folder: there is no train_moco.py in $HERE"
 fi
 
 # A pair that fits together and runs on CPU and GPU.
@@ -40,8 +44,8 @@ TORCH="torch==2.14.1 torchvision==0.29.1"
 
 python_with() { # module ...: print a Python that can import them all, or fail
     local candidate
-    for candidate in "${PYTHON:-python3}" .venv/bin/python; do
-        if command -v "$candidate" >/dev/null && "$candidate" - "$@" 2>/dev/null <<'PY'
+    for candidate in "${PYTHON:-python3}" "$HERE/.venv/bin/python"; do
+        if command -v "$candidate" >/dev/null && "$candidate" -P - "$@" 2>/dev/null <<'PY'
 import sys, importlib.util
 sys.exit(sys.version_info < (3, 11) or not all(map(importlib.util.find_spec, sys.argv[1:])))
 PY
@@ -58,17 +62,17 @@ set_up() { # [extra]: sets PY to a Python with the run-time (and development) de
     [ "${1:-}" = extra ] && modules="$modules nibabel matplotlib tensorboard pytest ruff"
     # shellcheck disable=SC2086
     if ! PY=$(python_with $modules); then
-        if [ ! -x .venv/bin/python ]; then
-            echo "making .venv"
+        if [ ! -x "$HERE/.venv/bin/python" ]; then
+            echo "making $HERE/.venv"
             "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
                 fail "Python 3.11 or newer is needed; name one with PYTHON=..."
-            "${PYTHON:-python3}" -m venv .venv
+            "${PYTHON:-python3}" -m venv "$HERE/.venv"
         fi
-        echo "installing requirements into .venv (about a minute)"
+        PY=$HERE/.venv/bin/python
+        echo "installing requirements into $HERE/.venv (about a minute)"
         # shellcheck disable=SC2086
-        .venv/bin/python -m pip install --quiet $TORCH -r requirements.txt
-        [ "${1:-}" = extra ] && .venv/bin/python -m pip install --quiet -r requirements-extra.txt
-        PY=.venv/bin/python
+        "$PY" -m pip install --quiet $TORCH -r "$HERE/requirements.txt"
+        [ "${1:-}" != extra ] || "$PY" -m pip install --quiet -r "$HERE/requirements-extra.txt"
     fi
 }
 
@@ -88,8 +92,8 @@ STOP=  # the first signal that came, as in SIGTERM
 IDLE=  # set if a signal came while nothing was being trained
 
 launch() { # pretrain|evaluate CONFIG [arguments]
-    local script=train_moco.py gpus out
-    [ "$1" = pretrain ] || script=eval_seg.py
+    local script=$HERE/train_moco.py gpus out
+    [ "$1" = pretrain ] || script=$HERE/eval_seg.py
     [ -n "${2:-}" ] || fail "which config? bash launch.sh $1 configs/NAME.yaml"
     trap 'stop SIGTERM' TERM HUP
     trap 'stop SIGUSR1' USR1
@@ -102,11 +106,11 @@ launch() { # pretrain|evaluate CONFIG [arguments]
         # Without SLURM_CPUS_PER_TASK the one task of a node has all of the job's cores there.
         run env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK LAUNCHED_BY="$SLURM_JOB_ID" \
             srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
-            bash launch.sh "$@"
+            bash "$HERE/launch.sh" "$@"
         leave "$CODE" "$out"
     fi
 
-    gpus=${GPUS:-$("$PY" -c 'import torch; print(torch.cuda.device_count())')} || leave $?
+    gpus=${GPUS:-$("$PY" -P -c 'import torch; print(torch.cuda.device_count())')} || leave $?
     [ "$gpus" -gt 0 ] || gpus=1
     share_cores "$gpus"
     if [ "$gpus" -eq 1 ] && [ "$NNODES" -eq 1 ]; then
@@ -125,7 +129,7 @@ launch() { # pretrain|evaluate CONFIG [arguments]
     export STOPPED_CODE=0 # of training that has saved: the marker tells, and torchrun prints no page of errors
     # torchrun would die of a SIGUSR1 that is sent to every process of a job. A handler prevents that and,
     # unlike an ignored signal, is not inherited by the training processes.
-    run "$PY" -c 'import runpy, signal
+    run "$PY" -P -c 'import runpy, signal
 signal.signal(signal.SIGUSR1, lambda *_: None)
 runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)' \
         --nnodes="$NNODES" --nproc-per-node="$gpus" --max-restarts="${MAX_RESTARTS:-0}" \
@@ -256,11 +260,13 @@ demo() { # data, pretraining, four evaluations, one table
 
 case "${1:-}" in
 demo)
+    cd "$HERE"
     set_up
     share_cores 1
     demo
     ;;
 test)
+    cd "$HERE"
     set_up extra
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .
@@ -268,13 +274,14 @@ test)
     ;;
 ablation)
     set_up
-    exec "$PY" -m experiments.ablation "${@:2}" # which divides the cores itself
+    # -P, or modules in the user's folder would come before the project's. It divides the cores itself.
+    PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} exec "$PY" -P -m experiments.ablation "${@:2}"
     ;;
 pretrain | evaluate)
     launch "$@"
     ;;
 *)
-    sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' launch.sh
+    sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "$HERE/launch.sh"
     exit 2
     ;;
 esac

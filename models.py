@@ -4,6 +4,7 @@
     MoCo                query and momentum encoder, projection heads, queue, and the losses of one step
     LinearDecoder, DeepLabV3Plus
     load_encoder_weights    from our own files and most published checkpoints
+    architecture_of         the architecture that a file of weights shows
 
 Copy this file together with losses.py; it needs torch and torchvision only.
 """
@@ -11,8 +12,10 @@ Copy this file together with losses.py; it needs torch and torchvision only.
 import copy
 import hashlib
 import pickle
+import re
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import resnet as published
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from losses import (
@@ -603,6 +607,29 @@ def fold_whitening(state: dict[str, Tensor], conv: str, norm: str, matrix: Tenso
 
 
 MARK = "layer1.0.conv1.weight"  # every ResNet checkpoint has it, whatever stands before it
+PUBLISHED = (  # torchvision's, that are none of ours
+    *("resnet152", "wide_resnet50_2", "wide_resnet101_2"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+)
+FAMILIES = {  # of other networks, and what names of their weights hold in the usual libraries
+    "a U-Net of nnU-Net": r"stages\.\d+\.\d+\.convs\.|conv_blocks_context\.|decoder\.seg_layers\.",
+    "a Swin transformer": r"relative_position_bias_table|\.cpb_mlp\.|swinViT\.",
+    "a vision transformer (ViT)": r"\b(cls_token|class_token|pos_embed|pos_embedding|position_embeddings)$|"
+    r"\.attn\.qkv\.|visual\.transformer\.",
+    "a ConvNeXt": r"\.dwconv\.|stages\.\d+\.blocks\.\d+\.conv_dw|layer_scale|downsample_layers\.",
+    "a DenseNet": r"denseblock\d|denselayer\d",
+    "an EfficientNet or a MobileNet": r"_depthwise_conv|\bblocks\.\d+\.\d+\.(conv_pw|conv_dw|se)\b|"
+    r"features\.\d+\.(\d+\.block\.\d+\.\d|conv\.\d|block\.\d+\.\d)",
+    "a ResNet under Detectron2's names": r"\bres[2-5]\.0\.conv1\.",
+    "a ResNet under the names of Hugging Face": r"encoder\.stages\.0\.layers\.0\.layer\.",
+    "a U-Net": r"double_conv|\b(down|up)_?\d\.|upcat_\d|\.conv\.unit\d|submodule\.1\.",
+    "a VGG or an AlexNet": r"\bfeatures\.\d+\.weight$",
+}
+OURS = {  # what of this project a file is that holds these two
+    "a model of eval_seg.py": ("about", "state"),
+    "a checkpoint of train_moco.py": ("model", "running_statistics"),
+    "a checkpoint of eval_seg.py": ("trained", "encoder_sha256"),
+}
 NUMBERS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 FOLLOWERS = (
     "encoder_k.",
@@ -639,42 +666,150 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
     every channel. Into a whitened encoder the last norm goes as a diagonal covariance; a file's IterNorm is
     folded into the convolution before it, unless the encoder has the same.
 
+    Args:
+        path: as `weights_file` takes it.
+
     Raises:
         WeightsError: unreadable, not a ResNet, or one of another architecture. The encoder is then unchanged.
     """
-    tensors = find_tensors(read_weights(path))
-    prefixes = [name.removesuffix(MARK) for name in tensors if name.endswith(MARK)]
-    prefixes.sort(key=lambda prefix: any(word in prefix for word in FOLLOWERS))
-    if not prefixes:
-        raise WeightsError(f"{path}: holds no ResNet weights (no name ends with {MARK})")
-    prefix = prefixes[0]
-    state = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
-    if any(name.startswith(("stem.", "conv1.0.")) for name in state):
-        raise WeightsError(f"{path}: has a deep stem (ResNetV1c or -D); only the 7x7 stem can be loaded")
-    if unsound := [name for name, value in state.items() if not is_sound(value)]:
-        raise WeightsError(f"{path}: {unsound[0]} is not a tensor of finite numbers")
-
-    note = fit_stem(state, encoder.in_channels)
-    note += fit_last_norm(state, encoder)
+    path = weights_file(path)
+    state, prefix, names, note = read_resnet(path)
     own = encoder.state_dict()
+    if (shape := block_shape(state)) not in (None, block_shape(own)):
+        found = architecture(shape)
+        advice = f"; model.arch={found}" if found in ARCHITECTURES else ""
+        raise WeightsError(f"{path}: holds {a_resnet(found, shape)}, not a {encoder.arch}{advice}")
+
+    note += fit_stem(state, encoder.in_channels)
+    note += fit_last_norm(state, encoder)
     required = [name for name in own if not name.endswith("num_batches_tracked")]
     missing = [name for name in required if name not in state]
     unfit = [name for name in required if name in state and state[name].shape != own[name].shape]
-    more_blocks = [name for name in state if name.startswith("layer") and "conv" in name and name not in own]
-    if missing or unfit or more_blocks:
+    in_layers = tuple(f"{layer}." for layer in LAYERS)
+    own_norm = f"{encoder.last_norm}."
+    more = [n for n in state if n.startswith(in_layers) and n not in own and not n.startswith(own_norm)]
+    more = [name for name in more if not name.endswith("num_batches_tracked")]
+    if missing or unfit or more:
         found = (
             f"{missing[0]} is missing"
             if missing
             else f"{unfit[0]} is {tuple(state[unfit[0]].shape)} instead of {tuple(own[unfit[0]].shape)}"
             if unfit
-            else f"{more_blocks[0]} has no place"
+            else f"{more[0]} has no place"
         )
         raise WeightsError(f"{path}: not a {encoder.arch} with this norm: {found}")
     fitting = {name: state[name] for name in own if name in state}
     encoder.load_state_dict(fitting, strict=False)
     used = {prefix + name for name in fitting}
-    rest = [n for n in tensors if n not in used and not n.startswith(f"{prefix}{encoder.last_norm}.")]
+    rest = [n for n in names if n not in used and not n.startswith(f"{prefix}{own_norm}")]
     return LoadReport(str(path), prefix, len(fitting), rest, note)
+
+
+def weights_file(name: str | Path) -> Path:
+    """The file that a name of weights stands for: of a run's folder its encoder.pth; a path may begin with ~
+    or with "torchvision:".
+
+    Raises:
+        WeightsError: a folder without an encoder; the message says what is there.
+    """
+    path = Path(str(name).removeprefix("torchvision:"))
+    with suppress(RuntimeError):  # no such user
+        path = path.expanduser()
+    file = path / "encoder.pth" if path.is_dir() else path
+    if file.exists() or not file.parent.is_dir():
+        return file
+    weights = sorted(one.name for one in file.parent.iterdir() if one.suffix in (".pth", ".pt", ".ckpt"))
+    there = f"there are {', '.join(weights[:5])}" if weights else "there are no weights in its folder"
+    if "checkpoint.pth" in weights:
+        there += ", so that run is not finished"
+    found = "no such file" if file == path else "a folder without encoder.pth"
+    raise WeightsError(f"{path}: {found}; {there}")
+
+
+def architecture_of(path: str | Path) -> str | None:
+    """The one of ARCHITECTURES that a file of weights holds (see `weights_file`); None for another ResNet.
+
+    Raises:
+        WeightsError: unreadable, or not a ResNet.
+    """
+    state, _, _, _ = read_resnet(weights_file(path))
+    found = architecture(block_shape(state))
+    return found if found in ARCHITECTURES else None
+
+
+def read_resnet(path: Path) -> tuple[dict[str, Tensor], str, list[str], str]:
+    """The ResNet in a file, sound and of our kind: its state dict, what stands before its names in the file,
+    the names of all tensors there, and what to say of the file."""
+    content = read_weights(path)
+    kind = next((kind for kind, keys in OURS.items() if set(keys) <= content.keys()), "")
+    tensors = find_tensors(content)
+    prefixes = [name.removesuffix(MARK) for name in tensors if name.endswith(MARK)]
+    prefixes.sort(key=lambda prefix: any(word in prefix for word in FOLLOWERS))
+    if not prefixes:
+        raise WeightsError(f"{path}: holds {kind or other_network(content)}, not the weights of a ResNet")
+    prefix = prefixes[0]
+    own = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+    if any(name.startswith(("stem.", "conv1.0.")) for name in own):
+        raise WeightsError(f"{path}: has a deep stem (ResNetV1c or -D); only the 7x7 stem can be loaded")
+    if unsound := [name for name, value in own.items() if not is_sound(value)]:
+        raise WeightsError(f"{path}: {unsound[0]} is not a tensor of finite numbers")
+    if negative := [name for name, value in own.items() if is_negative(name, value)]:
+        raise WeightsError(f"{path}: damaged, {negative[0]} is negative")
+    if own[MARK].dim() == 5:
+        raise WeightsError(f"{path}: holds a ResNet of 3D convolutions; ours see slices, in 2D")
+    kernel = tuple(own.get("conv1.weight", torch.zeros(0, 0, 7, 7)).shape[2:])
+    if len(kernel) == 2 and kernel != (7, 7):
+        found = f"its first convolution is {kernel[0]} x {kernel[1]}"
+        raise WeightsError(f"{path}: {found}; only the 7x7 stem can be loaded")
+    return own, prefix, list(tensors), f", from {kind}" if kind else ""
+
+
+def block_shape(state: dict[str, Tensor]) -> tuple | None:
+    """What tells one ResNet from another: whether its blocks are bottlenecks, how many each layer
+    has, and the output channels and group size of the first block's first and second convolution."""
+    first, second = (state.get(f"layer1.0.conv{i}.weight") for i in (1, 2))
+    if first is None or second is None or not first.dim() == second.dim() == 4:
+        return None
+    blocks = [{name.split(".")[1] for name in state if name.startswith(f"{layer}.")} for layer in LAYERS]
+    return "layer1.0.conv3.weight" in state, tuple(map(len, blocks)), len(first), second.shape[1]
+
+
+def architecture(wanted: tuple | None) -> str | None:
+    """The name of the ResNet, ours or torchvision's, of this `block_shape`; None if it is none of them."""
+    with torch.device("meta"):
+        for name, (network, block, depths) in ARCHITECTURES.items():
+            if block_shape(network(block, depths).state_dict()) == wanted:
+                return name
+        for name in PUBLISHED:
+            if block_shape(getattr(published, name)().state_dict()) == wanted:
+                return name
+    return None
+
+
+def a_resnet(name: str | None, shape: tuple) -> str:
+    if name is not None:
+        return f"a {name}"
+    bottleneck, depths, channels, _ = shape
+    kind = "bottleneck" if bottleneck else "basic"
+    return f"a ResNet of {'-'.join(map(str, depths))} {kind} blocks, the first with {channels} channels"
+
+
+def other_network(content: dict) -> str:
+    """What a file without a ResNet holds, as far as the names in it tell."""
+    names = list(names_of_tensors(content))
+    for family, pattern in FAMILIES.items():
+        if known := next((name for name in names if re.search(pattern, name)), None):
+            return f"{family} ({known})"
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"tensors called {shown}" if names else "no tensors"
+
+
+def names_of_tensors(content: dict):
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from names_of_tensors(value)
+        elif isinstance(value, Tensor) and isinstance(name, str):
+            yield name
 
 
 def read_weights(path: str | Path) -> dict:
@@ -716,6 +851,25 @@ def is_sound(value) -> bool:
         and value.dtype in NUMBERS
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # not expanded
         and bool(value.isfinite().all())
+    )
+
+
+def is_negative(name: str, value: Tensor) -> bool:
+    """Whether a variance or a count is."""
+    return name.endswith(("running_var", "num_batches_tracked")) and bool((value < 0).any())
+
+
+def fits(state, own: dict) -> bool:
+    """Whether a state dict from a checkpoint can be one of the same network as `own`: its names, shapes and
+    types, finite numbers, no negative variance or count. What is no tensor in `own` is not looked at."""
+    if not isinstance(state, dict) or state.keys() != own.keys():
+        return False
+    tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    return all(
+        is_sound(state[name])
+        and (state[name].shape, state[name].dtype) == (value.shape, value.dtype)
+        and not is_negative(name, state[name])
+        for name, value in tensors.items()
     )
 
 

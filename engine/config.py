@@ -14,6 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from engine.text import read_text
+
 LARGEST_FILE = 2**17  # bytes; YAML is read slowly, and nobody writes more settings
 DEEPEST = 20  # sections and lists inside each other
 LARGEST = 2**31  # of all numbers; no setting needs larger ones, and what computes with them may overflow
@@ -152,13 +154,15 @@ def to_config(content: dict) -> Config:
 
 def read_yaml(path: str | Path) -> dict:
     try:
-        if os.path.getsize(path) > LARGEST_FILE:
-            raise ConfigError(f"{path}: too large for a config file")
-        content = from_yaml(Path(path).read_text(encoding="utf-8"))
+        too_large = os.path.getsize(path) > LARGEST_FILE
+        content = None if too_large else from_yaml(read_text(path))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        tried = "" if Path(path).is_absolute() else f" ({Path(path).absolute()})"
+        raise ConfigError(f"{path}: no such config file{tried}") from None
+    except (yaml.YAMLError, ValueError, IsADirectoryError) as error:
         raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())[:160]})") from None
+    if too_large:
+        raise ConfigError(f"{path}: too large for a config file")
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -15,6 +15,7 @@ import torch
 from engine.config import Config, ConfigError, one_line, read_yaml
 from engine.ownership import LEFT_OVER, all_refuse, claim, enter, refuse_foreign, refuse_other_folder
 from engine.process import Process, warn
+from engine.text import read_text as read_text  # for all who read a user's files
 
 # ---- Whole files ---------------------------------------------------------------------------------
 
@@ -175,9 +176,16 @@ def whole_lines(path: Path, done: int) -> list[str]:
         except (ValueError, RecursionError):
             continue
         step = row.get("step") if isinstance(row, dict) else None
-        if isinstance(step, int) and step <= done:
+        if type(step) is int and 0 <= step <= done and all(map(is_measurement, row.values())):
             kept.append(line)
     return kept
+
+
+def is_measurement(value) -> bool:
+    """Whether a line of metrics may hold it: a number that a float can be, none, or a list of such."""
+    if isinstance(value, list):
+        return bool(value) and all(type(one) in (int, float) and abs(one) < 1e300 for one in value)
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -222,7 +230,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# What damaged files have made zipfile, pickle and torch.load raise.
+# What damaged files have made zipfile, pickle and torch.load raise,
 UNREADABLE = (
     RuntimeError,
     EOFError,
@@ -232,16 +240,23 @@ UNREADABLE = (
     IndexError,
     TypeError,
     AttributeError,
+    MemoryError,
     zipfile.BadZipFile,
     pickle.UnpicklingError,
 )
+# and content that is not what it should be those who look at it.
+UNFIT = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
+ANEW = "remove it, or choose another run.out, to start anew"
 
 
-def load_checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict | None:
-    """The newest readable checkpoint on the CPU, None if there never was one.
+def load_checkpoint(folder: Path, checked, name: str = "checkpoint.pth"):
+    """`checked(content)` of the newest checkpoint that can be read and passes, None if there never was one.
+
+    checked: takes the content, on the CPU, and returns what of it will be used, or raises: any of UNFIT for
+        what this program would not have written, ConfigError for a checkpoint of another run.
 
     Raises:
-        ConfigError: there are files, but none can be read.
+        ConfigError: there are files, but none can be used.
     """
     failures = []
     for path in (folder / name, folder / (name + ".previous")):
@@ -250,26 +265,55 @@ def load_checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict | None:
         try:
             read_back(path)
             with warnings.catch_warnings(action="ignore"):  # of odd tensors, which will not fit anyway
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path, map_location="cpu", weights_only=True)
         except UNREADABLE as error:
-            failures.append(f"{path} ({one_line(error, 100)})")
+            reason = f"cannot read {path} ({one_line(error, 100)})"
+            failures.append(
+                ConfigError(f"run.out: {reason}; remove it, or choose another run.out, to start anew")
+            )
+            continue
+        try:
+            content = checked(content)
+        except ConfigError as error:
+            reason = str(error)
+            failures.append(error)
+            continue
+        except UNFIT:
+            reason = f"{path} is not a checkpoint of this program, or damaged"
+            failures.append(
+                ConfigError(f"run.out: {reason}; remove it, or choose another run.out, to start anew")
+            )
             continue
         if failures:
-            warn(f"cannot read {failures[0]}; continuing from {path}")
-        return state
+            warn(f"{reason}; continuing from {path}")
+        return content
     if failures:
-        raise ConfigError(f"run.out: cannot read {failures[0]}; remove it to start anew")
+        raise failures[0]
     return None
 
 
-def load_optimizer(optimizer: torch.optim.SGD, state: dict) -> None:
-    """optimizer.load_state_dict(state), which by itself takes momentum of any shape.
+def checked_number(value, low, high, kind: type = int):
+    """The value if it is a number of this kind in [low, high]; ValueError otherwise."""
+    if type(value) is not kind or not low <= value <= high:
+        raise ValueError(f"{value!r} is not from {low} to {high}")
+    return value
 
-    Raises ValueError, KeyError, TypeError or AttributeError for a state of something else.
+
+def checked_optimizer(optimizer: torch.optim.SGD, state: dict) -> dict:
+    """What optimizer.load_state_dict takes: the momentum in a checkpoint's `state`, and the optimiser's own
+    settings, which those in `state` must equal. (All but the rate, which is set anew before each step.)
+
+    Raises any of UNFIT for a state of something else; load_state_dict itself takes everything.
     """
-    optimizer.load_state_dict(state)
-    for parameter, own in optimizer.state.items():
-        momentum = own["momentum_buffer"]
-        same = (momentum.shape, momentum.layout, momentum.dtype, momentum.device)
-        if same != (parameter.shape, parameter.layout, parameter.dtype, parameter.device):
+    own = optimizer.state_dict()["param_groups"]
+    for mine, theirs in zip(own, state["param_groups"], strict=True):
+        if any(mine[name] != theirs[name] for name in (mine.keys() & theirs.keys()) - {"lr"}):
+            raise ValueError("the optimiser's settings are others")
+    momenta = {}
+    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        momentum = state["state"][number]["momentum_buffer"]
+        same = momentum.shape == parameter.shape and momentum.dtype == parameter.dtype
+        if not same or momentum.layout != torch.strided or not momentum.isfinite().all():
             raise ValueError("the optimiser's momentum does not fit")
+        momenta[number] = {"momentum_buffer": momentum.clone()}  # with memory for all of its elements
+    return {"state": momenta, "param_groups": own}

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.config import Config, ConfigError
+from engine.config import Config, ConfigError, one_line
 
 
 @dataclass
@@ -149,3 +150,15 @@ class Readback:
 
 def warn(text: str) -> None:
     tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+@contextmanager
+def only_warning(text: str):
+    """Within, whatever goes wrong is a warning, `text` and the reason: for pictures and measurements, which
+    must not cost the run that they are of."""
+    try:
+        yield
+    except Exception as error:  # of drawing libraries, of linear algebra, of a full disk or memory
+        reason = one_line(error, 160)
+        named = reason if isinstance(error, OSError | ConfigError) else f"{type(error).__name__}: {reason}"
+        warn(f"{text} ({named})")

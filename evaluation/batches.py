@@ -1,5 +1,6 @@
 """Batches of labelled slices, or of their frozen features computed once; and how far those have collapsed."""
 
+import math
 import mmap
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,7 +14,7 @@ from engine.config import Config
 from engine.process import Process, progress
 from engine.stopping import ignore_stop_signals
 from losses import effective_rank_of
-from models import seeded
+from models import WeightsError, seeded
 
 
 class Batches:
@@ -107,6 +108,9 @@ def frozen_collapse(batches: Batches) -> dict[str, dict]:
 
     effective_rank: pooled: of the slices' mean vectors; dense: of single positions. structure: of some
     slices, see collapse.dense_structure.
+
+    Raises:
+        WeightsError: features that are not finite, of which nothing can be learnt.
     """
     count = min(len(batches), SLICES)
     rows = [len(batches) * i // count for i in range(count)]
@@ -119,6 +123,8 @@ def frozen_collapse(batches: Batches) -> dict[str, dict]:
         mine = [i for i, row in enumerate(some) if row in structured]
         structure.append(some_positions(features[mine], seeded("readout")).cpu())
     pooled, dense = map(effective_rank_of, sample.spectra())
+    if not math.isfinite(pooled):
+        raise WeightsError("encoder: its features are not finite numbers; are its weights sound?")
     return {
         "effective_rank": {"pooled": pooled, "dense": dense, "slices": count},
         "structure": dense_structure(torch.cat(structure)),

@@ -6,12 +6,12 @@ from pathlib import Path
 from data import Intensity, default_window
 from engine.config import Config, ConfigError, config_errors
 from engine.process import Process
-from models import Encoder, load_encoder_weights
+from models import Encoder, architecture_of, load_encoder_weights, weights_file
 
 
 def path_of(cfg: Config) -> Path | None:
     """The weights file; None for a random encoder."""
-    return None if cfg.encoder == "random" else Path(cfg.encoder.removeprefix("torchvision:")).expanduser()
+    return None if cfg.encoder == "random" else weights_file(cfg.encoder)
 
 
 def agreed(cfg: Config, name: str, card: dict):
@@ -41,7 +41,10 @@ def normalisation(cfg: Config, card: dict, kind: str) -> Intensity:
 def build_encoder(cfg: Config, card: dict, process: Process) -> Encoder:
     """The encoder with its initial weights, at the evaluation's output stride."""
     path = path_of(cfg)
-    arch = agreed(cfg, "model.arch", card) or "resnet50"
+    arch = agreed(cfg, "model.arch", card)
+    if arch is None and path and (arch := architecture_of(path)):
+        process.say(f"model.arch: {arch}, as the weights in {path} show")
+    arch = arch or "resnet50"
     with config_errors():
         encoder = Encoder(arch, cfg.model.in_channels)
         encoder.set_output_stride(cfg.model.output_stride)

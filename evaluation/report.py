@@ -360,7 +360,7 @@ def differences(runs: list[dict]) -> str:
 def encoder_label(run: dict) -> str:
     """The folder of the encoder's run, or its file, or "random"; with the share of labels if not all."""
     path = Path(run["encoder"])
-    label = path.parent.as_posix() if path.name == "encoder.pth" else run["encoder"]
+    label = (path.parent if path.name == "encoder.pth" else path).as_posix()
     share = run["label_fraction"]
     return label if share == 1 else f"{label}, {100 * share:g} % of the labels"
 

@@ -18,7 +18,7 @@ from data import Intensity
 from engine.config import ConfigError
 from engine.files import written_whole
 from engine.process import Process
-from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, is_sound, read_weights, upsample
+from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, fits, read_weights, upsample
 
 SMALLEST_WINDOW = 64  # px
 
@@ -78,12 +78,14 @@ def load_model(path: Path, process: Process) -> tuple[nn.Module, Description]:
     content = read_weights(path)
     try:
         about, state = description_of(content["about"]), content["state"]
-        sound = all(map(is_sound, state.values())) and 1 < len(about.classes) <= IGNORE
+        sound = isinstance(state, dict) and 1 < len(about.classes) <= IGNORE
         sound = sound and about.in_channels == state["encoder.conv1.weight"].shape[1]
         if not sound or not Intensity(**about.normalisation)(torch.zeros(1)).isfinite():
             raise ValueError
         encoder = Encoder(about.arch, about.in_channels, output_stride=about.output_stride)
         model = build_model(about, encoder, process)
+        if not fits(state, model.state_dict()):
+            raise ValueError
         model.load_state_dict(state)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError, AttributeError):
         raise WeightsError(f"{path}: not a model of this program, or damaged") from None

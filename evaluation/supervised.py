@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import Config, ConfigError
-from engine.files import MetricsLog, load_checkpoint, load_optimizer, save_checkpoint
+from engine.files import MetricsLog, checked_number, checked_optimizer, load_checkpoint, save_checkpoint
 from engine.process import Process, progress, warn
 from engine.stopping import StopRequest, leave
 from evaluation.batches import Batches
 from evaluation.encoder_file import check_same_encoder, path_of, sha256
 from evaluation.report import percent
-from evaluation.segmenter import at_size
+from evaluation.segmenter import at_size, load_model
 from losses import segmentation_loss
-from models import seed_of, seeded
+from models import WeightsError, fits, seed_of, seeded
 
 
 class Stopped(Exception):
@@ -100,18 +100,32 @@ def resume(cfg: Config, process: Process, trained: nn.Module, optimizer) -> tupl
 
     Raises ConfigError for one of another program, or of another encoder file.
     """
-    state = process.from_main(lambda: load_checkpoint(Path(cfg.run.out)))
+    folder = Path(cfg.run.out)
+
+    def checked(state: dict) -> dict:
+        """Whether `save`, below, can have written it for this evaluation."""
+        checked_number(state["step"], 1, cfg.optim.steps - 1)
+        if state["best"] is not None:
+            checked_number(state["best"], 0, 1, float)
+        sha, optimizer_state = state["encoder_sha256"], checked_optimizer(optimizer, state["optimizer"])
+        if not fits(state["trained"], trained.state_dict()) or not isinstance(sha, str | None):
+            raise ValueError
+        check_same_encoder(cfg, sha)
+        return state | {"optimizer": optimizer_state}
+
+    state = process.from_main(lambda: load_checkpoint(folder, checked))
     if state is None:
         return 0, None
-    try:
-        trained.load_state_dict(state["trained"])
-        load_optimizer(optimizer, state["optimizer"])
-        start, best, encoder = state["step"], state["best"], state["encoder_sha256"]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise ConfigError(f"run.out: the checkpoint in {cfg.run.out} is not one of this program") from None
-    check_same_encoder(cfg, encoder)
-    process.say(f"resuming from step {start}")
-    return start, best
+    if state["best"] is not None:
+        try:
+            load_model(folder / "model.pth", process)
+        except (ConfigError, WeightsError) as error:
+            found = f"the best model so far is not usable ({error})"
+            raise ConfigError(f"{found}; remove {folder / 'checkpoint.pth'} to start anew") from None
+    trained.load_state_dict(state["trained"])
+    optimizer.load_state_dict(state["optimizer"])
+    process.say(f"resuming from step {state['step']}")
+    return state["step"], state["best"]
 
 
 def save(cfg: Config, trained: nn.Module, optimizer, step: int, best: float | None) -> None:

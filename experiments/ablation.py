@@ -34,6 +34,8 @@ from experiments import figures, findings
 from experiments.cells import Cell, Cells, best_rate, evaluation_name, evaluation_record, pretraining_record
 
 ABLATION = "experiments.ablation"  # whose folders these are, see engine/ownership.py
+PROJECT = Path(__file__).resolve().parent.parent
+PROTOCOL = PROJECT / "experiments" / "configs" / "ablation.yaml"
 
 
 class Ablation:
@@ -212,13 +214,17 @@ class Ablation:
         self.call(self.work(cell) / "log.txt", name, *words, *options)
 
     def call(self, log: Path, *command: str) -> None:
-        """Run one of the project's scripts; raises ConfigError with its last line if it fails."""
+        """Run a script, or with -m a module, of the project in the user's folder; raises ConfigError with its
+        last line if it fails."""
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        search = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": search}
+        start = [sys.executable, "-P"]  # -P: nothing of the user's folder is taken for a module of ours
+        start += command if command[0] == "-m" else [str(PROJECT / command[0]), *command[1:]]
         with open(log, "a") as file:
             process = subprocess.Popen(
-                [sys.executable, *command], stdout=file, stderr=file, env=environment, start_new_session=True
+                start, stdout=file, stderr=file, env=environment, start_new_session=True
             )
             self.running.add(process)
             if self.stopping.is_set():
@@ -266,7 +272,7 @@ def processor(settings: dict) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--protocol", default="experiments/configs/ablation.yaml", metavar="FILE")
+    parser.add_argument("--protocol", default=str(PROTOCOL), metavar="FILE")
     parser.add_argument("--out", default="runs/ablation", metavar="DIR")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods and variants")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="these seeds")

@@ -23,7 +23,7 @@ from engine.ownership import refuse_foreign
 from engine.process import start_process
 from engine.stopping import run_script
 from losses import at_least_float32, local_nce_per_image
-from models import MoCo, seeded
+from models import MoCo, fits, seeded
 from pretraining.monitor import validation_slices
 from train_moco import build_model, make_views
 
@@ -53,7 +53,9 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     Raises:
         ConfigError: no checkpoint of a run with local features, and views of more than 32 px.
     """
-    state = load_checkpoint(folder)
+    state = load_checkpoint(
+        folder, lambda content: {name: content[name] | {} for name in ("config", "model")}
+    )
     if state is None:
         raise ConfigError(f"{folder}: holds no checkpoint.pth of a pretraining run")
     cfg = to_config(state["config"])
@@ -65,6 +67,8 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     intensity = Intensity(**card["normalisation"])
     process = start_process(cfg.run)
     model = build_model(cfg, process)
+    if not fits(state["model"], model.state_dict()):
+        raise ConfigError(f"{folder}: its checkpoint.pth is not that of a run of config.yaml, or damaged")
     model.load_state_dict(state["model"])
     model.eval()
 

@@ -7,6 +7,7 @@ from ct.plausible import Doubt, heed, judge_facts
 from data import Intensity, SliceDataset, encoder_card, judge
 from engine.config import Config
 from engine.process import Process, warn
+from models import weights_file
 
 
 def heed_data(cfg: Config, process: Process, dataset: SliceDataset, intensity: Intensity) -> None:
@@ -20,7 +21,7 @@ def heed_data(cfg: Config, process: Process, dataset: SliceDataset, intensity: I
 
 def judge_start(cfg: Config, dataset: SliceDataset, intensity: Intensity) -> list[Doubt]:
     """Whether the weights to start from were trained on such slices, in such a normalisation."""
-    card = encoder_card(None if cfg.model.init == "random" else cfg.model.init)
+    card = encoder_card(None if cfg.model.init == "random" else weights_file(cfg.model.init))
     if not card:
         return []
     doubts = judge_facts(card["facts"], dataset.facts(), f"model.init: {cfg.model.init}")

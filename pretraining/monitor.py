@@ -22,6 +22,7 @@ from collapse import SLICES, STRUCTURED, FeatureSample, dense_structure, grey_re
 from ct.pictures import contact_sheet, gray_tile, tile_size
 from data import Intensity, SliceDataset
 from engine.config import Config
+from engine.files import written_whole
 from engine.process import Process, progress
 from losses import effective_rank_of
 from models import Encoder, MoCo, seeded
@@ -60,13 +61,15 @@ class CollapseMonitor:
         sides = [""] if isinstance(whitening, nn.Identity) else ["", "_whitened"]
         samples = {side: FeatureSample(len(self.slices), seeded("positions")) for side in sides}
         model.eval()
-        loader = DataLoader(self.slices, batch_size=32)
-        for stored in progress(self.process, "measuring collapse", loader):
-            maps = self.maps(encoder, stored)
-            for side, sample in samples.items():
-                sample.add(whitening(maps) if side else maps)
-        structure = self.structure(encoder)
-        model.train()
+        try:
+            loader = DataLoader(self.slices, batch_size=32)
+            for stored in progress(self.process, "measuring collapse", loader):
+                maps = self.maps(encoder, stored)
+                for side, sample in samples.items():
+                    sample.add(whitening(maps) if side else maps)
+            structure = self.structure(encoder)
+        finally:  # as below
+            model.train()
         spectra = {}
         for side, sample in samples.items():
             spectra[side], spectra[f"{side}_dense"] = sample.spectra()
@@ -90,12 +93,14 @@ class CollapseMonitor:
     def features_page(self, model: MoCo) -> Image.Image:
         """A panel of slices and their dense features at output stride 8 as colours (feature_colors)."""
         encoder, training = model.query.encoder, model.training
-        encoder.eval()
         count = min(PANEL, len(self.slices))
         chosen = [len(self.slices) * (2 * i + 1) // (2 * count) for i in range(count)]
-        with at_output_stride_8(encoder):
-            maps = torch.cat([self.maps(encoder, stored) for stored in self.stored(chosen)])
-        encoder.train(training)
+        encoder.eval()
+        try:
+            with at_output_stride_8(encoder):
+                maps = torch.cat([self.maps(encoder, stored) for stored in self.stored(chosen)])
+        finally:
+            encoder.train(training)
         tiles, captions = [], []
         for i, colors in zip(chosen, feature_colors(maps)):
             unit = self.intensity.to_unit(self.slices[i][0])
@@ -206,9 +211,13 @@ def draw(folder: Path, process: Process) -> None:
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(folder / "curves.png", dpi=110)
-    spectrum_figure(ranks[0], ranks[-1]).savefig(folder / "spectrum.png", dpi=110)
-    process.say(f"pictures: {folder / 'curves.png'} {folder / 'spectrum.png'}")
+    figures = {"curves.png": figure}
+    if ranks:
+        figures["spectrum.png"] = spectrum_figure(ranks[0], ranks[-1])
+    for name, one in figures.items():
+        with written_whole(folder / name) as file:
+            one.savefig(file, dpi=110, format="png")
+    process.say(f"pictures: {' '.join(str(folder / name) for name in figures)}")
 
 
 def spectrum_figure(*rows: dict):

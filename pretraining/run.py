@@ -6,6 +6,7 @@ result.
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import BatchReader, Intensity
 from engine.config import Config
 from engine.files import make_run_folder, refuse_other_run, written_whole
-from engine.process import Process, Readback, warn
+from engine.process import Process, Readback, only_warning
 from engine.stopping import StopRequest, batch_loader, begin, leave
 from models import MoCo
 from pretraining.guard import Guard, NotFinite, bad_steps_text
@@ -162,18 +163,17 @@ class Run:
         """Measure, log, and keep the encoder if it is the best so far."""
         step = self.step
         with averaged_statistics(self.model, self.process):
-            measured = self.journal.scored(step, self.monitor.measure(self.model))
+            measured = {}
+            # What cannot be measured at the start never will be: that ends the run before it costs anything.
+            with only_warning(f"step {step}: collapse not measured") if step else nullcontext():
+                measured = self.journal.scored(step, self.monitor.measure(self.model))
             for name in self.journal.names_to_keep(step, measured):
-                try:
+                with only_warning(f"step {step}: no {name}.pth written, training continues"):
                     export(self, name, measured)
-                except OSError as error:
-                    warn(f"step {step}: no {name}.pth written ({error}); training continues")
         self.journal.collapse(step, measured)
-        if board := self.journal.log.board:
-            try:
+        if (board := self.journal.log.board) and measured:
+            with only_warning(f"step {step}: no pictures for TensorBoard"):
                 show(board, step, measured, self.monitor.features_page(self.model))
-            except OSError as error:
-                warn(f"step {step}: no pictures for TensorBoard ({error}); training continues")
 
     def give_up(self) -> None:
         """Save the state from before the bad steps, and raise NotFinite."""
@@ -192,13 +192,16 @@ class Run:
         return leave(self.folder, self.step, self.process.gather(self.stop.reason), self.process)
 
     def finish(self) -> None:
-        """Write the encoder and the pictures."""
-        self.journal.close()
+        """Write the encoder; then the pictures, without which the run is as good."""
         average_running_statistics(self.model)
         if self.process.is_main:
-            draw(self.folder, self.process)
-            with written_whole(self.folder / "features.png") as file:
-                self.monitor.features_page(self.model).save(file, format="PNG")
             export(self, "encoder", self.journal.latest)
+        with only_warning("the log was not closed"):
+            self.journal.close()
+        if self.process.is_main:
+            with only_warning("no curves.png and spectrum.png"):
+                draw(self.folder, self.process)
+            with only_warning("no features.png"), written_whole(self.folder / "features.png") as file:
+                self.monitor.features_page(self.model).save(file, format="PNG")
         self.process.say(f"encoder: {self.folder / 'encoder.pth'}")
         self.process.barrier()

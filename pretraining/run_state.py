@@ -9,10 +9,17 @@ import torch
 import torchvision
 from torch import Tensor
 
-from engine.config import ConfigError, to_config
-from engine.files import load_checkpoint, load_optimizer, save_checkpoint, write_whole, written_whole
+from engine.config import ConfigError, shown, to_config
+from engine.files import (
+    checked_number,
+    checked_optimizer,
+    load_checkpoint,
+    save_checkpoint,
+    write_whole,
+    written_whole,
+)
 from engine.process import Process, warn
-from models import MoCo, gather
+from models import MoCo, fits, gather
 from pretraining.guard import running_statistics
 
 # What the names of settings begin with that a resumed run may change: the method does not depend on them.
@@ -25,31 +32,53 @@ def resume(run) -> tuple[int, bool]:
 
     The main process reads, and tells the others. Raises ConfigError if the folder holds a different run.
     """
-    folder, cfg, process = run.folder, run.cfg, run.process
-    state, complete = process.from_main(lambda: (load_checkpoint(folder), (folder / "encoder.json").exists()))
+    folder, process = run.folder, run.process
+
+    def read() -> tuple[dict | None, bool]:
+        state = load_checkpoint(folder, lambda content: checked(content, run))
+        return state, (folder / "encoder.json").exists()
+
+    state, complete = process.from_main(read)
     if state is None:
         return 0, False
-    try:
-        before = to_config(state["config"])
-        changed = cfg.first_difference(before, ignore=FREE)
-        if changed is None:
-            run.model.load_state_dict(state["model"])
-            load_optimizer(run.optimizer, state["optimizer"])
-            statistics = state["running_statistics"]
-            if len(statistics) == process.world:  # else the model's, which are the mean, have to do
-                set_running_statistics(run.model, statistics[process.rank])
-            for count, value in zip((run.guard.in_row, run.guard.skipped), state["bad_steps"], strict=True):
-                count.fill_(value)
-            step, slices = state["step"], state["slices"]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise ConfigError(f"run.out: the checkpoint in {folder} is not one of this program") from None
-    if changed:
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    statistics = state["running_statistics"]
+    if len(statistics) == process.world:  # else the model's, which are the mean, have to do
+        set_running_statistics(run.model, statistics[process.rank])
+    for count, value in zip((run.guard.in_row, run.guard.skipped), state["bad_steps"]):
+        count.fill_(value)
+    return state["step"], complete
+
+
+def checked(state: dict, run) -> dict:
+    """A checkpoint's content, every part of it, for `load_checkpoint`: whether `save` can have written it for
+    this run."""
+    folder, cfg, before = run.folder, run.cfg, to_config(state["config"])
+    if changed := cfg.first_difference(before, ignore=FREE):
         old, new = before.flat().get(changed), cfg.flat().get(changed)
-        other = f"the run in {folder} was started with {old!r}"
+        other = f"the run in {folder} was started with {shown(old)}"
         raise ConfigError(f"{changed}: is {new!r}, but {other}; choose another run.out")
+    slices = checked_number(state["slices"], 1, 2**62)
     if slices != (here := len(run.dataset)):
         raise ConfigError(f"data.list: has {here} slices, but the run in {folder} was started with {slices}")
-    return step, complete
+    step = checked_number(state["step"], 0, run.total_steps)
+    in_row, skipped = state["bad_steps"]
+    checked_number(in_row, 0, checked_number(skipped, 0, step))
+    model, statistics = state["model"], state["running_statistics"]
+    per_process = sum(average.numel() for average in running_statistics(run.model))
+    sound = (
+        fits(model, run.model.state_dict())
+        and model["_extra_state"] == {"step": step}
+        and 0 <= model["queue_pointer"] < model["queue"].shape[1]
+        and bool((model["queue"].norm(dim=0) < 1.01).all())  # keys are unit vectors
+        and (statistics.dim(), statistics.dtype) == (2, torch.float32)
+        and statistics.shape[1] == per_process
+        and bool(statistics.isfinite().all())
+    )
+    if not sound:
+        raise ValueError
+    return state | {"optimizer": checked_optimizer(run.optimizer, state["optimizer"])}
 
 
 def save(run) -> None:
@@ -75,8 +104,11 @@ def save(run) -> None:
 def export(run, name: str, metrics: dict) -> None:
     """NAME.pth, a torchvision ResNet's weights without fc, and NAME.json, which says what they are."""
     cfg, dataset, path = run.cfg, run.dataset, run.folder / f"{name}.pth"
+    weights = run.model.query.encoder.export_state_dict()
+    if odd := [key for key, value in weights.items() if not value.isfinite().all()]:
+        warn(f"{path}: {odd[0]} is not finite, so nothing can load it; a lower optim.lr may help")
     with written_whole(path) as file:
-        torch.save(run.model.query.encoder.export_state_dict(), file)
+        torch.save(weights, file)
     card = {
         "arch": cfg.model.arch,
         "in_channels": cfg.model.in_channels,

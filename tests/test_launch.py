@@ -40,6 +40,7 @@ def stop(number, frame):
 
 for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(name, signal.SIG_DFL if "deaf=1" in sys.argv else stop)
+say("in", os.getcwd(), "by", sys.executable)
 say("training", *sys.argv[1:], "with", os.environ["OMP_NUM_THREADS"], "threads")
 while "done=1" not in sys.argv:
     signal.alarm(30)
@@ -102,12 +103,21 @@ ONE_NODE = BATCH | {"SLURM_NNODES": "1"}
 class Launched:
     """launch.sh under way, in a process group of its own, and its output line by line."""
 
-    def __init__(self, folder: Path, *arguments: str, script: str = "launch.sh", **variables: str):
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        script: str = "launch.sh",
+        cwd: Path | None = None,
+        **variables: str,
+    ):
         base = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+        base |= {"PYTHONPATH": str(folder / "modules")}  # launch.sh does not let Python look in its folder
         self.lines = []
         self.process = subprocess.Popen(
             ["bash", folder / script, *arguments],
             env=base | {"OMP_NUM_THREADS": "1"} | variables,
+            cwd=cwd or folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -148,11 +158,11 @@ class Launched:
 def project(tmp_path):
     """launch.sh among its stand-ins."""
     folder = tmp_path / "project"
-    for name in ("torch/distributed", "bin", "out"):
+    for name in ("modules/torch/distributed", "bin", "out"):
         (folder / name).mkdir(parents=True)
     shutil.copy(ROOT / "launch.sh", folder)
-    (folder / "torch/__init__.py").touch()
-    (folder / "torch/distributed/run.py").write_text(TORCHRUN)
+    (folder / "modules/torch/__init__.py").touch()
+    (folder / "modules/torch/distributed/run.py").write_text(TORCHRUN)
     for script in ("train_moco.py", "eval_seg.py"):
         (folder / script).write_text(TRAINING)
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -223,13 +233,61 @@ def test_torchrun_on_one_machine_takes_a_free_port(project):
     assert {"--nnodes=1", "--nproc-per-node=2", "--max-restarts=3", "--rdzv-endpoint=localhost:0"} < set(
         words
     )
-    assert words[-5:] == ["train_moco.py", "--config", "c.yaml", "a.b=1", "done=1"]
+    script = str(project / "train_moco.py")
+    assert words[-5:] == [script, "--config", "c.yaml", "a.b=1", "done=1"]
 
 
 @pytest.mark.parametrize(("cores", "threads"), [("16", "8"), ("1", "1")])
 def test_processes_share_the_cores(project, cores, threads):
     run = Launched(project, *START, "done=1", GPUS="2", OMP_NUM_THREADS="", SLURM_CPUS_ON_NODE=cores)
     assert run.end() == 0 and run.lines[-2].endswith(f"with {threads} threads")
+
+
+@pytest.mark.parametrize("gpus", ["1", "2"])
+@pytest.mark.parametrize("where", [{}, BATCH, ONE_NODE], ids=["here", "two nodes", "one node"])
+def test_paths_are_relative_to_where_the_user_stands(project, tmp_path, gpus, where):
+    """Even where modules of the same names lie."""
+    user = tmp_path / "a user's folder"
+    (user / "out").mkdir(parents=True)
+    for name in ("torch.py", "yaml.py", "train_moco.py", "signal.py"):
+        (user / name).write_text("raise SystemExit('not ours')")
+    run = Launched(project, *START, "done=1", cwd=user, GPUS=gpus, **where)
+    assert run.end() == 0, run.lines
+    assert run.count("training --config c.yaml a.b=1") == int(gpus) * int(where.get("SLURM_NNODES", 1))
+    assert run.count("in ") == run.count(f"in {user} by")
+
+
+def test_a_link_to_launch_sh_finds_the_project(project, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/launch").symlink_to(project / "launch.sh")
+    run = Launched(project, "evaluate", "c.yaml", "done=1", script="../bin/launch", cwd=tmp_path, GPUS="1")
+    assert (run.end(), run.count(f"in {tmp_path} by")) == (0, 1), run.lines
+
+
+def test_help_comes_from_any_folder(project, tmp_path):
+    run = Launched(project, cwd=tmp_path)
+    assert run.end() == 2 and run.lines[0] == "Set-up and launching."
+
+
+@pytest.mark.parametrize("script", ["train_moco.py", "eval_seg.py"])
+def test_a_config_that_is_not_there_is_named_with_the_path_tried(tmp_path, script):
+    kind = "pretrain" if script == "train_moco.py" else "evaluate"
+    line = f"error: configs/none.yaml: no such config file ({tmp_path}/configs/none.yaml)"
+    run = Launched(ROOT, kind, "configs/none.yaml", cwd=tmp_path, GPUS="1")
+    assert (run.end(), run.lines) == (2, [line])
+    command = [sys.executable, ROOT / script, "--config", "configs/none.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, line + "\n")
+
+
+def test_the_ablation_runs_from_any_folder(tmp_path):
+    """With the project's protocol, and relative to the user's folder in all else."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "data.py").write_text("raise SystemExit('not ours')")
+    run = Launched(ROOT, "ablation", "--table", "--out", "mine", cwd=tmp_path)
+    assert run.end() == 0, run.lines
+    run = Launched(ROOT, "ablation", "--table", "--protocol", "mine.yaml", cwd=tmp_path)
+    assert (run.end(), run.lines) == (2, [f"error: mine.yaml: no such config file ({tmp_path}/mine.yaml)"])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -244,7 +302,8 @@ def test_nodes_by_hand(project, rank, place):
     assert run.end() == 0
     assert "--nnodes=2 --nproc-per-node=1" in run.lines[0]
     assert (
-        f"--rdzv-endpoint=10.0.0.1:29500 --rdzv-id=moco-0 --rdzv-conf={place} train_moco.py" in run.lines[0]
+        f"--rdzv-endpoint=10.0.0.1:29500 --rdzv-id=moco-0 --rdzv-conf={place} {project}/train_moco.py"
+        in run.lines[0]
     )
 
 
@@ -309,7 +368,9 @@ def test_a_copy_in_slurms_folder_finds_the_project(project, tmp_path):
     where = ONE_NODE | {"SLURM_SUBMIT_DIR": str(project)}
     run = Launched(project, *START, "done=1", script="../slurm_script", GPUS="1", **where)
     assert (run.end(), run.count("training")) == (0, 1)
-    run = Launched(project, *START, script="../slurm_script", **where | {"SLURM_SUBMIT_DIR": "/"})
+    run = Launched(
+        project, *START, script="../slurm_script", cwd=tmp_path, **where | {"SLURM_SUBMIT_DIR": "/"}
+    )
     assert run.end() == 2
     assert run.lines == ["error: submit launch.sh from the project's folder: there is no train_moco.py in /"]
 

@@ -13,11 +13,11 @@ def test_a_torn_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys):
         files.save_checkpoint(tmp_path, {"step": step})
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(path.read_bytes()[:100])
-    assert files.load_checkpoint(tmp_path)["step"] == 1
+    assert files.load_checkpoint(tmp_path, dict)["step"] == 1
     assert "cannot read" in capsys.readouterr().err
     (tmp_path / "checkpoint.pth.previous").unlink()
     with pytest.raises(ConfigError, match="cannot read"):
-        files.load_checkpoint(tmp_path)
+        files.load_checkpoint(tmp_path, dict)
 
 
 def test_metrics_are_cut_back(tmp_path):

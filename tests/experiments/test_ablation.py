@@ -366,13 +366,18 @@ def test_protocols_that_are_none(tmp_path):
             ablation.read_protocol(str(path), [])
 
 
-def test_a_failing_script_is_named_with_its_last_line(tmp_path):
+def test_a_failing_script_is_named_with_its_last_line(tmp_path, monkeypatch):
+    """Whatever folder the user is in, and whatever modules are there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.py").write_text("raise SystemExit('not that of the project')")
     protocol = yaml.safe_load(PROTOCOL)
     one = ablation.Ablation(protocol, tmp_path, 1)
     with pytest.raises(
         ConfigError, match="train_moco.py ended with code 2 and said: error: unknown key 'a.b'"
     ):
-        one.call(tmp_path / "log.txt", str(ROOT / "train_moco.py"), "a.b=1")
+        one.call(tmp_path / "log.txt", "train_moco.py", "a.b=1")
+    with pytest.raises(ConfigError, match=r"experiments.position ended with code 2 and said: error: .*RUN"):
+        one.call(tmp_path / "log.txt", "-m", "experiments.position")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("ablation*.yaml")), ids=lambda path: path.name)
