@@ -256,13 +256,14 @@ def write_results(cfg: Config, folder: Path, results: dict) -> None:
         "config": cfg.plain(),
     }
     write_whole(folder / "results.json", json.dumps(results, indent=1))
-    table = report.organ_table(results)
-    for name, text in (("cases.csv", report.cases_csv(results)), ("table.md", table + "\n")):
-        with only_warning(f"no {name}"):
-            write_whole(folder / name, text)
     for name in ("checkpoint.pth", "checkpoint.pth.previous"):
         (folder / name).unlink(missing_ok=True)
-    print(table, flush=True)
+    with only_warning("no cases.csv"):
+        write_whole(folder / "cases.csv", report.cases_csv(results))
+    with only_warning("no table.md"):
+        table = report.organ_table(results)
+        print(table, flush=True)
+        write_whole(folder / "table.md", table + "\n")
 
 
 def finished(cfg: Config, folder: Path) -> dict | None:
