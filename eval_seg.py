@@ -22,7 +22,7 @@ from engine.config import Config, ConfigError, load_config, settings_parser
 DEFAULTS = """
 seed: 0
 mode: linear                # linear: frozen encoder, linear decoder | finetune: DeepLabv3+, all trained
-encoder: null               # path of encoder.pth or another checkpoint, torchvision:PATH, or random
+encoder: null               # encoder.pth or another file of weights, the folder of a run, or random
 label_fraction: 1.0         # share of the training cases; smaller ones are subsets of larger ones
 cache: auto                 # linear: compute the features once: on | off | auto: beyond cache_gb in a file
 cache_gb: 4.0               # GiB of memory for features; the file is in run.out, and gone at the end
@@ -55,7 +55,7 @@ augment:                    # finetune; see augment.SegmentationAugment
   gamma: 0.1
   noise: 0.02
 model:
-  arch: null                # resnet18 | 26 | 26_half | 34 | 50 | 101; null: the encoder's, else resnet50
+  arch: null                # resnet18 | 26 | 26_half | 34 | 50 | 101; null: the encoder's
   in_channels: 1            # 3: the slice three times
   output_stride: 8          # 8 | 16 | 32
 optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9
