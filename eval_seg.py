@@ -22,7 +22,7 @@ from engine.config import Config, ConfigError, load_config, settings_parser
 DEFAULTS = """
 seed: 0
 mode: linear                # linear: frozen encoder, linear decoder | finetune: DeepLabv3+, all trained
-encoder: null               # path of encoder.pth or another checkpoint, torchvision:PATH, or random
+encoder: null               # encoder.pth or another file of weights, the folder of a run, or random
 label_fraction: 1.0         # share of the training cases; smaller ones are subsets of larger ones
 cache: auto                 # linear: compute the features once: on | off | auto: beyond cache_gb in a file
 cache_gb: 4.0               # GiB of memory for features; the file is in run.out, and gone at the end
@@ -57,7 +57,7 @@ augment:                    # finetune; see augment.SegmentationAugment
   gamma: 0.1
   noise: 0.02
 model:
-  arch: null                # resnet18 | 26 | 26_half | 34 | 50 | 101; null: the encoder's, else resnet50
+  arch: null                # resnet18 | 26 | 26_half | 34 | 50 | 101; null: the encoder's
   in_channels: 1            # 3: the slice three times
   output_stride: 8          # 8 | 16 | 32
 optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9
@@ -271,13 +271,14 @@ def write_results(cfg: Config, folder: Path, results: dict) -> None:
         "config": cfg.plain(),
     }
     write_whole(folder / "results.json", json.dumps(results, indent=1))
-    table = report.organ_table(results)
-    for name, text in (("cases.csv", report.cases_csv(results)), ("table.md", table + "\n")):
-        with only_warning(f"no {name}"):
-            write_whole(folder / name, text)
     for name in ("checkpoint.pth", "checkpoint.pth.previous"):
         (folder / name).unlink(missing_ok=True)
-    print(table, flush=True)
+    with only_warning("no cases.csv"):
+        write_whole(folder / "cases.csv", report.cases_csv(results))
+    with only_warning("no table.md"):
+        table = report.organ_table(results)
+        print(table, flush=True)
+        write_whole(folder / "table.md", table + "\n")
 
 
 def finished(cfg: Config, folder: Path) -> dict | None:

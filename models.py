@@ -821,13 +821,37 @@ def read_weights(path: str | Path) -> dict:
         with warnings.catch_warnings(action="ignore"):  # of old or sparse storage: is_sound decides
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise WeightsError(f"{path}: not a weights file, or it holds more than tensors: refused") from None
+        if other := other_format(path):
+            raise WeightsError(f"{path}: {other}") from None
+        advice = "docs/COMPATIBILITY.md has how to keep only those"
+        raise WeightsError(
+            f"{path}: not a weights file, or it holds more than tensors: refused; {advice}"
+        ) from None
     except Exception as e:  # zipfile, pickle and torch.load raise many kinds on damaged files
+        if other := other_format(path):
+            raise WeightsError(f"{path}: {other}") from None
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise WeightsError(f"{path}: cannot be read as weights ({reason})") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
+
+
+def other_format(path: str | Path) -> str:
+    """What a file that torch.load does not know is, if its first bytes tell, and what to do; else nothing."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS in place of the file; git lfs pull fetches the file itself"
+    if start.lstrip()[:1] == b"<":
+        return "a web page in place of the file; download it again"
+    if start[8:9] == b"{":
+        return (
+            "a file of safetensors; torch.save(safetensors.torch.load_file(FILE), NEW) makes one that is read"
+        )
+    if start.startswith(b"\x89HDF"):
+        return "an HDF5 file, as Keras writes them; only files of PyTorch are read"
+    return ""
 
 
 def check_intact(path: str | Path) -> None:

@@ -60,7 +60,7 @@ model:
   momentum: 0.999           # of the momentum encoder
   weight: 1.0               # loss = model.weight * global + local.weight * local
   temperature: 0.2
-  init: random              # or a weights file to start from
+  init: random              # or weights to start from: a file, or the folder of a run
   bn_split: 32              # samples that BatchNorm normalises together; divides a process's share; 0: all
 local:
   weight: 0.5               # 0: off

@@ -201,6 +201,24 @@ def test_files_of_this_project_that_are_no_encoder_are_named(tmp_path):
     assert str(report).endswith("from a model of eval_seg.py")
 
 
+@pytest.mark.parametrize(
+    ("start", "found"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"\n <?xml version", "a web page"),
+        (b'\x40\0\0\0\0\0\0\0{"conv1.weight": {}}', "a file of safetensors"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"weights: none", "not a weights file"),
+    ],
+)
+def test_files_of_other_formats_are_named(tmp_path, start, found):
+    (tmp_path / "x.pth").write_bytes(start)
+    with pytest.raises(WeightsError, match=f"x.pth: {found}") as error:
+        load_encoder_weights(Encoder("tiny"), tmp_path / "x.pth")
+    assert "\n" not in str(error.value)
+
+
 def changed(changes):
     state = Encoder("tiny").export_state_dict()
     for name, value in changes.items():
