@@ -356,7 +356,7 @@ def listed_slices(root, list, images, skip_bad):
     folder = split_folder(root, list, images)
     if list is None:
         return folder, Strings(all_slices(folder))
-    return folder, present(read_list(Path(root) / list), folder, list, skip_bad)
+    return folder, present(read_list(Path(root) / list, folder), folder, list, skip_bad)
 
 
 def present(names, folder, what, skip_bad=False):

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ct.listing import files_below
 from ct.properties import parse_properties, read_json
 from ct.slices import SUFFIXES, DataError, open_npy
 from engine.config import one_line
+from engine.text import encoding_of
 
 LONGEST_LINE = 8192  # characters of a list
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -24,8 +26,10 @@ SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
 
 
 def mask_path(folder, name):
-    """Where the mask of a slice lies in the masks folder."""
-    return Path(folder) / (without_suffix(name) + ".png")
+    """Where the mask of a slice lies in the masks folder, NAME.png or NAME.PNG."""
+    path = Path(folder) / (without_suffix(name) + ".png")
+    other = path.with_suffix(".PNG")
+    return other if not path.exists() and other.exists() else path
 
 
 # ---- Lists and cases -----------------------------------------------------------------------------
@@ -67,21 +71,24 @@ def checked(line, path):
     return line
 
 
-def read_list(path):
-    """The slice names of a list file, as written there but for a second column, which is dropped.
+def read_list(path, folder=None):
+    """The slice names of a list file, relative to the images `folder`, in which absolute paths may lie.
 
-    The name ends at .png or .npy; in a line without either, the last column goes unless it contains a "/".
-    A path that leaves the images folder is a DataError; whether the files exist is not looked at.
+    A name ends at .png or .npy, and a second column goes. In a line without either suffix a last column,
+    which may be a part of the name, is left: find_slices knows. A path that leaves the folder is a DataError;
+    whether the files exist is not looked at.
     """
     path = Path(path)
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, "rb") as file:
+            encoding = encoding_of(file.read(4))
+        with open(path, encoding=encoding) as file:
             lines = iter(lambda: file.readline(LONGEST_LINE + 1), "")
             names = [name_in(checked(line, path)) for line in lines if not line.isspace()]
     except FileNotFoundError:
         there = sorted(file.name for file in path.parent.glob("*.txt")) if path.parent.is_dir() else []
         raise DataError(f"{path}: no such list file (there: {', '.join(there[:8]) or 'none'})") from None
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise DataError(f"{path}: not a text file") from None
     except DataError:
         raise
@@ -89,7 +96,12 @@ def read_list(path):
         raise DataError(f"{path}: {getattr(error, 'strerror', error)}") from None
     if not names:
         raise DataError(f"{path}: the list is empty")
-    for name in names:
+    above = (
+        tuple(f"{place}/" for place in {Path(folder).absolute(), Path(folder).resolve()}) if folder else ()
+    )
+    for index, name in enumerate(names):
+        if name.startswith("/") and above and (place := next(filter(name.startswith, above), None)):
+            names[index] = name = name.removeprefix(place)
         if name.startswith("/") or (".." in name and ".." in name.split("/")):
             raise DataError(
                 f"{path}: {one_line(name)} leaves the data root; paths are relative to the images folder"
@@ -105,10 +117,7 @@ def name_in(line):
         return columns[0].removeprefix("./")
     line = line.strip().removeprefix("./")
     with_suffix = re.match(r".+?\.(png|npy)(?=\s|$)", line, re.IGNORECASE)
-    if with_suffix:
-        return with_suffix.group()
-    columns = line.rsplit(maxsplit=1)
-    return columns[0] if len(columns) == 2 and "/" not in columns[1] else line
+    return with_suffix.group() if with_suffix else line
 
 
 def without_suffix(name):
@@ -146,22 +155,36 @@ class Cases(Strings):
 
 
 def find_slices(folder, names):
-    """The names with the suffixes that they have on disk; a name that is not there becomes None.
+    """The names as they are on disk, where suffixes may be written in capitals; a name that is not there
+    becomes None.
 
-    Each folder is listed once, so that a million names cost seconds, not a million look-ups.
+    A name of several words is also tried without the last one, a second column, and any name without the
+    folder's own before it. Each folder is listed once: a million names cost seconds, not a million look-ups.
     """
-    present = {}
+    listed = {}
+    above = Path(folder).name + "/"
+
+    def find(name):
+        parent, _, file = name.rpartition("/")
+        there = listed.get(parent)
+        if there is None:
+            there = listed[parent] = files_in(os.path.join(folder, parent))
+        if file in there and file[-4:] in SUFFIXES:
+            return name
+        stem = file[:-4] if file[-4:].lower() in SUFFIXES else file
+        endings = (file[-4:].lower(),) if stem != file else (*SUFFIXES, "")
+        forms = (stem + form for ending in endings for form in (ending, ending.upper(), ending.title()))
+        spelled = next((form for form in forms if form in there), None)
+        return spelled and name[: len(name) - len(file)] + spelled
+
     found = []
     for name in names:
-        parent, _, file = name.rpartition("/")
-        there = present.get(parent)
-        if there is None:
-            there = present[parent] = files_in(os.path.join(folder, parent))
-        if file[-4:].lower() in SUFFIXES:
-            found.append(name if file in there else None)
-        else:
-            endings = (ending for ending in (*SUFFIXES, "") if file + ending in there)
-            found.append(next((name + ending for ending in endings), None))
+        there = find(name)
+        if there is None and len(name.split()) > 1:
+            there = find(name.rsplit(maxsplit=1)[0])
+        if there is None and name.startswith(above):
+            there = find(name.removeprefix(above))
+        found.append(there)
     return found
 
 
@@ -173,14 +196,8 @@ def files_in(folder):
 
 
 def all_slices(folder):
-    """Every .png and .npy below a folder, as sorted names relative to it."""
-    names = []
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        relative = Path(parent).relative_to(folder)
-        slices = (file for file in sorted(files) if file.lower().endswith(SUFFIXES) and file[0] != ".")
-        names += [(relative / file).as_posix() for file in slices]
-    if not names:
+    """Every .png and .npy below a folder, as names relative to it in natural order."""
+    if not (names := files_below(folder, SUFFIXES)):
         raise DataError(f"{folder}: no .png or .npy slices there")
     return names
 

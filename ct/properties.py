@@ -15,6 +15,7 @@ from pathlib import Path
 from ct.slices import IGNORE, MAX_SIDE, DataError, read_stored, slice_header
 from engine.config import one_line
 from engine.files import write_whole
+from engine.text import read_text
 
 NAME = "set.json"
 MAX_JSON = 2**29  # bytes
@@ -235,7 +236,7 @@ def read_json(path, kind):
     if os.path.exists(path) and os.path.getsize(path) > MAX_JSON:
         raise DataError(f"{path}: too large, {os.path.getsize(path) >> 20} MB")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:

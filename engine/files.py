@@ -15,7 +15,6 @@ import torch
 from engine.config import Config, ConfigError, one_line, read_yaml
 from engine.ownership import LEFT_OVER, all_refuse, claim, enter, refuse_foreign, refuse_other_folder
 from engine.process import Process, warn
-from engine.text import read_text as read_text  # for all who read a user's files
 
 # ---- Whole files ---------------------------------------------------------------------------------
 

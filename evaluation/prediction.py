@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ct.grid import Grid
 from ct.layout import case_of
+from ct.listing import slices_and_volumes
 from ct.plausible import Doubt, Values, heed, judge_values, judge_window
 from ct.properties import AXES, KINDS, Facts, Properties, Reading, read_properties, reading_of
 from ct.slices import AIR, DataError, whole_hu, write_png
@@ -188,15 +189,3 @@ def outside(out: Path, source: Path, paths: list[Path]) -> list[Path]:
     if source.resolve() not in folder.parents:
         return paths
     return [path for path in paths if not path.parent.resolve().is_relative_to(folder)]
-
-
-def slices_and_volumes(source: Path) -> tuple[list[Path], list[Path]]:
-    """The .png and .npy files, and the .nii and .nii.gz files, anywhere below a folder; or the one file."""
-    if not source.exists():
-        raise DataError(f"{source}: no such file or folder")
-    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    slices = [path for path in files if path.suffix.lower() in (".png", ".npy")]
-    volumes = [path for path in files if path.name.lower().endswith((".nii", ".nii.gz"))]
-    if not slices and not volumes:
-        raise DataError(f"{source}: neither slices (.png, .npy) nor volumes (.nii, .nii.gz)")
-    return slices, volumes

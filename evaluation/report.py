@@ -7,7 +7,6 @@ undefined.
 import csv
 import io
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from ct.listing import natural_order
 from ct.organs import ORGAN_COLORS, class_colors
 from ct.pictures import contact_sheet, gray_tile, tile_size
 from data import Intensity
@@ -99,11 +99,6 @@ def organ_distances(prediction: Tensor, truth: Tensor, spacing, classes: int) ->
     counted = truth != metrics.IGNORE
     pairs = ((counted & (prediction == organ), truth == organ) for organ in range(1, classes))
     return [None] + [metrics.hd95(*pair, spacing) for pair in pairs]
-
-
-def natural_order(name: str) -> list:
-    """Sorts slice10 after slice9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def mean_dice(scores: dict[str, CaseScore]) -> float | None:

@@ -105,7 +105,7 @@ def collect(root, lists, args):
     for list_name in lists:
         split = Path(list_name or "").stem
         images, masks = (layout.split_folder(root, list_name, folder) for folder in (args.images, args.masks))
-        names = layout.read_list(root / list_name) if list_name else layout.all_slices(images)
+        names = layout.read_list(root / list_name, images) if list_name else layout.all_slices(images)
         found = layout.find_slices(images, names)
         missing = [name for name, there in zip(names, found) if there is None]
         bad += [f"{images / name}: in {list_name}, but missing" for name in missing]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ct.layout import case_of, read_list, without_suffix
+from ct.layout import case_of, find_slices, read_list, split_folder
 from ct.plausible import Doubt, heed, judge_facts
 from data import Intensity, SliceDataset, encoder_card, judge
 from engine.config import Config
@@ -39,9 +39,10 @@ def judge_held_out(cfg: Config, dataset: SliceDataset) -> list[Doubt]:
         path = Path(cfg.data.root) / name
         if dataset.packed or not path.is_file():
             continue
-        held_out = {without_suffix(slice) for slice in read_list(path)}
+        folder = split_folder(cfg.data.root, name, cfg.data.images)
+        held_out = {*filter(None, find_slices(folder, read_list(path, folder)))}
         cases = {case_of(slice) for slice in held_out}
-        shared = sum(without_suffix(slice) in held_out for slice in dataset.names)
+        shared = sum(slice in held_out for slice in dataset.names)
         if shared:
             doubts.append(Doubt(f"{cfg.data.list}: {shared} of its slices stand in {name}, too"))
         elif among := sorted(cases & set(dataset.cases)):

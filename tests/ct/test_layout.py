@@ -22,13 +22,13 @@ def test_list_styles(tmp_path):
         "f 2/6",
     ]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n\r\n")
-    expected = ["a/1.png", "a/2.PNG", "b/img0001_slice003", "c 1/x y.npy", "d/4", "e/5.png", "f 2/6"]
+    expected = ["a/1.png", "a/2.PNG", "b/img0001_slice003", "c 1/x y.npy", "d/4 liver", "e/5.png", "f 2/6"]
     assert read_list(path) == expected
 
 
 def test_bad_lists(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\xd8")
     for name in ("empty.txt", "binary.txt", "absent.txt"):
         with pytest.raises(DataError, match=name):
             read_list(tmp_path / name)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.files import read_text
+from engine.text import read_text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
