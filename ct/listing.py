@@ -36,7 +36,7 @@ def is_named(name, endings):
 def natural_order(name):
     """A key by which slice10 comes after slice9, folder by folder."""
     parts = (re.split(r"(\d+)", part) for part in name.split("/"))
-    return [[(int(p), "") if p.isdecimal() else (-1, p) for p in part if p] for part in parts]
+    return [[(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in part if p] for part in parts]
 
 
 def slices_and_volumes(source):

@@ -19,6 +19,7 @@ log = logging.getLogger("med-moco")
 
 LIMIT = 70_000  # values beyond this are counted as this
 OUTSIDE = -200  # HU; every scan has air or lung, which is below
+DENSE = 300  # HU; soft tissue is below
 METAL = 10_000  # HU; nothing in a patient is beyond, metal on scanners with an extended range is
 SPACING_TOLERANCE = 1.2  # pixels that are finer or coarser than in training by this factor are worth a word
 
@@ -89,25 +90,25 @@ def judge_values(values, where, mend):
     that would have to be subtracted from them."""
     doubts = []
     if values.unfit:
-        share = values.unfit / (values.unfit + values.total())
-        text = f"{where}: {values.unfit} values ({100 * share:.2g} %) are not finite numbers: taken as air"
-        doubts.append(Doubt(text, fatal=share > 0.5))
-    if not values.total() or values.lowest == values.highest:
-        return [*doubts, Doubt(f"{where}: all values are {values.lowest:g}, an empty image", fatal=True)]
+        share = 100 * values.unfit / (values.unfit + values.total())
+        text = f"{where}: {values.unfit} values ({share:.3g} %) are not finite numbers: taken as air"
+        doubts.append(Doubt(text))
+    if not values.total():
+        return doubts
+    if values.lowest == values.highest:
+        return [*doubts, Doubt(f"{where}: all values are {values.lowest:g}, an empty image")]
     found = f"{where}: values from {values.lowest:g} to {values.highest:g}"
     beyond = values.share(METAL + 1, LIMIT) + values.share(-LIMIT, -METAL - 1)
     if beyond:
         share = f"{100 * beyond:.2g} % of them beyond +-{METAL:,}"
-        doubts.append(Doubt(f"{found}, {share}: no HU ({mend_of(mend, values)})", fatal=beyond > 0.001))
+        doubts.append(Doubt(f"{found}, {share}: no HU", fatal=beyond > 0.001))
     if not values.share(-LIMIT, OUTSIDE):
-        text = f"{found}, none below {OUTSIDE} as air would be: no HU ({mend_of(mend, values)})"
-        doubts.append(Doubt(text, fatal=True))
+        text = f"{found}, none below {OUTSIDE} as air would be: no HU"
+        offset = values.lowest + 1024
+        if shifted := values.share(offset + OUTSIDE, offset + DENSE) > 0.05:
+            text += f"; {mend.format(offset=f'{offset:g}')}"
+        doubts.append(Doubt(text, fatal=shifted))
     return doubts
-
-
-def mend_of(mend, values):
-    """The offset that would bring the lowest value to air's, as HU + 1024 needs it."""
-    return mend.format(offset=f"{values.lowest + 1024:g}")
 
 
 def judge_window(values, window, where):

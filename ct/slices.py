@@ -55,7 +55,11 @@ def read_stored(path, hu_offset=1024):
 def whole_hu(values):
     """HU as 16-bit PNGs keep them, float32 of the same shape: whole numbers, air (-1024) for NaN and whatever
     lies below."""
-    return np.rint(np.nan_to_num(values, nan=-1024.0)).clip(-1024, 64511).astype(np.float32)
+    return (
+        np.rint(np.nan_to_num(values, nan=-1024.0, posinf=-1024.0, neginf=-1024.0))
+        .clip(-1024, 64511)
+        .astype(np.float32)
+    )
 
 
 def read_mask(path, mapping=None):

@@ -5,11 +5,13 @@ nibabel is needed here and nowhere else (pip install nibabel).
 
 import gzip
 import os
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from ct.geometry import Geometry
 from ct.properties import MAX_SPACING
 from ct.slices import MAX_SIDE, DataError
 from engine.config import one_line
@@ -32,6 +34,7 @@ class Volume:
     path: Path
     image: object = field(repr=False)  # nibabel's, for its affine, header and shape
     to_file: np.ndarray = field(repr=False)  # orientation of the view's axes on the file's grid
+    geometry: Geometry = field(repr=False)
 
     def restore(self, labels):
         """labels (S, H, W) in the view -> the same voxels on the file's own grid."""
@@ -42,38 +45,90 @@ class Volume:
         return apply_orientation(labels, self.to_file).reshape(self.image.shape)
 
 
-@np.errstate(all="ignore")  # of scales and affines; what comes of them is checked
-def read_volume(path, axis=2):
+def read_volume(path, axis=2, like=None):
     """A .nii or .nii.gz as a Volume whose slices lie across `axis` (0 sagittal, 1 coronal, 2 axial).
+
+    like: a Geometry of the same file_shape, by whose affine the file is read instead of its own.
 
     Raises DataError for anything that is not a readable volume of numbers with an affine.
     """
     nibabel = import_nibabel()
+    image, geometry, to_view = open_volume(path, axis, like)
+    try:
+        with np.errstate(all="ignore"):  # of scales; what comes of them is checked
+            array = np.asanyarray(image.dataobj)
+    except Exception as error:  # nibabel and zlib raise many kinds on damaged files
+        raise unreadable(path, error) from None
+    view = nibabel.orientations.apply_orientation(array.reshape(geometry.file_shape), to_view)
+    spacing = tuple(round(float(mm), 6) for mm in geometry.spacing())
+    wanted = nibabel.orientations.axcodes2ornt(VIEWS[axis])
+    to_file = nibabel.orientations.ornt_transform(wanted, nibabel.io_orientation(geometry.file_affine))
+    return Volume(view, spacing, geometry.path, image, to_file, geometry)
+
+
+def read_geometry(path, axis=2):
+    """The Geometry of a volume, without reading its voxels; raises DataError as read_volume does."""
+    return open_volume(path, axis)[1]
+
+
+@np.errstate(all="ignore")  # of affines; what comes of them is checked
+def open_volume(path, axis, like=None):
+    """nibabel's image, its Geometry, and the orientation from the file's grid to the view."""
+    nibabel = import_nibabel()
     path = Path(path)
     try:
-        image = nibabel.load(path)
-        if not isinstance(image, nibabel.Nifti1Image):
-            raise DataError(f"{path}: not NIfTI (.nii or .nii.gz)")
+        image = load(nibabel, path)
         check_header(image, path)
-        array = np.asanyarray(image.dataobj)
-        from_file = nibabel.io_orientation(image.affine)
+        affine = image.affine if like is None else like.file_affine
+        from_file = nibabel.io_orientation(affine)
+        placed = image.header["sform_code"] > 0 or image.header["qform_code"] > 0
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (DataError, PermissionError):
         raise
-    except Exception as error:  # nibabel and zlib raise many kinds on damaged files
-        raise DataError(f"{path}: not a readable NIfTI volume ({one_line(error)})") from None
-    if np.isnan(from_file).any():
+    except Exception as error:
+        raise unreadable(path, error) from None
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if np.isnan(from_file).any() or not abs(np.linalg.det(axes)) > 1e-3:
         raise DataError(f"{path}: its affine does not say which way the axes run")
-    wanted = nibabel.orientations.axcodes2ornt(VIEWS[axis])
-    to_view = nibabel.orientations.ornt_transform(from_file, wanted)
+    to_view = nibabel.orientations.ornt_transform(from_file, nibabel.orientations.axcodes2ornt(VIEWS[axis]))
     shape = image.shape[:3]
-    view = nibabel.orientations.apply_orientation(array.reshape(shape), to_view)
-    affine = image.affine @ nibabel.orientations.inv_ornt_aff(to_view, shape)
-    spacing = tuple(round(float(mm), 6) for mm in nibabel.affines.voxel_sizes(affine))
-    if not all(0 < mm < MAX_SPACING for mm in spacing):
-        raise DataError(f"{path}: its affine says that voxels have {spacing} mm")
-    return Volume(view, spacing, path, image, nibabel.orientations.ornt_transform(wanted, from_file))
+    of_view = affine @ nibabel.orientations.inv_ornt_aff(to_view, shape)
+    view_shape = tuple(shape[axis] for axis in np.argsort(to_view[:, 0]))
+    placed = bool(placed) and not np.array_equal(affine, np.eye(4))
+    geometry = Geometry(path, view_shape, of_view, shape, affine, placed)
+    mm = tuple(round(float(mm), 6) for mm in geometry.spacing())
+    if not all(0 < one < MAX_SPACING for one in mm):
+        raise DataError(f"{path}: its affine says that voxels have {mm} mm")
+    if not np.isfinite(affine).all():
+        raise DataError(f"{path}: its affine does not say where the voxels lie")
+    return image, geometry, to_view
+
+
+def load(nibabel, path):
+    """nibabel's image of a file, which may be called .NII.GZ or .Nii as well, and packed or not whatever its
+    suffix says."""
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise DataError(f"{path}: not NIfTI (.nii or .nii.gz)")
+    packed = is_packed(path)
+    open_file = gzip.open if packed else open
+    with open_file(path, "rb") as file:
+        second = struct.pack("<i", 540), struct.pack(">i", 540)  # bytes in a header of NIfTI-2
+        kind = nibabel.Nifti2Image if file.read(4) in second else nibabel.Nifti1Image
+    if packed == path.name.lower().endswith(".gz"):
+        holder = nibabel.FileHolder(str(path))
+    else:
+        holder = nibabel.FileHolder(fileobj=open_file(path, "rb"))
+    return kind.from_file_map({"header": holder, "image": holder})
+
+
+def is_packed(path):
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def unreadable(path, error):
+    return DataError(f"{path}: not a readable NIfTI volume ({one_line(error)})")
 
 
 def check_header(image, path):
@@ -86,7 +141,7 @@ def check_header(image, path):
     dtype = image.get_data_dtype()
     if dtype.kind not in "iuf":
         raise DataError(f"{path}: voxels of numbers are expected, not {dtype}")
-    inflation = 1032 if path.suffix.lower() == ".gz" else 1  # the most that deflate can do
+    inflation = 1032 if is_packed(path) else 1  # the most that deflate can do
     if np.prod(shape, dtype=float) * dtype.itemsize > os.path.getsize(path) * inflation:
         raise DataError(f"{path}: damaged, too short for the {shape} voxels its header claims")
 

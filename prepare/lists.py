@@ -1,9 +1,14 @@
 """The lists of a new set: which cases are for training, validation and test."""
 
+import re
+
 import numpy as np
 
+from ct.properties import read_json
+from ct.slices import DataError
 from engine.files import write_whole
 from engine.ownership import remove_own
+from prepare.pairing import number_in
 
 SPLITS = ("train", "val", "test", "unlabelled")
 ABOUT = ("set.json",)  # what else lies beside the lists
@@ -40,3 +45,96 @@ def write_lists(root, lists, made_by):
 def remove_lists(root, made_by):
     """What follows rewrites the set: without its lists nobody takes it for complete. The user's own stay."""
     remove_own([root / f"{split}.txt" for split in SPLITS], made_by)
+
+
+# ---- As the slice command is asked to -------------------------------------------------------------
+
+
+def read_split(given, cases):
+    """{"train": cases, "val": cases, "test": cases} of labelled cases, as --split says; None without it.
+
+    Fractions, "0.7,0.1,0.2", or a JSON file with these three (val may be missing): names of cases, or their
+    numbers. Labelled cases that it does not name are for pretraining.
+    """
+    if given is None:
+        return None
+    if re.fullmatch(r"[\d.,\s]+", given):
+        return split_by_fractions(given, cases)
+    content = read_json(given, dict)
+    if unknown := content.keys() - {"train", "val", "test"}:
+        raise DataError(f"{given}: train, val and test are expected, not {sorted(unknown)[0]}")
+    split, taken = {}, {}
+    for name in ("train", "val", "test"):
+        entries = content.get(name, [])
+        if not isinstance(entries, list) or not all(type(entry) in (str, int) for entry in entries):
+            raise DataError(f"{given}: {name}: a list of names or numbers of cases is expected")
+        split[name] = [find_case(entry, cases, given) for entry in entries]
+        for case in split[name]:
+            if case in taken:
+                raise DataError(f"{given}: {case} is named twice, in {taken[case]} and {name}")
+            taken[case] = name
+    if not split["train"] or not split["test"]:
+        raise DataError(f"{given}: train and test must name a case each")
+    return split
+
+
+def split_by_fractions(given, cases):
+    try:
+        train, val, test = (float(part) for part in given.split(","))
+    except ValueError:
+        raise DataError(f"--split {given}: three fractions are expected, such as 0.7,0.1,0.2") from None
+    counts = [round(part * len(cases)) for part in (val, test)]
+    if not 0 < train <= 1 or abs(train + val + test - 1) > 1e-6 or test <= 0 or sum(counts) >= len(cases):
+        raise DataError(
+            f"--split {given}: fractions of {len(cases)} labelled cases that sum to 1 are expected"
+        )
+    return split_cases(cases, *(max(count, part > 0) for count, part in zip(counts, (val, test))))
+
+
+def find_case(entry, cases, path):
+    """The case of that name, or the only one with that last number (8 and "case0008" are img0008, too)."""
+    if entry in cases:
+        return entry
+    number = entry if isinstance(entry, int) else number_in(entry)
+    found = [case for case in cases if number_in(case) == number]
+    if len(found) != 1:
+        raise DataError(f"{path}: {entry}: {len(found) or 'no'} labelled cases of that name or number")
+    return found[0]
+
+
+def make_lists(records, split):
+    """{"train": names of slices ...} of the split, without one 60/20/20 by labelled case, or blocks of the
+    only one. "unlabelled" has every slice outside val and test, for pretraining."""
+    names = {case: [f"{case}/{i:04d}.png" for i in range(r["slices"])] for case, r in records.items()}
+    labelled = [case for case, record in records.items() if record["labelled"] is not None]
+    dropped = []
+    if split is None and len(labelled) == 1:
+        case = labelled[0]
+        lists, dropped = blocks(case, names[case], [names[case][i] for i in records[case]["labelled"]])
+    else:
+        split = split or split_cases(labelled)
+        lists = {part: [name for case in cases for name in names[case]] for part, cases in split.items()}
+    held_out = {*lists["val"], *lists["test"], *dropped}
+    everything = (name for own in names.values() for name in own)
+    return lists | {"unlabelled": [name for name in everything if name not in held_out]}
+
+
+def blocks(case, names, labelled, gap=2):
+    """Contiguous 60/20/20 blocks inside the labelled range of the only labelled case, `gap` slices dropped
+    between them -> the lists, and the dropped names."""
+    first, last = (names.index(labelled[0]), names.index(labelled[-1])) if labelled else (0, -1)
+    inside = names[first : last + 1]
+    held_out = max(1, round(0.2 * (len(inside) - 2 * gap)))
+    train = len(inside) - 2 * (held_out + gap)
+    if train < 1:
+        raise DataError(
+            f"{case}: {len(inside)} slices with labels are too few for train, val and test blocks"
+        )
+    val, test = train + gap, train + gap + held_out + gap  # where these blocks begin
+    lists = {"train": inside[:train], "val": inside[val : val + held_out], "test": inside[test:]}
+    print(f"one labelled case: train, val and test are blocks of its slices with labels, {first} to {last}:")
+    ranges = [
+        f"{first + at}-{first + at + len(lists[split]) - 1}" for split, at in zip(lists, (0, val, test))
+    ]
+    print(f"train {ranges[0]}, val {ranges[1]}, test {ranges[2]}; {gap} slices dropped between two blocks")
+    return lists, inside[train:val] + inside[val + held_out : test]

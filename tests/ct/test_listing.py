@@ -11,9 +11,9 @@ from ct.slices import SUFFIXES, DataError
 
 
 def test_natural_order():
-    names = ["a/1.png", "a/2.png", "a/10.png", "a1/1.png", "a10/1.png", "b.png", "b0.png", "b01.png"]
+    names = ["a/1.png", "a/2.png", "a/10.png", "a1/1.png", "a10/1.png", "b0.png", "b1.png"]
     shuffled = random.Random(0).sample(names, len(names))
-    assert sorted(shuffled, key=natural_order)[:6] == ["a/1.png", "a/2.png", "a/10.png", *names[3:6]]
+    assert sorted(shuffled, key=natural_order) == names
     assert sorted(["img", "1", "", "a1b", "a1"], key=natural_order) == ["", "1", "a1", "a1b", "img"]
 
 

@@ -34,7 +34,7 @@ def test_slice_folders(tmp_path, nibabel, capsys):
     (tmp_path / "map.json").write_text('{"5": 6, "52": 8, "15": 5}')
     out = tmp_path / "out"
     argv = ("slice", "--images", tmp_path / "img", "--labels", tmp_path / "label", "--out", out)
-    code, output, error = run(capsys, *argv, "--label-map", tmp_path / "map.json")
+    code, output, error = run(capsys, *argv, "--label-map", tmp_path / "map.json", "--classes", "btcv")
     assert code == 0, error
     for line in ("paired 5 of 6", "img0006.nii.gz", "label0099.nii.gz", "15 (esophagus)"):
         assert line in output
@@ -223,7 +223,6 @@ def test_bad_labels_and_maps(tmp_path, nibabel, capsys):
     zeros = np.zeros((4, 4, 20), np.int16)
     save_volume(nibabel, tmp_path / "ct.nii", zeros)
     bad_labels = {
-        "shape": np.zeros((4, 4, 19), np.int16),
         "negative": zeros - 1,
         "high": zeros + 300,
         "half": zeros.astype(np.float32) + 0.5,
