@@ -272,7 +272,8 @@ def load_checkpoint(folder: Path, checked, name: str = "checkpoint.pth"):
             )
             continue
         try:
-            content = checked(content)
+            with warnings.catch_warnings(action="ignore"):
+                content = checked(content)
         except ConfigError as error:
             reason = str(error)
             failures.append(error)
@@ -298,6 +299,13 @@ def checked_number(value, low, high, kind: type = int):
     return value
 
 
+def is_plain(value) -> bool:
+    """Whether it is a setting, or a list of such: tensors, compared with one, may take all memory."""
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def checked_optimizer(optimizer: torch.optim.SGD, state: dict) -> dict:
     """What optimizer.load_state_dict takes: the momentum in a checkpoint's `state`, and the optimiser's own
     settings, which those in `state` must equal. (All but the rate, which is set anew before each step.)
@@ -306,7 +314,8 @@ def checked_optimizer(optimizer: torch.optim.SGD, state: dict) -> dict:
     """
     own = optimizer.state_dict()["param_groups"]
     for mine, theirs in zip(own, state["param_groups"], strict=True):
-        if any(mine[name] != theirs[name] for name in (mine.keys() & theirs.keys()) - {"lr"}):
+        common = (mine.keys() & theirs.keys()) - {"lr"}
+        if any(not is_plain(theirs[name]) or mine[name] != theirs[name] for name in common):
             raise ValueError("the optimiser's settings are others")
     momenta = {}
     for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):

@@ -13,13 +13,14 @@ from engine.config import ConfigError, shown, to_config
 from engine.files import (
     checked_number,
     checked_optimizer,
+    is_plain,
     load_checkpoint,
     save_checkpoint,
     write_whole,
     written_whole,
 )
 from engine.process import Process, warn
-from models import MoCo, fits, gather
+from models import MoCo, fits, gather, is_sound
 from pretraining.guard import running_statistics
 
 # What the names of settings begin with that a resumed run may change: the method does not depend on them.
@@ -55,6 +56,8 @@ def checked(state: dict, run) -> dict:
     """A checkpoint's content, every part of it, for `load_checkpoint`: whether `save` can have written it for
     this run."""
     folder, cfg, before = run.folder, run.cfg, to_config(state["config"])
+    if not all(map(is_plain, before.flat().values())):
+        raise ValueError
     if changed := cfg.first_difference(before, ignore=FREE):
         old, new = before.flat().get(changed), cfg.flat().get(changed)
         other = f"the run in {folder} was started with {shown(old)}"
@@ -66,15 +69,15 @@ def checked(state: dict, run) -> dict:
     in_row, skipped = state["bad_steps"]
     checked_number(in_row, 0, checked_number(skipped, 0, step))
     model, statistics = state["model"], state["running_statistics"]
+    checked_number(model["_extra_state"]["step"], step, step)
     per_process = sum(average.numel() for average in running_statistics(run.model))
     sound = (
         fits(model, run.model.state_dict())
-        and model["_extra_state"] == {"step": step}
         and 0 <= model["queue_pointer"] < model["queue"].shape[1]
         and bool((model["queue"].norm(dim=0) < 1.01).all())  # keys are unit vectors
+        and is_sound(statistics)
         and (statistics.dim(), statistics.dtype) == (2, torch.float32)
         and statistics.shape[1] == per_process
-        and bool(statistics.isfinite().all())
     )
     if not sound:
         raise ValueError

@@ -82,6 +82,7 @@ def drop(*path):
 
 WEIGHT, NORM = "query.encoder.conv1.weight", "query.encoder.bn1"
 NAN, HUGE = float("nan"), 10**30
+EXPANDED = torch.zeros(1).expand(10**5, 10**5)  # 40 GB, were it to be computed with
 MOMENTUM = ("optimizer", "state", 0, "momentum_buffer")
 GROUP = ("optimizer", "param_groups", 0)
 
@@ -91,6 +92,7 @@ PRETRAINING = [
     *(put("bad_steps", value) for value in ([0], [1, 0], [-1, 0], [0, 6], [0, NAN], None, [0, 0, 0], "00")),
     *(drop(name) for name in ("config", "model", "optimizer", "running_statistics", "step", "bad_steps")),
     *(put("config", value) for value in (None, [], "config")),
+    *(put("config", "optim", "lr", value) for value in (EXPANDED, [EXPANDED])),
     *(put("model", value) for value in (None, {}, [1])),
     *(put("model", WEIGHT, value) for value in (None, 1.0, "x")),
     put("model", WEIGHT, lambda weight: weight * torch.nan),
@@ -105,11 +107,12 @@ PRETRAINING = [
     put("model", f"{NORM}.num_batches_tracked", lambda count: -1 - count),
     put("model", "queue", lambda queue: 3 * queue),
     *(put("model", "queue_pointer", torch.tensor(value)) for value in (-1, 9, 2**60, 3.0)),
-    *(put("model", "_extra_state", value) for value in (None, {"step": 3}, {"step": HUGE}, {}, 5)),
+    *(put("model", "_extra_state", value) for value in (None, {"step": 3}, {"step": EXPANDED}, {}, 5)),
     *(put(*GROUP, "momentum", value) for value in (0.5, None, NAN, HUGE, "x")),
     *(put(*GROUP, "weight_decay", value) for value in (1e30, HUGE, -1, torch.zeros(3))),
     *(put(*GROUP, name, True) for name in ("nesterov", "maximize")),
     put(*GROUP, "params", lambda numbers: numbers[::-1]),
+    put(*GROUP, "params", lambda numbers: [EXPANDED, *numbers[1:]]),
     put("optimizer", "param_groups", []),
     put("optimizer", "state", {}),
     put(*MOMENTUM, lambda momentum: momentum * torch.nan),
@@ -119,7 +122,7 @@ PRETRAINING = [
     put("running_statistics", lambda rows: rows * torch.nan),
     put("running_statistics", lambda rows: rows[:, 1:]),
     put("running_statistics", lambda rows: rows[0]),
-    put("running_statistics", None),
+    *(put("running_statistics", value) for value in (None, EXPANDED)),
 ]
 
 
