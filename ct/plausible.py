@@ -60,17 +60,15 @@ class Values:
 
     def add(self, values):
         """Count an array of any shape."""
-        values = np.asarray(values).ravel()
-        if values.dtype.kind == "f":
-            finite = np.isfinite(values)
-            self.unfit += int(values.size - finite.sum())
-            values = values[finite]
-        if values.size:
-            self.lowest, self.highest = min(self.lowest, values.min()), max(self.highest, values.max())
-            whole = np.rint(values.clip(-LIMIT, LIMIT)).astype(np.int64)
-            first = whole.min()
-            found = np.bincount(whole - first)
-            self.counts[first + LIMIT : first + LIMIT + len(found)] += found
+        return self.merge(histogram(values))
+
+    def merge(self, counted):
+        """Add what `histogram` has counted."""
+        first, counts, lowest, highest, unfit = counted
+        self.unfit += unfit
+        if len(counts):
+            self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
+            self.counts[first + LIMIT : first + LIMIT + len(counts)] += counts
         return self
 
     def total(self):
@@ -83,6 +81,19 @@ class Values:
 
     def quantile(self, share):
         return int(np.searchsorted(self.counts.cumsum(), share * self.total())) - LIMIT
+
+
+def histogram(values):
+    """Of an array: the first whole value (those beyond LIMIT counted as LIMIT), counts from there on, the
+    lowest and the highest value, and how many are no finite number."""
+    values = np.asarray(values).ravel()
+    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    if not finite.size:
+        return 0, (), np.inf, -np.inf, values.size
+    whole = np.rint(finite.clip(-LIMIT, LIMIT)).astype(np.int64)
+    first = int(whole.min())
+    counts = np.bincount(whole - first)
+    return first, counts, finite.min(), finite.max(), values.size - finite.size
 
 
 def judge_values(values, where, mend):
@@ -123,6 +134,16 @@ def judge_window(values, window, where):
     shown = f"{100 * max(black, white):.1f} % of the values are {'black' if black > white else 'white'}"
     text = f"{where}: {shown} in the window [{low:g}, {high:g}]; 98 % of them lie in data.window={fitting}"
     return [Doubt(text, fatal=True)]
+
+
+def judge_spacings(spacing, where):
+    """Whether pixels of a set's cases differ in size. spacing: {case: (slice, row, column) mm}."""
+    sizes = {case: mm[1] for case, mm in spacing.items()}
+    if not sizes or max(sizes.values()) <= SPACING_TOLERANCE * min(sizes.values()):
+        return []
+    small, large = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+    text = f"pixels from {sizes[small]:.3g} mm ({small}) to {sizes[large]:.3g} mm ({large})"
+    return [Doubt(f"{where}: {text}: organs differ in size by that")]
 
 
 # ---- What an encoder or a model was trained on ---------------------------------------------------
@@ -176,5 +197,5 @@ def judge_lists(cases):
     if not shared:
         return []
     several = " and ".join(split for split, own in cases.items() if {*shared} & {*own})
-    first = one_line(", ".join(shared[:3]))
-    return [Doubt(f"cases that stand in {several}: {len(shared)} ({first}); scores of such cases flatter")]
+    first = f"{len(shared)}, the first: {one_line(shared[0])} (in {several})"
+    return [Doubt(f"cases in several of {', '.join(cases)}: {first}; their scores flatter")]

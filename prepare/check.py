@@ -1,6 +1,7 @@
 """`data.py check`: reads a whole data set and says what is in it, what to put into a config, and which
 files are bad."""
 
+import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +9,25 @@ from pathlib import Path
 import numpy as np
 
 from ct import layout
+from ct.plausible import (
+    LIMIT,
+    Doubt,
+    Values,
+    histogram,
+    judge_lists,
+    judge_masks,
+    judge_spacings,
+    judge_values,
+    judge_window,
+)
 from ct.properties import class_names, read_properties, reading_of
-from ct.slices import IGNORE, DataError, in_threads, read_mask
+from ct.slices import IGNORE, DataError, in_threads, mask_mapping, read_mask
 from data import default_window
 from engine.config import one_line
 
 SPLITS = ("train", "val", "test")
 BODY = -500  # HU; what lies above counts as body
-LIMIT = 70_000  # values beyond this are counted as this
+MEND = "if they are HU + {offset}, add that to data.hu_offset"
 
 
 @dataclass
@@ -26,7 +38,11 @@ class Slice:
     image: Path
     mask: Path
     needs_mask: bool
-    held_out: bool  # in val or test: not used for the statistics that go into a config
+    splits: set  # names of the lists that it is in
+
+    def held_out(self):
+        """In val or test: not used for the statistics that go into a config."""
+        return bool(self.splits & {"val", "test"})
 
 
 @dataclass
@@ -36,9 +52,8 @@ class Found:
     slice: Slice
     problem: str = ""
     size: tuple = ()
-    stored: str = ""
-    counts: np.ndarray = None  # histogram of the values from `lowest` on
-    lowest: int = 0
+    kind: str = ""
+    counted: tuple = ()  # ct.plausible.histogram of the values
     labels: np.ndarray = None  # histogram of the mask, (256,)
 
 
@@ -47,19 +62,20 @@ class Summary:
     """Sums over all usable files."""
 
     sizes: Counter = field(default_factory=Counter)
-    stored: Counter = field(default_factory=Counter)
-    values: np.ndarray = field(default_factory=lambda: np.zeros(2 * LIMIT + 1, np.int64))  # not of val, test
+    kinds: Counter = field(default_factory=Counter)
+    values: Values = field(default_factory=Values)  # not of val, test
+    training: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # mask pixels of train
     voxels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     slices: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     cases: dict = field(default_factory=lambda: defaultdict(set))
 
     def add(self, found):
         self.sizes[found.size] += 1
-        self.stored[found.stored] += 1
-        if not found.slice.held_out:
-            start = found.lowest + LIMIT
-            self.values[start : start + len(found.counts)] += found.counts
+        self.kinds[found.kind] += 1
+        if not found.slice.held_out():
+            self.values.merge(found.counted)
         if found.labels is not None:
+            self.training += found.labels * ("train" in found.slice.splits)
             self.voxels += found.labels
             self.slices += found.labels > 0
             for label in np.flatnonzero(found.labels):
@@ -72,20 +88,61 @@ def check_set(args):
     properties = read_properties(root)
     names, reading = properties.classes, reading_of(properties, args.hu_offset)
     lists = list_files(root, args.list)
+    mapping = mask_mapping(read_mask_map(args.mask_map))
     to_read, bad = collect(root, lists, args)
     summary = Summary()
-    for found in in_threads(lambda slice: inspect(slice, reading, names), to_read, "reading"):
+    for found in in_threads(lambda slice: inspect(slice, reading, names, mapping), to_read, "reading"):
         if found.problem:
             bad.append(found.problem)
         else:
             summary.add(found)
     print_sizes(summary)
-    print_values(summary, any(slice.held_out for slice in to_read))
+    print_values(summary, any(slice.held_out() for slice in to_read))
     print_labels(summary, names)
+    for doubt in doubts_of(root, properties, to_read, summary, names):
+        if doubt.fatal:
+            bad.append(doubt.text)
+        else:
+            print(f"warning: {one_line(doubt.text, 1000)}")
+    if missing := properties.missing():
+        print(f"note: {root}/set.json does not say: {', '.join(missing)}; see docs/DATA.md")
     for problem in bad:
         print(f"bad: {one_line(problem, 1000)}")
     print(f"{len(to_read)} files read, {len(bad)} bad")
     return 1 if bad else 0
+
+
+def read_mask_map(text):
+    """--mask-map, JSON, as a dict."""
+    try:
+        content = json.loads(text) if text else {}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise DataError(f'--mask-map {text}: JSON such as {{"255": 1}} is expected')
+    return content
+
+
+def doubts_of(root, properties, slices, summary, names):
+    """What is odd about the whole set."""
+    doubts = []
+    if summary.kinds:
+        kind = summary.kinds.most_common(1)[0][0]
+        if kind == "hu":
+            doubts += judge_values(summary.values, root, MEND)
+        if kind != "stored" and summary.values.lowest < summary.values.highest:
+            doubts += judge_window(summary.values, default_window(kind), root)
+    if summary.training.any():
+        highest = max({1, *np.flatnonzero(summary.training).tolist()} - {IGNORE})
+        names = names or class_names("", 1 + highest)
+        doubts += judge_masks(summary.training, names, "masks of train.txt")
+    if len(summary.sizes) > 1 and not properties.size:
+        height, width = summary.sizes.most_common(1)[0][0]
+        text = f"slices of different sizes; all are scaled to that of most, {height} x {width} px"
+        doubts.append(Doubt(f"{root}: {text}"))
+    doubts += judge_spacings(properties.spacing, root)
+    cases = {split: {layout.case_of(one.name) for one in slices if split in one.splits} for split in SPLITS}
+    return doubts + judge_lists(cases)
 
 
 def list_files(root, given):
@@ -101,7 +158,7 @@ def list_files(root, given):
 
 def collect(root, lists, args):
     """Every file of the lists once -> [Slice], and a line for each that is missing. Prints a line a list."""
-    slices, bad, splits_of = {}, [], defaultdict(list)
+    slices, bad = {}, []
     for list_name in lists:
         split = Path(list_name or "").stem
         images, masks = (layout.split_folder(root, list_name, folder) for folder in (args.images, args.masks))
@@ -111,55 +168,38 @@ def collect(root, lists, args):
         bad += [f"{images / name}: in {list_name}, but missing" for name in missing]
         needs_mask = masks.is_dir() and split != "unlabelled"
         for name in filter(None, found):
-            mask = layout.mask_path(masks, name)
-            new = Slice(name, images / name, mask, needs_mask, split in ("val", "test"))
+            new = Slice(name, images / name, layout.mask_path(masks, name), needs_mask, set())
             known = slices.setdefault(new.image, new)
             known.needs_mask |= needs_mask
-            known.held_out |= new.held_out
-            splits_of[new.image].append(split)
+            known.splits.add(split)
         masks_too = "with masks" if needs_mask else "masks not needed"
-        cases = len({*map(layout.case_of, names)})
+        cases = len({*map(layout.case_of, filter(None, found))})
         print(f"{list_name or images}: {len(names)} slices, {masks_too}; cases: {cases}")
-    warn_of_leaks(slices, splits_of)
+    twice = [one for one in slices.values() if one.held_out() and len(one.splits) > 1]
+    if twice:
+        first = one_line(twice[0].image)
+        print(f"warning: {len(twice)} slices of val or test are in other lists too, the first: {first}")
     return list(slices.values()), bad
 
 
-def warn_of_leaks(slices, splits_of):
-    """Slices or cases that stand in val or test and in another list too."""
-    several = (image for image, splits in splits_of.items() if len({*splits}) > 1)
-    twice = [image for image in several if {"val", "test"} & {*splits_of[image]}]
-    if twice:
-        first = one_line(twice[0])
-        print(f"warning: {len(twice)} slices of val or test are in other lists too, the first: {first}")
-    splits_of_case = defaultdict(set)
-    for image, splits in splits_of.items():
-        splits_of_case[layout.case_of(slices[image].name)] |= {*splits} & {*SPLITS}
-    shared = sorted(case for case, splits in splits_of_case.items() if len(splits) > 1)
-    if shared:
-        first = one_line(shared[0])
-        print(f"warning: cases in several of train, val and test: {len(shared)}, the first: {first}")
-
-
-def inspect(slice, reading, names):
+def inspect(slice, reading, names, mapping):
     """Reads one slice and its mask."""
     try:
-        image, stored = reading.slice(slice.image)
+        image, kind = reading.slice(slice.image)
         if not np.isfinite(image).all():
             raise DataError(f"{slice.image}: values that are not finite")
         labels = None
         if slice.needs_mask or slice.mask.exists():
-            labels = inspect_mask(slice, image.shape, names)
+            labels = inspect_mask(slice, image.shape, names, mapping)
     except (DataError, OSError) as error:
         return Found(slice, problem=str(error))
-    values = np.rint(image).clip(-LIMIT, LIMIT).astype(np.int64).ravel()
-    lowest = int(values.min())
-    return Found(slice, "", image.shape, stored, np.bincount(values - lowest), lowest, labels)
+    return Found(slice, "", image.shape, kind, histogram(image), labels)
 
 
-def inspect_mask(slice, size, names):
+def inspect_mask(slice, size, names, mapping):
     if not slice.mask.exists():
         raise DataError(f"{slice.image}: its mask {slice.mask} is missing")
-    mask = read_mask(slice.mask)
+    mask = read_mask(slice.mask, mapping)
     if mask.shape != size:
         raise DataError(f"{slice.mask}: {mask.shape} px (rows, columns), its image {size}")
     labels = np.bincount(mask.ravel(), minlength=256)
@@ -177,25 +217,26 @@ def print_sizes(summary):
         print(f"size: {height} x {width} px: {count} slices")
     if len(summary.sizes) > 5:
         print(f"size: {len(summary.sizes) - 5} more sizes")
-    if len(summary.stored) > 1:
-        uint8 = summary.stored["uint8"]
-        hu = summary.stored.total() - uint8
+    if len(summary.kinds) > 1:
+        uint8 = summary.kinds["uint8"]
+        hu = summary.kinds.total() - uint8
         print(f"warning: {uint8} 8-bit slices beside {hu} of HU: one set cannot mix them")
 
 
 def print_values(summary, some_held_out):
     """Statistics of the values; those after the window are what data.mean and data.std are meant to be."""
-    if not summary.values.any():
+    counts = summary.values.counts
+    if not counts.any():
         return
-    stored = summary.stored.most_common(1)[0][0]
-    unit = "HU" if stored == "hu" else "value"
+    kind = summary.kinds.most_common(1)[0][0]
+    unit = "HU" if kind == "hu" else "value"
     values = np.arange(-LIMIT, LIMIT + 1)
-    mean, std = mean_std(values, summary.values)
-    low, high = values[summary.values > 0][[0, -1]]
+    mean, std = mean_std(values, counts)
+    low, high = values[counts > 0][[0, -1]]
     where = " (slices outside val and test)" if some_held_out else ""
     print(f"{unit}{where}: from {low} to {high}, mean {mean:.1f}, std {std:.1f}")
-    least = BODY if stored == "hu" else 0
-    body = np.where(values > least, summary.values, 0)
+    least = BODY if kind == "hu" else 0
+    body = np.where(values > least, counts, 0)
     if body.any():
         mean, std = mean_std(values, body)
         shares = np.searchsorted(body.cumsum(), body.sum() * np.array([0.01, 0.5, 0.99]))
@@ -203,9 +244,11 @@ def print_values(summary, some_held_out):
             f"{unit} inside the body (above {least}): mean {mean:.1f}, std {std:.1f}, "
             "1 % {}, median {}, 99 % {}".format(*values[shares])
         )
-    window = default_window(stored)
+    if kind == "stored":
+        return
+    window = default_window(kind)
     unit_values = ((values - window[0]) / (window[1] - window[0])).clip(0, 1)
-    mean, std = mean_std(unit_values, summary.values)
+    mean, std = mean_std(unit_values, counts)
     print(f"for a config: data.window=[{window[0]:g},{window[1]:g}] data.mean={mean:.4f} data.std={std:.4f}")
 
 

@@ -15,13 +15,13 @@ from ct.layout import mask_path, split_folder
 from ct.organs import BTCV_ORGANS, class_colors
 from ct.pictures import contact_sheet, outlined, views_page
 from ct.properties import Properties, class_names, read_json, read_properties, write_properties
-from ct.slices import IGNORE, DataError, in_threads, read_mask, write_png
+from ct.slices import IGNORE, DataError, in_threads, mask_mapping, read_mask, write_png
 from data import Grid, Intensity, SliceDataset, default_window
 from engine.config import ConfigError, OneLineParser
 from engine.files import write_whole, written_whole
 from engine.ownership import claim, contents, refuse_foreign, refuse_other_folder
 from losses import matched_points
-from prepare.check import check_set
+from prepare.check import check_set, read_mask_map
 from prepare.lists import files_beside_images, remove_lists, split_cases, write_lists
 from prepare.phantom import phantom_case, phantom_spacing
 from prepare.slicing import slice_volumes
@@ -163,10 +163,13 @@ def show_views(slices, captions, seed):
 
 def show_masks(dataset, slices, captions, args):
     """A slice whose mask exists gets its outlines; without classes.json the classes are called by number."""
-    folder = split_folder(args.root, args.list, args.masks)
+    folder, mapping = (
+        split_folder(args.root, args.list, args.masks),
+        mask_mapping(read_mask_map(args.mask_map)),
+    )
     masks = []
     for path in (mask_path(folder, name) for name in captions):
-        own = read_mask(path) if path.exists() else np.zeros(dataset.size, np.uint8)
+        own = read_mask(path, mapping) if path.exists() else np.zeros(dataset.size, np.uint8)
         masks.append(Grid(dataset.size).bring(torch.from_numpy(own), 0, nearest=True).numpy())
     names = []
     if highest := max(mask[mask != IGNORE].max(initial=0) for mask in masks):
@@ -194,6 +197,7 @@ def parse(argv):
         sub.add_argument("--images", default="images", help="folder of the slices; {split}: the list's name")
         if masks:
             sub.add_argument("--masks", default="masks", help="folder of the masks; {split}: the list's name")
+            sub.add_argument("--mask-map", metavar="JSON", help="as data.mask_map: {pixel: class}")
         sub.add_argument(
             "--hu-offset",
             type=float,

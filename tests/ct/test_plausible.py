@@ -65,7 +65,7 @@ def test_masks_of_0_and_255_hold_no_class():
 def test_cases_in_several_lists():
     assert judge_lists({"train": ["a", "b"], "val": ["c"], "test": []}) == []
     [doubt] = judge_lists({"train": ["a", "b"], "val": ["c"], "test": ["b", "b"]})
-    assert "train and test" in doubt.text and "(b)" in doubt.text
+    assert "1, the first: b (in train and test)" in doubt.text
 
 
 def test_heed_ends_at_what_is_fatal_unless_somebody_insists():

@@ -110,7 +110,7 @@ def test_cases_in_several_lists_are_said(tmp_path):
     root = labelled_set(tmp_path / "set")
     (root / "test.txt").write_text("b/02.png\nc/00.png\n")
     [said] = evaluate(root)["warnings"]
-    assert said.startswith("cases that stand in train and test: 1 (b)")
+    assert "cases in several of train, test: 1, the first: b (in train and test)" in said
 
 
 def test_values_that_are_no_hu_and_windows_that_show_nothing_are_refused(tmp_path):

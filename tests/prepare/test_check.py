@@ -3,6 +3,7 @@
 import numpy as np
 from handmade import png_bytes, put, random_set, run
 
+from ct.properties import Properties, write_properties
 from ct.slices import read_mask, read_slice
 
 
@@ -50,3 +51,55 @@ def test_check_without_masks_and_with_leaks(tmp_path, capsys):
     (tmp_path / "test.txt").write_text("a/1\na/2\n")
     code, output, _ = run(capsys, "check", "--root", tmp_path)
     assert code == 0 and "1 slices of val or test are in other lists" in output and "the first: a" in output
+
+
+def checked(capsys, root, *arguments):
+    code, output, _ = run(capsys, "check", "--root", root, *arguments)
+    return code, [line for line in output.splitlines() if line.startswith(("bad:", "warning:", "note:"))]
+
+
+def labelled(root, pixel=1):
+    names = random_set(root)
+    for name in names:
+        mask = np.zeros((12, 10), np.uint8)
+        mask[3:6, 3:6] = pixel
+        put(root / "masks" / name, mask)
+    return names
+
+
+def test_check_proposes_a_mask_map_for_masks_of_0_and_255(tmp_path, capsys):
+    labelled(tmp_path, pixel=255)
+    code, said = checked(capsys, tmp_path)
+    assert code == 1 and any("data.mask_map={255: 1}" in line for line in said)
+    code, said = checked(capsys, tmp_path, "--mask-map", '{"255": 1}')
+    assert code == 0 and not any("mask_map" in line for line in said)
+    code, _, error = run(capsys, "check", "--root", tmp_path, "--mask-map", "255=1")
+    assert code == 2 and "JSON" in error
+
+
+def test_check_proposes_the_offset_of_values_that_are_no_hu(tmp_path, capsys):
+    names = labelled(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in names:  # HU + 2048
+        tissue = np.where(rng.random((12, 10)) < 0.5, 1024, rng.integers(1900, 2200, (12, 10)))
+        put(tmp_path / "images" / name, tissue.astype(np.uint16))
+    code, said = checked(capsys, tmp_path)
+    assert code == 1 and any("HU + 1024, add that to data.hu_offset" in line for line in said)
+    assert checked(capsys, tmp_path, "--hu-offset", "2048")[0] == 0
+
+
+def test_check_says_what_is_odd(tmp_path, capsys):
+    names = labelled(tmp_path)
+    known = Properties(
+        "hu", 1024, 2, classes=["background", "x", "y"], spacing={"a": (5, 0.6, 0.6), "b": (5, 0.9, 0.9)}
+    )
+    write_properties(tmp_path, known)
+    put(tmp_path / "images" / names[0], np.zeros((24, 20), np.uint16))
+    put(tmp_path / "masks" / names[0], np.ones((24, 20), np.uint8))
+    (tmp_path / "test.txt").write_text(names[0])
+    code, said = checked(capsys, tmp_path)
+    text = "\n".join(said)
+    assert code == 0
+    assert "no pixel of y (1 of 2 classes)" in text and "slices of different sizes" in text
+    assert "pixels from 0.6 mm (a) to 0.9 mm (b)" in text
+    assert "1, the first: a (in train and test)" in text and "does not say: size" in text
