@@ -217,9 +217,9 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
         split = "val" if "val" in sets else "train"
         collapse = frozen_collapse(batches[split] if scored_features else batches_of(split, to_features))
 
-    def validate() -> float | None:
+    def validate() -> dict:
         if "val" not in sets:
-            return None
+            return {"val_dice": None}
         return report.mean_dice(report.score(scored, batches["val"], process, "validation"))
 
     def keep() -> None:

@@ -101,10 +101,11 @@ def organ_distances(prediction: Tensor, truth: Tensor, spacing, classes: int) ->
     return [None] + [metrics.hd95(*pair, spacing) for pair in pairs]
 
 
-def mean_dice(scores: dict[str, CaseScore]) -> float | None:
-    """Over cases, then over organs, without background."""
+def mean_dice(scores: dict[str, CaseScore]) -> dict:
+    """{"val_dice": mean over cases, then over organs, without background; "val_organs": how many organs}"""
     cases = {case: dict(enumerate(metrics.case_dice(one.counts)[1:])) for case, one in scores.items()}
-    return mean_or_none(metrics.mean_over_cases(cases).values())
+    organs = metrics.mean_over_cases(cases).values()
+    return {"val_dice": mean_or_none(organs), "val_organs": len(defined(organs))}
 
 
 def summary(scores: dict[str, CaseScore], classes: list[str]) -> dict:
@@ -122,7 +123,19 @@ def summary(scores: dict[str, CaseScore], classes: list[str]) -> dict:
         "hd95": mean_or_none(hd95.values()),
         "hd95_organs": hd95,
         "hd95_cases": distances,
+        "measured": {"dice": measured(cases), "hd95": measured(distances)},
     }
+
+
+def measured(cases: dict[str, dict]) -> dict[str, list[int]]:
+    """Over what a mean of {case: {organ: value or None}} goes: [measured, all] organs, and cases."""
+    organs = [defined(case[organ] for case in cases.values()) for organ in next(iter(cases.values()), ())]
+    found = [defined(case.values()) for case in cases.values()]
+    return {"organs": [sum(map(bool, organs)), len(organs)], "cases": [sum(map(bool, found)), len(found)]}
+
+
+def measured_text(counts: dict[str, list[int]]) -> str:
+    return "{} of {} organs in {} of {} cases".format(*counts["organs"], *counts["cases"])
 
 
 # ---- What is shown of them -----------------------------------------------------------------------
@@ -137,22 +150,26 @@ def millimetres(value: float | None) -> str:
 
 
 def organ_table(results: dict) -> str:
-    """One line per organ: Dice in percent and HD95 in mm, mean +- standard deviation over the cases with a
-    value, and their number; below the mean over organs, its deviation that of the cases' own means."""
+    """One line per organ: Dice in percent and HD95 in mm, each the mean +- standard deviation over the cases
+    with a value, and their number; below the mean over organs, its deviation that of the cases' own means,
+    and over how many organs and cases it goes."""
     cases, distances = results["cases"], results["hd95_cases"]
-    rows = [("organ", "Dice %", "+-", "HD95 mm", "+-", "cases")]
+    rows = [("organ", "Dice %", "+-", "cases", "HD95 mm", "+-", "cases")]
     for organ, dice in results["dice"].items():
         found = defined(case[organ] for case in cases.values())
         apart = defined(case[organ] for case in distances.values())
         hd95 = results["hd95_organs"][organ]
-        deviations = percent(deviation(found)), millimetres(deviation(apart))
-        rows.append((organ, percent(dice), deviations[0], millimetres(hd95), deviations[1], str(len(found))))
+        row = (organ, percent(dice), percent(deviation(found)), str(len(found)))
+        rows.append((*row, millimetres(hd95), millimetres(deviation(apart)), str(len(apart))))
     means = [[mean_or_none(case.values()) for case in kind.values()] for kind in (cases, distances)]
     means = [deviation(defined(values)) for values in means]
-    row = ("mean", percent(results["mean_dice"]), percent(means[0]))
-    rows.append((*row, millimetres(results["hd95"]), millimetres(means[1]), str(len(cases))))
+    over = [measured(kind) for kind in (cases, distances)]
+    row = ("mean", percent(results["mean_dice"]), percent(means[0]), str(over[0]["cases"][0]))
+    row += (millimetres(results["hd95"]), millimetres(means[1]), str(over[1]["cases"][0]))
+    rows.append(row)
     whole = results["dataset_dice"]
-    below = f"all slices as one image (mmseg): {percent(whole['mean'])} %"
+    below = "mean Dice over {}; mean HD95 over {}; ".format(*map(measured_text, over))
+    below += f"all slices as one image (mmseg): {percent(whole['mean'])} %"
     below += f", with background {percent(whole['mean_with_background'])} %"
     return f"{table(rows)}\n\n{below}"
 
@@ -303,8 +320,18 @@ def compare(folders: list[str]) -> str:
         "\npictures (image | truth | prediction):",
         *(f"{folder}/predictions.png" for folder in folders),
     ]
-    parts = [table(rows), organs_side_by_side(runs), differences(runs), *pictures]
+    parts = [table(rows), organs_side_by_side(runs), differences(runs), *incomplete(folders, runs), *pictures]
     return "\n".join(part for part in parts if part)
+
+
+def incomplete(folders: list[str], runs: list[dict]) -> list[str]:
+    """A line for each run whose mean does not go over all organs and cases."""
+    lines = []
+    for folder, run in zip(folders, runs):
+        counts = measured(run["cases"])
+        if any(found < all_there for found, all_there in counts.values()):
+            lines.append(f"{folder}: mean Dice over {measured_text(counts)}")
+    return ["", *lines] if lines else []
 
 
 def organs_side_by_side(runs: list[dict]) -> str:

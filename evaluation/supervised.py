@@ -38,7 +38,7 @@ def train(
 
     Args:
         augment: (inputs, masks, step) -> inputs, masks.
-        validate: () -> mean Dice of the validation cases, None without any.
+        validate: () -> {"val_dice": mean Dice of the validation cases, None without any, ...} for the log.
         keep: () -> None, called when the model is the best so far.
 
     Raises Stopped.
@@ -78,9 +78,9 @@ def train(
             losses = []
             bar.set_postfix(loss=f"{row['loss']:.3f}", val_dice=percent(best))
         if last or done % cfg.eval.every == 0:
-            dice = validate()
+            row |= {"step": done, **validate()}
+            dice = row["val_dice"]
             trained.train()
-            row |= {"step": done, "val_dice": dice}
         if row:
             log.write(row)
         if "val_dice" in row and (dice is None or best is None or dice > best):

@@ -77,7 +77,19 @@ def main_table(records: list[dict], protocol: dict) -> str:
         row += [f"{ranks[0]:.0f} / {ranks[1]:.0f}", f"{mean(r['structure']['dse'] for r in linear):.3f}"]
         row.append(f"{mean(r['structure']['image_share'] for r in linear):.2f}")
         rows.append(tuple(row))
-    return markdown(heading, rows, "Test Dice in %, mean ± standard deviation over seeds")
+    main = markdown(heading, rows, "Test Dice in %, mean ± standard deviation over seeds")
+    return "\n\n".join(part for part in (main, missing_organs(records, protocol)) if part)
+
+
+def missing_organs(records: list[dict], protocol: dict) -> str:
+    """Which means of the main table do not go over all organs, as lines."""
+    lines = []
+    for method in protocol["methods"]:
+        for record in chosen(records, method):
+            dice = record["linear"]["dice"].values()
+            if found := len(dice) - sum(value is not None for value in dice):
+                lines.append(f"{method}, seed {record['seed']}: {found} of {len(dice)} organs have no value")
+    return "\n".join(lines)
 
 
 def group_dice(results: dict, group: str) -> float | None:

@@ -81,3 +81,24 @@ def test_label_colours_and_legend_are_drawn():
     assert np.abs(painted[96, 96] - 0.65 * organs.ORGAN_COLORS[6]).max() <= 1
     page = report.prediction_page([("case/1.png", mask / 6.0, mask, mask)], organs.BTCV_ORGANS)
     assert page.size[0] > 3 * 288
+
+
+def test_a_mean_says_over_how_many_organs_and_cases_it_goes():
+    """HD95 of the one organ that was found in one case is no mean over three organs and two cases."""
+    counts = torch.tensor([[9, 9, 9], [1, 2, 2], [0, 0, 3], [0, 0, 0]])  # the last organ is nowhere
+    found = {
+        "a": report.CaseScore(counts, [None, 2.0, None, None], None),
+        "b": report.CaseScore(counts, [None] * 4, None),
+    }
+    results = report.summary(found, ["background", "liver", "spleen", "aorta"])
+    assert results["measured"] == {
+        "dice": {"organs": [2, 3], "cases": [2, 2]},
+        "hd95": {"organs": [1, 3], "cases": [1, 2]},
+    }
+    text = report.organ_table(results)
+    assert (
+        "mean Dice over 2 of 3 organs in 2 of 2 cases; mean HD95 over 1 of 3 organs in 1 of 2 cases" in text
+    )
+    mean = [line.split() for line in text.splitlines() if line.startswith("| mean")][0]
+    assert mean[3::2] == ["25.0", "0.0", "2", "2.0", "-", "1"]
+    assert report.mean_dice(found) == {"val_dice": pytest.approx(0.25), "val_organs": 2}

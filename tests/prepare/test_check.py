@@ -72,7 +72,7 @@ def test_check_proposes_a_mask_map_for_masks_of_0_and_255(tmp_path, capsys):
     code, said = checked(capsys, tmp_path)
     assert code == 1 and any("data.mask_map={255: 1}" in line for line in said)
     code, said = checked(capsys, tmp_path, "--mask-map", '{"255": 1}')
-    assert code == 0 and not any("mask_map" in line for line in said)
+    assert code == 0 and not any("data.mask_map" in line for line in said)
     code, _, error = run(capsys, "check", "--root", tmp_path, "--mask-map", "255=1")
     assert code == 2 and "JSON" in error
 
