@@ -40,7 +40,7 @@ data:
   train: train.txt
   val: val.txt              # chooses the best model; null: the last one is taken
   test: test.txt
-  classes: null             # number of classes, or names, background first; null: classes.json below root
+  classes: null             # number of classes, or names, background first; null: those of set.json
   size: null                # finetune: side of the training crops, px; null: the slices' size
   window: auto              # [low, high] HU; null: unscaled; auto: the encoder's, else [-160, 240]
   mask_map: null            # {pixel value or "r,g,b": class}, as {255: 1}; other grey values stay

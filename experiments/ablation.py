@@ -90,7 +90,7 @@ class Ablation:
     # ---- Steps of a cell ----
 
     def make_data(self) -> None:
-        if "data" in self.protocol or (self.root / "classes.json").is_file():
+        if "data" in self.protocol or (self.root / "phantom.json").is_file():
             return
         made = self.root.with_name("unfinished")
         shutil.rmtree(made, ignore_errors=True)

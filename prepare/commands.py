@@ -162,7 +162,7 @@ def show_views(slices, captions, seed):
 
 
 def show_masks(dataset, slices, captions, args):
-    """A slice whose mask exists gets its outlines; without classes.json the classes are called by number."""
+    """A slice whose mask exists gets its outlines; classes without names are called by number."""
     folder, mapping = (
         split_folder(args.root, args.list, args.masks),
         mask_mapping(read_mask_map(args.mask_map)),

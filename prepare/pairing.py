@@ -45,7 +45,7 @@ def pair_volumes(images, labels, channels=None, pair=None):
     same = {*map(case_name, label_files)} & {*map(case_name, image_files)}
     key = case_name if (pair or ("name" if same else "number")) == "name" else number_in
     by_key = unique_by(key, label_files, labels)
-    unique_by(key, image_files, images)
+    unique_by(key if labels else case_name, image_files, images)
     pairs = [Pair(case_name(case), path, by_key.pop(key(case), None)) for case, path in image_files.items()]
     with_labels = [pair for pair in pairs if pair.labels]
     if labels and not with_labels:

@@ -74,7 +74,7 @@ def run(tmp_path, monkeypatch):
                 (Path(words[2]) / name / "case").mkdir(parents=True)
                 Image.fromarray(np.ones((8, 8), kind)).save(Path(words[2]) / name / SHOWN)
             (Path(words[2]) / "test.txt").write_text(SHOWN + "\n")
-            (Path(words[2]) / "classes.json").write_text('["background", "liver"]')
+            (Path(words[2]) / "phantom.json").write_text("{}")
         elif script == "train_moco.py":
             folder = Path(settings["run.out"])
             folder.mkdir(parents=True)
