@@ -75,6 +75,7 @@ def run(tmp_path, monkeypatch):
                 Image.fromarray(np.ones((8, 8), kind)).save(Path(words[2]) / name / SHOWN)
             (Path(words[2]) / "test.txt").write_text(SHOWN + "\n")
             (Path(words[2]) / "phantom.json").write_text("{}")
+            (Path(words[2]) / "set.json").write_text('{"classes": ["background", "liver"]}')
         elif script == "train_moco.py":
             folder = Path(settings["run.out"])
             folder.mkdir(parents=True)
