@@ -26,6 +26,7 @@ class Geometry:
     shape, affine    of the radiological view: (S, H, W), and 4 x 4, (slice, row, column, 1) -> (x, y, z, 1)
     file_shape, file_affine    the same of the file's own axes
     placed           whether the file says where it lies: it has a sform or qform, which is not the identity
+    disagreement     how many mm its sform and its qform put a voxel apart, at most; the sform is taken
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Geometry:
     file_shape: tuple
     file_affine: np.ndarray
     placed: bool = True
+    disagreement: float = 0.0
 
     def positions(self, indices):
         """Voxel indices (..., 3) of the view -> mm (..., 3)."""
@@ -78,16 +80,18 @@ def judge_geometry(image, labels, inside=None):
         return [Doubt(f"{pair}: {text}; read like this {centres}", fatal=True)]
     mirrored = mirrored_axes(image, labels)
     if mirrored and apart(image, labels) > COINCIDING:
-        text = f"{pair}, but run the other way ({' and '.join(mirrored)}) and do not cover it: {centres}"
-        return [Doubt(text, fatal=True)]
+        text = f"run the other way ({' and '.join(mirrored)}) and do not cover it: {centres}"
+        return [Doubt(f"{pair} {text}", fatal=True)]
     if not overlap(image, labels):
-        return [Doubt(f"{pair}, but lie apart from it: {centres}", fatal=True)]
+        return [Doubt(f"{pair} lie apart from it: {centres}", fatal=True)]
     if inside is not None and inside < 0.5:
-        text = f"{pair}, but {100 * (1 - inside):.0f} % of the labelled voxels lie outside it: {centres}"
-        return [Doubt(text, fatal=True)]
-    outside = f"; {100 * (1 - inside):.2g} % of the labelled voxels lie outside" if (inside or 1) < 1 else ""
-    differing = "; ".join(differences(image, labels))
-    return [Doubt(f"{pair}, on another grid ({differing}): nearest voxels taken{outside}")]
+        text = f"{100 * (1 - inside):.0f} % of the labelled voxels lie outside it"
+        return [Doubt(f"{pair}: {text}, {centres}", fatal=True)]
+    outside = (
+        "" if inside in (None, 1) else f"; {100 * (1 - inside):.2g} % of the labelled voxels lie outside"
+    )
+    grids = "; ".join(differences(image, labels))
+    return [Doubt(f"{pair} are on another grid ({grids}): nearest voxels taken{outside}")]
 
 
 def mirrored_axes(image, labels):

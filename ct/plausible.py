@@ -18,8 +18,11 @@ from engine.config import one_line
 log = logging.getLogger("med-moco")
 
 LIMIT = 70_000  # values beyond this are counted as this
+PADDING = -1500  # HU; what lies below is no air, but what scanners write outside their field of view
 OUTSIDE = -200  # HU; every scan has air or lung, which is below
 DENSE = 300  # HU; soft tissue is below
+BONE = 800  # HU; only thick bone and metal are above
+NARROW = 3  # HU; a range that no scan has, but values scaled to [0, 1] or [-1, 1] have
 METAL = 10_000  # HU; nothing in a patient is beyond, metal on scanners with an extended range is
 SPACING_TOLERANCE = 1.2  # pixels that are finer or coarser than in training by this factor are worth a word
 
@@ -79,6 +82,11 @@ class Values:
         low, high = (int(np.clip(value, -LIMIT, LIMIT)) + LIMIT for value in (low, high))
         return self.counts[low : high + 1].sum() / max(1, self.total())
 
+    def lowest_above(self, limit):
+        """The lowest value from a limit on; the limit without any."""
+        above = np.flatnonzero(self.counts[limit + LIMIT :])
+        return limit + int(above[0]) if len(above) else limit
+
     def quantile(self, share):
         return int(np.searchsorted(self.counts.cumsum(), share * self.total())) - LIMIT
 
@@ -113,11 +121,14 @@ def judge_values(values, where, mend):
     if beyond:
         share = f"{100 * beyond:.2g} % of them beyond +-{METAL:,}"
         doubts.append(Doubt(f"{found}, {share}: no HU", fatal=beyond > 0.001))
-    if not values.share(-LIMIT, OUTSIDE):
-        text = f"{found}, none below {OUTSIDE} as air would be: no HU"
-        offset = values.lowest + 1024
-        if shifted := values.share(offset + OUTSIDE, offset + DENSE) > 0.05:
-            text += f"; {mend.format(offset=f'{offset:g}')}"
+    if values.highest - values.lowest < NARROW:
+        return [*doubts, Doubt(f"{found}: no HU, which are whole numbers; scaled to that?", fatal=True)]
+    air = values.share(PADDING, OUTSIDE)
+    if not air or (air < 0.001 and values.share(BONE, LIMIT) > 0.1):  # interpolation can leave a little
+        text = f"{found}, {'hardly any' if air else 'none'} below {OUTSIDE} as air would be: no HU"
+        offset = 1024 if air else values.lowest_above(PADDING) + 1024
+        shifted = values.share(offset + OUTSIDE, offset + DENSE) > 0.05  # where soft tissue would be
+        text += f"; {mend.format(offset=f'{offset:g}')}" if shifted else ""
         doubts.append(Doubt(text, fatal=shifted))
     return doubts
 
@@ -128,8 +139,12 @@ def judge_window(values, window, where):
         return []
     low, high = window
     black, white = values.share(-LIMIT, low), values.share(high, LIMIT)
+    inner = [values.quantile(share) for share in (0.005, 0.995)]
     if max(black, white) < 0.995:
-        return []
+        if inner[1] - inner[0] >= 0.01 * (high - low):
+            return []
+        text = f"values of {inner[0]:g} to {inner[1]:g} have no contrast in the window [{low:g}, {high:g}]"
+        return [Doubt(f"{where}: {text}; data.window=[low,high] chooses another", fatal=True)]
     fitting = f"[{values.quantile(0.01):g},{values.quantile(0.99):g}]"
     shown = f"{100 * max(black, white):.1f} % of the values are {'black' if black > white else 'white'}"
     text = f"{where}: {shown} in the window [{low:g}, {high:g}]; 98 % of them lie in data.window={fitting}"

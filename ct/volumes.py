@@ -6,6 +6,7 @@ nibabel is needed here and nowhere else (pip install nibabel).
 import gzip
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,13 +97,24 @@ def open_volume(path, axis, like=None):
     of_view = affine @ nibabel.orientations.inv_ornt_aff(to_view, shape)
     view_shape = tuple(shape[axis] for axis in np.argsort(to_view[:, 0]))
     placed = bool(placed) and not np.array_equal(affine, np.eye(4))
-    geometry = Geometry(path, view_shape, of_view, shape, affine, placed)
+    geometry = Geometry(path, view_shape, of_view, shape, affine, placed, disagreement(image))
     mm = tuple(round(float(mm), 6) for mm in geometry.spacing())
     if not all(0 < one < MAX_SPACING for one in mm):
         raise DataError(f"{path}: its affine says that voxels have {mm} mm")
     if not np.isfinite(affine).all():
         raise DataError(f"{path}: its affine does not say where the voxels lie")
     return image, geometry, to_view
+
+
+def disagreement(image):
+    """How many mm the sform and the qform put the same voxel apart, at most; 0 where only one is there."""
+    with suppress(Exception):  # of a damaged qform, which is not needed
+        qform = image.get_qform(coded=True)[0]
+        if qform is not None and image.header["sform_code"] > 0:
+            corners = np.argwhere(np.ones((2, 2, 2))) * (np.array(image.shape[:3]) - 1)
+            off = (qform - image.affine) @ np.column_stack([corners, np.ones(8)]).T
+            return float(np.abs(off).max())
+    return 0.0
 
 
 def load(nibabel, path):

@@ -212,7 +212,11 @@ def parse(argv):
     sub.add_argument("--seed", type=at_least(0), default=0)
 
     sub = command("slice", slice_volumes, "NIfTI volumes to 16-bit PNG slices (HU + 1024) and 8-bit masks")
-    sub.add_argument("--images", required=True, help="a .nii or .nii.gz, a folder of them, or a pattern")
+    sub.add_argument(
+        "--images",
+        required=True,
+        help="a .nii or .nii.gz, a folder of them or with a folder for each case, or a pattern in quotes",
+    )
     sub.add_argument("--labels", help="the same with labels; without: slices for pretraining only")
     sub.add_argument("--out", required=True, help="folder of the new set")
     sub.add_argument("--label-map", help='JSON {"source id": target id}; ids not listed become 0')
@@ -224,11 +228,19 @@ def parse(argv):
     sub.add_argument(
         "--axis", type=int, choices=(0, 1, 2), default=2, help="0 sagittal, 1 coronal, 2 axial slices"
     )
-    sub.add_argument("--hu-offset", type=float, default=0, help="HU = voxel - this")
-    sub.add_argument("--channels", type=at_least(1), help="files a case, CASE_0000 ...; 1: each is a case")
     sub.add_argument("--pair", choices=("name", "number"), help="what an image and its labels have in common")
-    sub.add_argument("--ignore-geometry", action="store_true", help="labels voxel for voxel")
-    sub.add_argument("--ignore-values", action="store_true", help="take what does not look like HU")
+    sub.add_argument(
+        "--channels",
+        type=at_least(1),
+        help="files of an image, CASE_0000, CASE_0001 ..., of which the first is taken; 1: each is an image",
+    )
+    sub.add_argument("--hu-offset", type=float, default=0.0, help="HU = voxel - this")
+    sub.add_argument("--ignore-values", action="store_true", help="take for HU what does not look like it")
+    sub.add_argument(
+        "--ignore-geometry",
+        action="store_true",
+        help="voxel i of the labels is voxel i of the image, where their affines say otherwise",
+    )
 
     sub = command("pack", pack, "the slices of a list in one file, NAME.npy, with their names in NAME.json")
     set_options(sub, masks=False)

@@ -1,17 +1,94 @@
-"""data.py slice: what the numbers in label volumes mean, and how they become masks."""
+"""Label volumes: which ids they hold, where they lie, what becomes of them; and how classes are called."""
 
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
 
+from ct.geometry import is_same_grid, judge_geometry, resampled, share_inside
 from ct.organs import BTCV_ORGANS
+from ct.plausible import Doubt, heed
 from ct.properties import class_names, read_json
 from ct.slices import IGNORE, DataError
-from engine.config import one_line
-from prepare.pairing import print_names
+from ct.volumes import read_geometry, read_volume
+from prepare.pairing import dataset_json, print_names
 
-LARGEST_ID = 65535
-ROUNDING = 0.01  # a scaled header makes 0.9999998 or 1.0000153 of 1
+NEARLY = 0.01  # labels that are off a whole number by less, as a scaled header leaves them, are rounded
+HIGHEST = 65535  # id that a label map may name
+
+# ---- One volume ----------------------------------------------------------------------------------
+
+
+def scan_labels(pair, options):
+    """The sorted ids in the labels of a `Pair`. Raises DataError for whatever makes them useless."""
+    image = read_geometry(pair.image, options.axis)
+    volume, doubts = read_labels(pair.labels, image, options)
+    ids = ids_of(volume.array, pair.labels, options.label_map)
+    heed_geometry(doubts, image, volume, lambda text: None)
+    return ids
+
+
+def read_labels(path, image, options):
+    """The labels as a Volume, and what is doubtful about where they lie. image: the Geometry of the image."""
+    volume = read_volume(path, options.axis)
+    doubts = judge_geometry(image, volume.geometry)
+    if not doubts:
+        return volume, []
+    if options.ignore_geometry and volume.geometry.file_shape == image.file_shape:
+        doubts = [Doubt(f"{doubt.text}; taken voxel by voxel all the same") for doubt in doubts]
+        return read_volume(path, options.axis, like=image), doubts
+    return volume, judge_geometry(image, volume.geometry, share_inside(volume.array, volume.geometry, image))
+
+
+def heed_geometry(doubts, image, volume, say):
+    same_shape = volume.geometry.file_shape == image.file_shape
+    heed(doubts, False, "--ignore-geometry" if same_shape else "", say)
+
+
+def ids_of(array, path, label_map):
+    """The sorted ids in labels (S, H, W); values that are nearly whole are taken for these."""
+    voxels, odd = np.zeros(HIGHEST + 1, np.int64), Counter()
+    low, high, count = 0, 0, 0
+    with np.errstate(invalid="ignore"):  # of what is infinite
+        for one in array:
+            whole = to_whole(one)
+            fits = np.abs(one - whole) < NEARLY
+            if not fits.all():
+                count += np.count_nonzero(~fits)
+                values, counts = np.unique(one[~fits], return_counts=True)
+                most = np.argsort(-counts)[:100]
+                odd.update(dict(zip(values[most].tolist(), counts[most].tolist())))
+            whole = whole[fits]
+            low, high = min(low, whole.min(initial=0)), max(high, whole.max(initial=0))
+            if low >= 0 and high <= HIGHEST:
+                voxels += np.bincount(whole.astype(np.int64).ravel(), minlength=HIGHEST + 1)
+    if count:
+        some = ", ".join(f"{value:.7g} ({times} voxels)" for value, times in odd.most_common(3))
+        raise DataError(f"{path}: labels must be whole numbers; {count} voxels are not: {some}")
+    if low < 0 or high > (HIGHEST if label_map else IGNORE):
+        reason = "--label-map chooses among more" if label_map is None else f"at most {HIGHEST} can be mapped"
+        beyond = f"{high:g} in {voxels[int(high)]} voxels; " if low >= 0 and high <= HIGHEST else ""
+        raise DataError(
+            f"{path}: labels from {low:g} to {high:g}; {beyond}a mask holds 0 to {IGNORE}, {reason}"
+        )
+    return np.flatnonzero(voxels).tolist()
+
+
+def to_whole(labels):
+    """The nearest whole numbers, int64 for integers and float64 for other ones."""
+    return labels.astype(np.int64) if labels.dtype.kind in "iu" else np.rint(labels.astype(np.float64))
+
+
+def mask_slices(volume, image, label_map):
+    """Yields the masks (H, W) uint8 of an image with this Geometry: labels on its grid, mapped."""
+    targets = np.zeros(HIGHEST + 1, np.uint8)  # ids that the map does not list become background
+    for source, target in ({id: id for id in range(256)} if label_map is None else label_map).items():
+        targets[source] = target
+    same = is_same_grid(image, volume.geometry)
+    for one in volume.array if same else resampled(volume.array, volume.geometry, image):
+        yield np.ascontiguousarray(targets[to_whole(one).astype(np.int64)])
+
+
+# ---- Class names and label maps ------------------------------------------------------------------
 
 
 def names_and_map(args):
@@ -19,8 +96,8 @@ def names_and_map(args):
     those of nnU-Net's dataset.json above the images folder, if there is one."""
     names = BTCV_ORGANS if args.classes == "btcv" else read_json(args.classes, list) if args.classes else None
     label_map = read_label_map(args.label_map) if args.label_map else None
-    about = Path(args.images).parent / "dataset.json"
-    if args.labels and names is None and label_map is None and about.is_file():
+    about = dataset_json(args.images)
+    if args.labels and names is None and label_map is None and about:
         print(f"class names from {about}")
         return read_nnunet_labels(about)
     return names, label_map
@@ -56,70 +133,52 @@ def read_label_map(path):
     return label_map
 
 
-def choose_classes(label_map, seen, given_names):
-    """The class names: those given; BTCV's if a map leads to 1 ... 13, its organs; else class 1, class 2 ...
+def choose_classes(out, label_map, ids, given_names):
+    """The class names: those given, or BTCV's if a map leads to just its 13 organs, or class 1, class 2 ...
 
-    seen: the ids in the label files.
+    ids: {label file: its ids}. Raises DataError if there are more classes than names, or none at all.
     """
-    targets = ({*label_map.values()} if label_map else {*seen}) - {0, IGNORE}
-    if given_names:
-        names = class_names("--classes", given_names)
-    elif label_map and targets == {*range(1, len(BTCV_ORGANS))}:
-        names = list(BTCV_ORGANS)
-        print("class names: BTCV's, since the label map leads to 1 ... 13; --classes decides otherwise")
-    else:
-        names = class_names("", max(targets, default=1) + 1)
-    if len(names) <= max(targets, default=0):
-        raise DataError(f"{len(names)} class names (background first), but labels up to {max(targets)}")
-    print(f"class names: {', '.join(names)}")
+    seen = {id for own in ids.values() for id in own}
+    targets = {*label_map.values()} if label_map else seen
+    count = max(targets - {IGNORE}, default=0) + 1
+    refuse_nothing(label_map, seen, [*ids])
+    how = "given"
+    if given_names is None and label_map and targets - {0, IGNORE} == {*range(1, len(BTCV_ORGANS))}:
+        given_names, how = BTCV_ORGANS, "BTCV's, as the label map leads to 1 to 13; --classes says otherwise"
+    elif given_names is None:
+        given_names, how = count, "by number; --classes gives names"
+    names = class_names(out, given_names)
+    if len(names) < count and label_map:
+        raise DataError(f"{len(names)} class names (background first), but a label map to {count - 1}")
+    if len(names) < count:
+        path = next(path for path, own in ids.items() if {*range(len(names), IGNORE)} & {*own})
+        high = max({*ids[path]} - {IGNORE})
+        raise DataError(f"{path}: labels up to {high}, but {len(names)} class names (background first)")
+    shown = names if given_names != count or count < 5 else [*names[:2], "...", names[-1]]
+    print(f"class names ({how}): {', '.join(shown)}")
+    if IGNORE in seen and not label_map:
+        print(f"the label {IGNORE} means to ignore; --label-map makes a class of it")
     named = dict(enumerate(names)) | {IGNORE: "ignored"}
-    absent = [f"{id} ({named[label]})" for id, label in (label_map or {}).items() if id not in seen]
-    print_names("ids of the label map that no volume holds", absent)
+    if label_map:
+        absent = [f"{id} ({named[label]})" for id, label in label_map.items() if id not in seen]
+        print_names("ids of the label map that no volume holds", absent)
+    else:
+        absent = [f"{id} ({name})" for id, name in enumerate(names) if id not in seen]
+        print_names("classes that no volume holds", absent)
     return names
 
 
-# ---- From voxels to masks ------------------------------------------------------------------------
-
-
-def whole_numbers(labels, path):
-    """Labels (S, H, W) of any type as uint16; what is nearly a whole number is rounded, anything else a
-    DataError that says how much of it there is."""
-    out = np.zeros(labels.shape, np.uint16)
-    for one, target in zip(labels, out):  # a slice at a time: a volume in float64 is large
-        near = np.rint(one)
-        with np.errstate(invalid="ignore"):
-            odd = ~(np.abs(one - near) <= ROUNDING)  # a NaN too
-            odd |= (near < 0) | (near > LARGEST_ID)
-        if odd.any():
-            found = f"{one[odd][0]:g} in {odd.sum()} voxels of a slice"
-            raise DataError(
-                f"{path}: labels are whole numbers from 0 to {LARGEST_ID}, these are not: {found}"
-            )
-        target[...] = near
-    return out
-
-
-def ids_in(labels):
-    """The sorted ids of labels uint16."""
-    return np.flatnonzero(np.bincount(labels.ravel(order="K"))).tolist()
-
-
-def check_ids(ids, label_map, names, path):
-    """DataError if ids cannot become a mask with these class names, or None."""
-    if label_map is None and max(ids) > IGNORE:
-        text = f"a mask holds 0 to {IGNORE}, --label-map chooses among more"
-        raise DataError(f"{path}: labels up to {max(ids)}; {text}")
-    targets = {label_map.get(id, 0) for id in ids} if label_map else {*ids}
-    if names and (above := sorted(targets - {*range(len(names)), IGNORE})):
-        text = f"there are {len(names)} class names, background first; --label-map or --classes mends it"
-        raise DataError(f"{path}: label {one_line(above[-1])}, but {text}")
-
-
-def masks_of(labels, label_map):
-    """Labels uint16 (S, H, W) as masks uint8, mapped; ids that the map does not list become background."""
-    if label_map is None:
-        return labels.astype(np.uint8)
-    targets = np.zeros(LARGEST_ID + 1, np.uint8)
-    for source, target in label_map.items():
-        targets[source] = target
-    return targets[labels]
+def refuse_nothing(label_map, seen, paths):
+    """DataError if none of the ids that were seen in these files means a class."""
+    found = {label_map.get(id, 0) for id in seen} if label_map else seen
+    if found - {0, IGNORE}:
+        return
+    if label_map:
+        mend = "the label map makes classes of none of them"
+    elif IGNORE in seen:
+        mend = '255 is ignored; if it means a class: --label-map with {"255": 1}'
+    else:
+        mend = "all is background; leave out --labels to slice for pretraining"
+    where = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    some = ", ".join(map(str, sorted(seen)[:10]))
+    raise DataError(f"{where}: no other labels than {some}: nothing to learn; {mend}")

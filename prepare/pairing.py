@@ -1,25 +1,24 @@
-"""data.py slice: which image has which labels.
+"""Which volumes are images, which labels, and which belong together: never guessed without saying so.
 
-Folders as they are published: BTCV (img/img0001.nii.gz, label/label0001.nii.gz), AbdomenCT-1K
-(Case_00001_0000.nii.gz, Case_00001.nii.gz), nnU-Net's raw ones (imagesTr, labelsTr, dataset.json), KiTS
-(CASE/imaging.nii.gz, CASE/segmentation.nii.gz). What is concluded from names is printed, and has an option
-that decides otherwise.
+pairs = pair_volumes("cts", "labels")           folders, whose names or numbers agree
+pairs = pair_volumes("kits", "kits")            a folder for each case, with the same names in all
+pairs = pair_volumes("kits/*/imaging.nii.gz", "kits/*/segmentation.nii.gz")
 """
 
 import glob
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from ct.listing import VOLUMES, files_below, natural_order
+from ct.listing import VOLUMES, files_below, is_named, natural_order
 from ct.properties import read_json
 from ct.slices import DataError
+from engine.config import one_line
 
-IMAGE_WORDS = {"imaging", "image", "img", "ct", "volume", "vol", "scan"}
-LABEL_WORDS = {"segmentation", "seg", "label", "labels", "mask", "masks"}
-CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's: CASE_0000, CASE_0001
-MOST_CHANNELS = 9
+# What files are called: kits/CASE/imaging.nii.gz, volume-0.nii and segmentation-0.nii, p1_ct and p1_seg.
+IMAGE_WORDS = {"image", "images", "imaging", "img", "ct", "volume", "vol", "scan"}
+LABEL_WORDS = {"label", "labels", "seg", "segmentation", "segmentations", "mask", "masks", "gt"}
 
 
 @dataclass
@@ -29,184 +28,321 @@ class Pair:
     labels: Path | None
 
 
-def pair_volumes(images, labels, channels=None, pair=None):
-    """The `Pair`s of two files, two folders or two patterns such as 'kits/*/imaging.nii.gz'.
+@dataclass(frozen=True)
+class File:
+    """A volume, and what it is called by: its own name without suffix, or that of its case's folder."""
 
-    channels: how many files a case has, of which the first is taken; None: see first_channels.
-    pair: "name" or "number" (the last one in it), by which an image and its labels agree; None: by name, if
-    any do, else by number. What has no partner is printed; two candidates for one are an error.
+    path: Path
+    name: str
+
+
+def pair_volumes(images, labels, by=None, channels=None):
+    """The `Pair`s of two files, folders or patterns; what was concluded from names is printed.
+
+    by        "name" or "number", the last one in a name; None: by name where any two are the same
+    channels  how many files an image has, CASE_0000, CASE_0001 ..., of which the first is taken; 1: every
+              file is an image; None: what dataset.json, the labels or several such cases say
+
+    Raises DataError where nothing, or more than one thing, can be meant.
     """
-    found = cases_of(images, IMAGE_WORDS)
-    label_files = cases_of(labels, LABEL_WORDS) if labels else {}
-    image_files = first_channels(found, label_files, channels, images)
-    if len(image_files) == len(label_files) == 1 and Path(images).is_file():
-        (case, image), *_ = image_files.items()
-        return [Pair(case, image, *label_files.values())]
-    same = {*map(case_name, label_files)} & {*map(case_name, image_files)}
-    key = case_name if (pair or ("name" if same else "number")) == "name" else number_in
-    by_key = unique_by(key, label_files, labels)
-    unique_by(key if labels else case_name, image_files, images)
-    pairs = [Pair(case_name(case), path, by_key.pop(key(case), None)) for case, path in image_files.items()]
-    with_labels = [pair for pair in pairs if pair.labels]
-    if labels and not with_labels:
-        raise DataError(f"{images}, {labels}: no image has the number or the name of a label file")
-    if labels:
-        first = f"{with_labels[0].image.name} with {with_labels[0].labels.name}"
-        how = "name" if key is case_name else "last number"
-        print(f"paired {len(with_labels)} of {len(pairs)} images with labels, by {how}: {first}")
-        print_names(
-            "images without labels (for pretraining only)", [p.image.name for p in pairs if not p.labels]
+    image_files, label_files = image_and_label_files(images, labels)
+    if Path(images).is_file() and len(label_files) == 1:
+        own = Pair(without_channel(image_files[0].name), image_files[0].path, label_files[0].path)
+        return [refuse_itself(own)]
+    names = {file.name for file in image_files}
+    image_files = first_channels(image_files, label_files, images, channels)
+    if {file.name for file in image_files} - names:
+        label_files = without_channels(label_files)
+    if not labels:
+        return [Pair(name, file.path, None) for name, file in unique_by(by_name, image_files).items()]
+    key, how = pairing_key(image_files, label_files, by)
+    labels_of = unique_by(key, label_files)
+    pairs = []
+    for value, image in unique_by(key, image_files).items():
+        own = labels_of.pop(value, None)
+        pairs.append(refuse_itself(Pair(image.name, image.path, own and own.path)))
+    paired = [pair for pair in pairs if pair.labels]
+    if not paired:
+        raise DataError(
+            f"{images}, {labels}: no image has the {how} of a label file, the first are "
+            f"{image_files[0].path.name} and {label_files[0].path.name}; patterns can say which are meant"
         )
-        print_names("labels without an image (left out)", [path.name for path in by_key.values()])
+    unique_by(by_name, image_files)  # folders are called by it
+    example = f"{paired[0].image.name} with {paired[0].labels.name}"
+    print(f"paired {len(paired)} of {len(pairs)} images with labels, by {how}: {example}")
+    print_names("images without labels (for pretraining only)", [p.image.name for p in pairs if not p.labels])
+    print_names("labels without an image (left out)", [file.path.name for file in labels_of.values()])
     return pairs
 
 
-def cases_of(given, words):
-    """{case: volume} in natural order, of a file, a folder (of volumes, or of one a case), or a pattern."""
-    path = Path(given)
-    if path.is_file():
-        return {stem_of(path): path}
-    if not path.exists() and glob.has_magic(str(given)):
-        return cases_of_pattern(str(given))
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
-    if names := files_below(path, VOLUMES, deep=False):
-        return unique_cases((stem_of(path / name), path / name) for name in names)
-    names = [name for name in files_below(path, VOLUMES) if name.count("/") == 1]
-    if names:
-        return cases_of_folders(path, names, words)
-    dicom = any(path.rglob("*.dcm"))
-    text = "; DICOM has to be converted first, see docs/COMPATIBILITY.md" if dicom else ""
-    raise DataError(f"{path}: no .nii or .nii.gz files there{text}")
-
-
-def cases_of_folders(path, names, words):
-    """Of one folder a case: in each the file whose name is one of the words, the same in all."""
-    folders = defaultdict(set)
-    for name in names:
-        folder, _, file = name.rpartition("/")
-        folders[folder].add(file)
-    everywhere = Counter(file for files in folders.values() for file in files)
-    common = [file for file, count in everywhere.items() if count == len(folders)]
-    fitting = [file for file in common if words & {*re.split(r"[^a-z]+", file.lower())}]
-    chosen = common if len(common) == 1 else fitting
-    if len(chosen) != 1:
-        there = ", ".join(sorted(everywhere, key=natural_order)[:5])
+def refuse_itself(pair):
+    if pair.labels and pair.labels.samefile(pair.image):
         raise DataError(
-            f"{path}: which file of each folder ({there}) is meant? Give a pattern: '{path}/*/NAME'"
+            f"{pair.image}: would be its own labels; say which files are meant, such as "
+            "--images 'DIR/*_ct.nii.gz' --labels 'DIR/*_seg.nii.gz'"
         )
-    print(f"{path}: one folder a case, {chosen[0]} in each: {len(folders)} cases")
-    return {folder: path / folder / chosen[0] for folder in folders}
+    return pair
 
 
-def cases_of_pattern(pattern):
-    """A case is called by the folder or file that the pattern's first wildcard stands for."""
-    parts = Path(pattern).parts
-    varying = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-    files = sorted((p for p in glob.glob(pattern) if p.lower().endswith(VOLUMES)), key=natural_order)
-    if not files:
-        raise DataError(f"{pattern}: no .nii or .nii.gz files there")
-    last = varying == len(parts) - 1
-    return unique_cases((stem_of(Path(p)) if last else Path(p).parts[varying], Path(p)) for p in files)
-
-
-def unique_cases(pairs):
-    cases = {}
-    for case, path in pairs:
-        if case in cases:
-            raise DataError(f"{path}: a second file of the case {case}, beside {cases[case].name}")
-        cases[case] = path
-    return cases
-
-
-def stem_of(path):
-    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-
-
-def case_name(case):
-    return case.removesuffix("_0000")
-
-
-def number_in(name):
-    numbers = re.findall(r"\d+", case_name(name))
-    return int(numbers[-1]) if numbers else name
-
-
-# ---- Channels ------------------------------------------------------------------------------------
-
-
-def first_channels(files, labels, channels, images):
-    """Of files CASE_0000, CASE_0001 ..., if these are channels of one case, the first of each.
-
-    That they are say `channels`, dataset.json, the names of the labels, or two cases or more that all have
-    the same numbers; without any of these nobody can know, and the user is asked.
-    """
-    split = {case: CHANNEL.fullmatch(case) for case in files}
-    if not all(split.values()) or {match[2] for match in split.values()} == {"0000"}:
-        if channels not in (None, 1):
-            raise DataError(
-                f"{images}: --channels {channels}, but the files are not called CASE_0000, CASE_0001"
-            )
-        return files
-    cases = defaultdict(list)
-    for match in split.values():
-        cases[match[1]].append(match[2])
-    count, why = evidence(cases, files, labels, channels, images)
-    if count == 1:
-        print(f"every file is a case of its own ({why})")
-        return files
-    if wrong := [case for case, numbers in cases.items() if len(numbers) != count]:
-        raise DataError(
-            f"{images}: {wrong[0]} has {len(cases[wrong[0]])} files, not {count} channels ({why})"
-        )
-    chosen = {f"{case}_{numbers[0]}": files[f"{case}_{numbers[0]}"] for case, numbers in cases.items()}
-    print(f"{count} channels a case ({why}): {len(cases)} cases")
-    print_names(
-        "other channels (left out)", [path.name for case, path in files.items() if case not in chosen]
-    )
-    return chosen
-
-
-def evidence(cases, files, labels, channels, images):
-    """How many channels a case has, and who says so. cases: {name: its four-digit numbers}."""
-    about = Path(images).parent / "dataset.json"
-    numbers = next(iter(cases.values()))
-    constant = all(own == numbers for own in cases.values()) and numbers[0] == "0000"
-    if channels:
-        return channels, f"--channels {channels}"
-    if labels and {*labels} <= {*files}:
-        return 1, "labels have the same names"
-    if labels and {*labels} & {*cases} and constant:
-        return len(numbers), "labels are called so without the number"
-    if about.is_file():
-        content = read_json(about, dict)
-        named = content.get("channel_names", content.get("modality"))
-        if isinstance(named, dict) and named:
-            return len(named), str(about)
-    if len(cases) > 1 and constant:
-        return len(numbers), "all cases have the same numbers"
-    if all(own[0] != "0000" or len(own) > MOST_CHANNELS for own in cases.values()):
-        return 1, "no channel numbers from 0000 on"
-    first = next(case for case, own in cases.items() if own[0] == "0000")
-    several = f"{first}_{cases[first][0]} ... {first}_{cases[first][-1]}"
-    raise DataError(
-        f"{images}: {several}: are these channels of one case, or {len(files)} cases? "
-        f"--channels {len(cases[first])} or --channels 1 says"
-    )
-
-
-def unique_by(key, files, given):
+def unique_by(key, files):
     found = {}
-    for case, path in files.items():
-        if key(case) in found:
+    for file in files:
+        value = key(file)
+        if value in found:
+            shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value
             raise DataError(
-                f"{given}: {found[key(case)].name} and {path.name} both count as {key(case)!r}; "
-                "--pair name or --pair number decides"
+                f"{file.path.parent}: {found[value].path.name} and {file.path.name} both count as "
+                f"{shown}; --pair and patterns for --images and --labels say which are meant"
             )
-        found[key(case)] = path
+        found[value] = file
     return found
 
 
 def print_names(what, names):
     if names:
         print(f"{what}: {len(names)}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
+
+
+# ---- By which key --------------------------------------------------------------------------------
+
+
+def pairing_key(image_files, label_files, by):
+    """What an image and its labels have in common, as a function of a File, and in words: of several such
+    things the first of which any two are the same."""
+    keys = {None: KEYS, "name": KEYS[:2], "number": KEYS[2:]}[by]
+    for key, how in keys:
+        if {*map(key, image_files)} & {*map(key, label_files)}:
+            return key, how
+    return keys[-1]
+
+
+def by_name(file):
+    return file.name
+
+
+def by_bare_name(file):
+    """Without words for images and labels: p1_ct and p1_seg are p1."""
+    words = re.split("[-_. ]+", file.name.lower())
+    return "_".join(word for word in words if word not in IMAGE_WORDS | LABEL_WORDS) or file.name
+
+
+def by_numbers(file):
+    return tuple(map(int, re.findall(r"\d+", file.name))) or file.name
+
+
+def by_last_number(file):
+    return number_in(file.name)
+
+
+def number_in(name):
+    """The last number in a name, or the name if it has none."""
+    numbers = re.findall(r"\d+", name)
+    return int(numbers[-1]) if numbers else name
+
+
+KEYS = [(by_name, "name"), (by_bare_name, "name"), (by_numbers, "number"), (by_last_number, "number")]
+
+
+# ---- Channels ------------------------------------------------------------------------------------
+
+
+def without_channel(name):
+    return name.removesuffix("_0000")
+
+
+def without_channels(files):
+    """Files that are all called CASE_0000, called CASE; others as they are."""
+    if not all(file.name.endswith("_0000") for file in files):
+        return files
+    return [File(file.path, without_channel(file.name)) for file in files]
+
+
+def first_channels(files, label_files, images, channels):
+    """The Files that are images: of CASE_0000, CASE_0001 ... the first, called CASE, if these are channels of
+    one image; else all of them."""
+    numbered = [(file, re.fullmatch(r"(.+)_(\d{4})", file.name)) for file in files]
+    channels_of = defaultdict(set)
+    for _, match in numbered:
+        if match:
+            channels_of[match[1]].add(int(match[2]))
+    several = {prefix: found for prefix, found in channels_of.items() if len(found) > 1 and 0 in found}
+    if channels is None:
+        channels = count_channels(files, label_files, channels_of, several, images) if several else 1
+    elif channels > 1 and not several:
+        raise DataError(f"{images}: --channels {channels}, but no CASE_0000 with CASE_0001 is there")
+    if channels == 1:
+        return without_channels(files)
+    first, left_out = [], []
+    for file, match in numbered:
+        if match and int(match[2]) >= channels:
+            raise DataError(f"{file.path}: channel {int(match[2])} of an image of {channels} (from 0 on)")
+        if match and match[2] != "0000":
+            if 0 not in channels_of[match[1]]:
+                raise DataError(f"{file.path}: of its image {match[1]}_0000 is missing")
+            left_out.append(file.path.name)
+        else:
+            first.append(File(file.path, match[1] if match else file.name))
+    print_names("other channels (left out)", left_out)
+    return first
+
+
+def count_channels(files, label_files, channels_of, several, images):
+    """How many channels an image has, by what is evidence for it; printed. DataError without any."""
+    names, labels = {file.name for file in files}, {file.name for file in label_files}
+    most = 1 + max(max(found) for found in several.values())
+    about = dataset_json(images)
+    content = read_json(about, dict) if about else {}
+    said = content.get("channel_names", content.get("modality"))
+    sets = {frozenset(found) for found in channels_of.values()}
+    if labels & names:
+        found, reason = 1, "labels have these names"
+    elif labels & {*channels_of}:
+        found, reason = most, "labels have the names without it"
+    elif isinstance(said, dict) and said:
+        found, reason = most if len(said) > 1 else 1, f"{about}: {len(said)} channels"
+    elif len(label_files) == len(files):
+        found, reason = 1, "there are as many labels"
+    elif len(sets) == 1 and len(channels_of) > 1:
+        found, reason = most, f"the same in {len(channels_of)} cases"
+    else:
+        prefix, numbers = next(iter(several.items()))
+        some = f"{prefix}_0000 to {prefix}_{max(numbers):04d}"
+        raise DataError(
+            f"{images}: {some}: channels of one image, or images? --channels {most}: the first of them "
+            "is taken; --channels 1: every file is an image"
+        )
+    meant = "every file is an image" if found == 1 else f"_0000 to _{most - 1:04d} are channels of one image"
+    print(f"{meant} ({reason}; --channels says otherwise)")
+    return found
+
+
+def dataset_json(images):
+    """nnU-Net's description above its folder of images, or None."""
+    path = Path(images).parent / "dataset.json"
+    return path if Path(images).is_dir() and path.is_file() else None
+
+
+# ---- Files, folders and patterns -----------------------------------------------------------------
+
+
+def image_and_label_files(images, labels):
+    """The Files that --images and --labels name; where both are one folder, by what files are called."""
+    if labels and is_flat(images) and Path(images).resolve() == Path(labels).resolve():
+        files = volume_files(images)
+        are_labels = [bool(words_of(file.name) & LABEL_WORDS) for file in files]
+        if len({*are_labels}) == 2:
+            chosen = [[f for f, is_label in zip(files, are_labels) if is_label == want] for want in (0, 1)]
+            print(f"{images}: of {len(files)} files {len(chosen[1])} are called labels")
+            return chosen
+    return volume_files(images, IMAGE_WORDS), volume_files(labels, LABEL_WORDS) if labels else []
+
+
+def words_of(name):
+    return {*re.findall("[a-z]+", name.lower())}
+
+
+def volume_files(given, words=IMAGE_WORDS):
+    """The Files that are meant: one file, a pattern, a folder of files; or one with a folder for each case,
+    of which the file is taken that is called by one of `words`."""
+    path = Path(given)
+    if path.is_file():
+        return [File(path, stem_of(path.name))]
+    if not path.exists() and re.search(r"[*?\[]", str(given)):
+        return files_of_pattern(str(given))
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder")
+    if names := files_below(path, VOLUMES, deep=False):
+        return [File(path / name, stem_of(name)) for name in names]
+    if found := files_of_cases(path, words):
+        return found
+    dicom = "; DICOM has to be converted first, see docs/COMPATIBILITY.md" if holds_dicom(path) else ""
+    raise DataError(f"{path}: no .nii or .nii.gz files there{dicom}")
+
+
+def is_flat(path):
+    return Path(path).is_dir() and bool(files_below(path, VOLUMES, deep=False))
+
+
+def stem_of(name):
+    return re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
+
+
+def files_of_pattern(pattern):
+    """The case is what the first folder or name says in which the files differ, and the next ones, if it is
+    not enough."""
+    paths = sorted(
+        filter(lambda path: is_named(Path(path).name, VOLUMES), glob.glob(pattern, recursive=True))
+    )
+    paths = [Path(path) for path in sorted(paths, key=natural_order)]
+    if not paths:
+        raise DataError(f"{pattern}: no .nii or .nii.gz file is called so")
+    parts = [(*path.parts[:-1], stem_of(path.name)) for path in paths]
+    if len(paths) == 1:
+        places = [index for index, part in enumerate(Path(pattern).parts) if re.search(r"[*?\[]", part)]
+        return [File(paths[0], parts[0][places[0]] if "**" not in pattern else parts[0][-1])]
+    if len({*map(len, parts)}) > 1:
+        shared = max(index for index in range(min(map(len, parts))) if len({p[:index] for p in parts}) == 1)
+        return [File(path, "_".join(own[shared:])) for path, own in zip(paths, parts)]
+    differing = [index for index, column in enumerate(zip(*parts)) if len({*column}) > 1]
+    for count in range(1, len(differing) + 1):
+        names = ["_".join(own[index] for index in differing[:count]) for own in parts]
+        if len({*names}) == len(names):
+            break
+    return [File(path, name) for path, name in zip(paths, names)]
+
+
+def files_of_cases(root, words):
+    """CASE/imaging.nii.gz and the like: of each folder the file of the name that is called by one of `words`,
+    or the only one left. [] if no folder holds a volume; DataError where it is not clear which is meant."""
+    folders = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
+    folders.sort(key=lambda path: natural_order(path.name))
+    found = {}  # folder -> {name with CASE for the folder's own: path}
+    for folder in folders:
+        names = files_below(folder, VOLUMES, deep=False)
+        if names:
+            found[folder.name] = {without_case(stem_of(n), folder.name): folder / n for n in names}
+    if not found:
+        return []
+    everywhere = set.intersection(*({*files} for files in found.values()))
+    anywhere = set.union(*({*files} for files in found.values()))
+    image = the_one(everywhere, IMAGE_WORDS, LABEL_WORDS)
+    name = image if words is IMAGE_WORDS else the_one(anywhere - {image}, LABEL_WORDS, IMAGE_WORDS)
+    if name is None:
+        what = "--images" if words is IMAGE_WORDS else "--labels"
+        example = f"{what} '{root}/*/{min(anywhere).replace('CASE', '*')}.nii.gz'"
+        raise DataError(
+            f"{root}: its folders hold {one_line(', '.join(sorted(anywhere)))}; say which is meant: {example}"
+        )
+    chosen = [File(files[name], case) for case, files in found.items() if name in files]
+    what = "image" if words is IMAGE_WORDS else "labels"
+    example = without_case(chosen[0].path.name, chosen[0].name)
+    print(f"{root}: a folder for each case, {what}: CASE/{example}")
+    print_names("folders without volumes", [path.name for path in folders if path.name not in found])
+    return chosen
+
+
+def without_case(name, case):
+    """p1_seg in the folder p1 is CASE_seg; imaging in the folder a stays imaging."""
+    return re.sub(rf"(?<![a-zA-Z0-9]){re.escape(case)}(?![a-zA-Z0-9])", "CASE", name)
+
+
+def the_one(names, words, other_words):
+    """The only name with one of the words, or the only one without the other's; None if there is none."""
+    for wanted in (
+        [name for name in names if words_of(name) & words and not words_of(name) & other_words],
+        [name for name in names if not words_of(name) & other_words],
+    ):
+        if len(wanted) == 1:
+            return wanted[0]
+    return None
+
+
+def holds_dicom(folder):
+    """Whether there are DICOM files, by their suffix or by what a few of them begin with."""
+    some = [path for path in sorted(folder.rglob("*"))[:50] if path.is_file()]
+    return any(path.suffix.lower() == ".dcm" or begins_as_dicom(path) for path in some)
+
+
+def begins_as_dicom(path):
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"

@@ -1,7 +1,8 @@
-"""data.py slice: CT volumes, with labels or without, to 16-bit PNG slices, 8-bit masks, set.json and lists.
+"""data.py slice: CT volumes, with labels or without, to 16-bit PNG slices, 8-bit masks, names and lists.
 
-Which image has which labels: prepare/pairing.py. What their numbers mean: prepare/labels.py. Lists and
-splits: prepare/lists.py.
+Folders as they are published: BTCV (img/img0001.nii.gz, label/label0001.nii.gz), AbdomenCT-1K
+(Case_00001_0000.nii.gz, Case_00001.nii.gz), nnU-Net's raw ones (imagesTr, labelsTr, dataset.json), KiTS
+(CASE/imaging.nii.gz, CASE/segmentation.nii.gz). Which belong together: pairing.py; labels: labels.py.
 """
 
 import json
@@ -9,70 +10,72 @@ import signal
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from ct.geometry import is_same_grid, judge_geometry, resampled, share_inside
 from ct.plausible import Doubt, Values, heed, judge_values
 from ct.properties import HU_OFFSET, Properties, read_json, write_properties
 from ct.slices import DataError, whole_hu, write_png
-from ct.volumes import import_nibabel, read_geometry, read_volume
+from ct.volumes import import_nibabel, read_volume
 from engine.config import ConfigError
 from engine.files import write_whole
 from engine.ownership import claim, contents, refuse_foreign, refuse_other_folder, remove_own
-from prepare.labels import check_ids, choose_classes, ids_in, masks_of, names_and_map, whole_numbers
+from prepare.labels import (
+    choose_classes,
+    heed_geometry,
+    mask_slices,
+    names_and_map,
+    read_labels,
+    scan_labels,
+)
 from prepare.lists import files_beside_images, make_lists, read_split, remove_lists, write_lists
-from prepare.pairing import pair_volumes, print_names
+from prepare.pairing import pair_volumes
 
 SLICE = "data.py slice"  # by which its files are known, see engine/ownership.py
 PARTS = ("images", "masks")
-MEND = "if they are HU + {offset}, --hu-offset {offset}"
+HIGHEST_HU = 65535 - HU_OFFSET  # that a 16-bit PNG holds
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How volumes become slices: across which axis, HU = voxel - hu_offset, {source id: target} or None, and
-    what is taken whatever it looks like."""
+class Options:
+    """How a case is sliced: across `axis`; HU = voxel - hu_offset; label_map {source id: target} or None."""
 
-    out: Path
     axis: int
-    hu_offset: float
     label_map: dict | None
-    ignore_geometry: bool
+    hu_offset: float
     ignore_values: bool
+    ignore_geometry: bool
 
 
 def slice_volumes(args):
     """The slice command. Cases are independent: several processes at a time, one volume in each; a case whose
     record (OUT/sliced/CASE.json) says that it was made from these files in this way is not made again.
 
-    All labels are looked at before anything is sliced. The lists are written last: without them nobody takes
-    the set for complete.
+    All labels are looked at before anything is written. The lists are written last: without them nobody
+    takes the set for complete.
     """
     import_nibabel()
-    pairs = pair_volumes(args.images, args.labels, args.channels, args.pair)
+    pairs = pair_volumes(args.images, args.labels, args.pair, args.channels)
     names, label_map = names_and_map(args)
     split = read_split(args.split, [pair.case for pair in pairs if pair.labels])
+    options = Options(args.axis, label_map, args.hu_offset, args.ignore_values, args.ignore_geometry)
     out = Path(args.out)
-    rules = Rules(out, args.axis, args.hu_offset, label_map, args.ignore_geometry, args.ignore_values)
-    check_out(args, pairs, rules)
-    look_at_labels(pairs, names, rules, args.workers)
+    check_out(args, pairs, options, out)
+    ids, failed = all_ids(pairs, options, out, args.workers)
+    classes = choose_classes(out, label_map, ids, names) if ids else None
     out.mkdir(parents=True, exist_ok=True)
     claim(out, SLICE)
     remove_lists(out, SLICE)
     for folder in ("images", "masks", "sliced") if args.labels else ("images", "sliced"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    records = all_cases(pairs, rules, args.workers)
+    records = all_cases(pairs, failed, ids, options, out, args.workers)
 
     print(f"{out}: {sum(record['slices'] for record in records.values())} slices; cases: {len(records)}")
     known = {"kind": "hu", "hu_offset": HU_OFFSET, "axis": args.axis, "size": common_size(records)}
-    known |= {"spacing": {case: record["spacing"] for case, record in records.items()}}
-    if args.labels:
-        seen = {label for record in records.values() for label in record["ids"]}
-        known["classes"] = choose_classes(label_map, seen, names)
+    known |= {"spacing": {case: record["spacing"] for case, record in records.items()}, "classes": classes}
     write_properties(out, Properties(**known, source=str(args.images), made_by=SLICE))
     lists = make_lists(records, split)
     for name, slices in lists.items():
@@ -82,10 +85,9 @@ def slice_volumes(args):
     return 0
 
 
-def check_out(args, pairs, rules):
+def check_out(args, pairs, options, out):
     """ConfigError if the set would be written over, or into, what the command has not written; before
     anything is written. What is in the folder of a case that has to be made again goes, all of it."""
-    out = rules.out
     refuse_other_folder(out, SLICE)
     for given in filter(None, (args.images, args.labels)):
         folder = Path(given).resolve()
@@ -95,7 +97,7 @@ def check_out(args, pairs, rules):
     sources = [*volumes, *filter(None, (args.label_map, args.classes, args.split))]
     refuse_foreign(files_beside_images(out), sources, SLICE)
     for pair in pairs:
-        if up_to_date(pair, rules) is None:
+        if up_to_date(pair, options, out) is None:
             targets = [path for part in PARTS for path in contents(out / part / pair.case)]
             refuse_foreign(targets, sources, SLICE, record=record_folder(out, pair.case))
             refuse_foreign([out / "sliced" / f"{pair.case}.json"], sources, SLICE)
@@ -106,154 +108,159 @@ def common_size(records):
     return Counter(tuple(record["size"]) for record in records.values()).most_common(1)[0][0]
 
 
-# ---- Labels, before anything is sliced -----------------------------------------------------------
-
-
-def look_at_labels(pairs, names, rules, workers):
-    """Whether all labels lie where their images do and hold what a mask can hold; a DataError names the first
-    case that does not, and says what is odd. Files that cannot be read are left to the slicing."""
-    new = [pair for pair in pairs if pair.labels and up_to_date(pair, rules) is None]
-    found, _ = in_processes(doubts_of_labels, new, (rules, names), workers, "labels")
-    doubts = [doubt for pair in new for doubt in found.get(pair.case, ())]
-    wrong = [doubt for doubt in doubts if doubt.fatal]
-    if len(wrong) > 1:
-        wrong = [replace(wrong[0], text=f"{wrong[0].text}; and {len(wrong) - 1} more of {len(pairs)} cases")]
-    heed([*(doubt for doubt in doubts if not doubt.fatal), *wrong], insist=False, say=say)
-
-
-def say(text):
-    print(f"warning: {text}")
-
-
-def doubts_of_labels(pair, rules, names):
-    """[Doubt] about the labels of a case."""
-    try:
-        image, labels = (read_geometry(path, rules.axis) for path in (pair.image, pair.labels))
-        doubts = doubts_of_place(image, labels, rules)
-        if any(doubt.fatal for doubt in doubts):
-            return doubts
-        volume = read_volume(pair.labels, rules.axis, image if rules.ignore_geometry else None)
-    except DataError:
-        return []
-    try:
-        whole = whole_numbers(volume.array, pair.labels)
-        check_ids(ids_in(whole), rules.label_map, names, pair.labels)
-    except DataError as error:
-        return [*doubts, Doubt(str(error), fatal=True)]
-    if doubts and not rules.ignore_geometry:
-        doubts = judge_geometry(image, labels, share_inside(whole, labels, image))
-    return doubts
-
-
-def doubts_of_place(image, labels, rules):
-    """[Doubt] about where the labels lie; with --ignore-geometry only whether the files have one shape."""
-    if not rules.ignore_geometry:
-        doubts = judge_geometry(image, labels)
-        mend = "; --ignore-geometry takes voxel for voxel" if labels.file_shape == image.file_shape else ""
-        return [replace(doubt, text=doubt.text + mend) if doubt.fatal else doubt for doubt in doubts]
-    if labels.file_shape == image.file_shape:
-        return []
-    text = f"{labels.path}: {labels.file_shape} voxels, its image {image.file_shape}"
-    return [Doubt(f"{text}; --ignore-geometry takes voxel for voxel", fatal=True)]
-
-
 # ---- Cases ---------------------------------------------------------------------------------------
 
 
-def all_cases(pairs, rules, workers):
-    """{case: record} of all pairs. A case that fails is named and does not stop the others."""
-    records, failed = in_processes(slice_case, pairs, (rules,), workers, "slicing")
-    for pair in pairs:
-        for text in records.get(pair.case, {}).get("doubts", ()):
-            say(text)
-    print_names("failed", failed[1:])
-    if failed and len(pairs) > 1:
-        failed[0] += f"; cases that failed: {len(failed)} of {len(pairs)}, the others are done"
-    if failed:
-        raise DataError(failed[0])
-    return {pair.case: records[pair.case] for pair in pairs}
+def all_ids(pairs, options, out, workers):
+    """{label file: its ids}, from the records of cases that are there already or from the volumes themselves;
+    and {case: what is wrong with its labels}, which is printed as soon as all have been looked at."""
+    labelled = [pair for pair in pairs if pair.labels]
+    there = {pair.case: up_to_date(pair, options, out) for pair in labelled}
+    tasks = {pair.case: (pair, options) for pair in labelled if not there[pair.case]}
+    found, failed = in_processes(scan_labels, tasks, workers, "looking at labels")
+    print_failed(failed, pairs)
+    if failed and len(failed) == len(pairs):
+        raise failure(failed, pairs)
+    ids = {case: record["ids"] for case, record in there.items() if record} | found
+    return {str(pair.labels): ids[pair.case] for pair in labelled if pair.case in ids}, failed
 
 
-def in_processes(function, pairs, arguments, workers, desc):
-    """{case: function(pair, *arguments)}, and the messages of those that raised a DataError."""
-    results, failed = {}, []
-    if not pairs:
+def all_cases(pairs, failed, ids, options, out, workers):
+    """{case: record} of all pairs. A case that fails, or has failed before, is named and does not stop the
+    others."""
+    tasks = {
+        pair.case: (pair, ids.get(str(pair.labels)), options, out)
+        for pair in pairs
+        if pair.case not in failed
+    }
+    records, failed_now = in_processes(slice_case, tasks, workers, "slicing")
+    records = {pair.case: records[pair.case] for pair in pairs if pair.case in records}
+    for record in records.values():
+        for note in record["notes"]:
+            print(f"warning: {note}")
+    below = [record["lowest"] for record in records.values() if record["lowest"] < -1024]
+    if below:
+        print(f"values below -1024 HU, down to {min(below):g}, are air; cases: {len(below)}")
+    print_failed(failed_now, pairs)
+    if failed or failed_now:
+        raise failure(failed | failed_now, pairs)
+    return records
+
+
+def print_failed(failed, pairs):
+    for text in failed.values() if len(pairs) > 1 else ():  # the only one is the error with which we end
+        print(f"failed: {text}")
+
+
+def failure(failed, pairs):
+    text = next(iter(failed.values()))
+    if len(pairs) > 1:
+        others = ", the others are done" if len(failed) < len(pairs) else ""
+        text += f"; cases that failed: {len(failed)} of {len(pairs)}{others}"
+    return DataError(text)
+
+
+def in_processes(function, tasks, workers, desc):
+    """function(*arguments) for each {case: arguments} -> {case: result}; {case: text of its DataError}."""
+    results, failed = {}, {}
+    if not tasks:
         return results, failed
     with (
-        ProcessPoolExecutor(min(workers, len(pairs)), initializer=leave_signals_to_parent) as pool,
-        tqdm(total=len(pairs), desc=desc, unit="case", disable=None) as bar,
+        ProcessPoolExecutor(min(workers, len(tasks)), initializer=leave_signals_to_parent) as pool,
+        tqdm(total=len(tasks), desc=desc, unit="case", disable=None) as bar,
     ):
-        tasks = {pool.submit(function, pair, *arguments): pair.case for pair in pairs}
+        futures = {pool.submit(function, *arguments): case for case, arguments in tasks.items()}
         try:
-            for task in as_completed(tasks):
+            for future in as_completed(futures):
                 try:
-                    results[tasks[task]] = task.result()
+                    results[futures[future]] = future.result()
                 except DataError as error:
-                    failed.append(str(error))
+                    failed[futures[future]] = str(error)
                 except BrokenProcessPool:
                     raise DataError("a process died, of too little memory? --workers 1 needs least") from None
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
-    return results, failed
+    return results, {case: failed[case] for case in tasks if case in failed}
 
 
 def leave_signals_to_parent():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def slice_case(pair, rules):
-    """Write one case, image first, then labels -> its record: spacing in mm, number and size of slices, which
-    of them have labels, the ids in the label file, and what is odd."""
-    if record := up_to_date(pair, rules):
+def slice_case(pair, ids, options, out):
+    """Write one case, image first, then labels -> its record: spacing in mm, number of slices, which of them
+    have labels, the ids in the label file, and what is odd."""
+    if record := up_to_date(pair, options, out):
         return record
-    path = rules.out / "sliced" / f"{pair.case}.json"
+    path = out / "sliced" / f"{pair.case}.json"
     path.unlink(missing_ok=True)
-    volume = read_volume(pair.image, rules.axis)
-    place, doubts = volume.geometry, doubts_of_values(volume, rules)
-    slices = (stored_slice(one, rules.hu_offset) for one in volume.array)
-    write_slices(rules.out, "images", pair.case, slices)
-    record = {"made_of": made_of(pair, rules), "spacing": volume.spacing, "slices": place.shape[0]}
-    record |= {"size": place.shape[1:], "labelled": None, "ids": [], "doubts": doubts}
-    del volume, slices
-    if pair.labels:
-        record["ids"], masks = read_masks(pair, rules, place)
-        record["labelled"] = write_slices(rules.out, "masks", pair.case, masks)
+    volume = read_volume(pair.image, options.axis)
+    geometry, notes = volume.geometry, []
+    values = Values()
+    for one in volume.array:
+        values.add(to_hu(one, options))
+    heed(judge_image(volume, values, options), options.ignore_values, "--ignore-values", notes.append)
+    labels, doubts = read_labels(pair.labels, geometry, options) if pair.labels else (None, [])
+    if labels:
+        heed_geometry(doubts, geometry, labels, notes.append)
+    write_slices(out, "images", pair.case, (stored_slice(to_hu(one, options)) for one in volume.array))
+    record = {"made_of": made_of(pair, options), "spacing": volume.spacing, "slices": geometry.shape[0]}
+    record |= {"size": geometry.shape[1:], "labelled": None, "ids": ids or [], "notes": notes}
+    record |= {"lowest": float(values.lowest)}
+    del volume
+    if labels:
+        record["labelled"] = []
+        masks = noting(mask_slices(labels, geometry, options.label_map), record["labelled"])
+        write_slices(out, "masks", pair.case, masks)
     else:
-        remove_own(contents(rules.out / "masks" / pair.case), SLICE, record_folder(rules.out, pair.case))
+        remove_own(contents(out / "masks" / pair.case), SLICE, record_folder(out, pair.case))
     write_whole(path, json.dumps(record), SLICE)
     return record
 
 
-def doubts_of_values(volume, rules):
-    """What is odd about a volume, as texts; DataError if it cannot be HU, unless --ignore-values."""
-    values = Values()
-    for one in volume.array:
-        values.add(one - rules.hu_offset if rules.hu_offset else one)
-    doubts = judge_values(values, volume.path, MEND)
-    if not volume.geometry.placed:
-        text = f"{volume.path}: has no affine, or the identity: which way the patient lies is unknown"
-        doubts.append(Doubt(text))
-    said = []
-    heed(doubts, rules.ignore_values, "--ignore-values", said.append)
-    return said
+def judge_image(volume, values, options):
+    """What is doubtful about an image: [Doubt]."""
+    mend = "if they are HU + {offset}: --hu-offset {offset}"
+    if options.hu_offset:
+        mend = f"after --hu-offset {options.hu_offset:g}; {{offset}} more would fit"
+    doubts = judge_values(values, volume.path, mend)
+    if (share := values.share(HIGHEST_HU + 1, HIGHEST_HU * 2)) > 0:
+        text = f"{100 * share:.2g} % of the values are above {HIGHEST_HU} and stored as that"
+        doubts.append(Doubt(f"{volume.path}: {text}"))
+    geometry, odd = volume.geometry, []
+    if not geometry.placed:
+        odd.append("no affine, or the identity: which side is left is taken for granted")
+    if geometry.disagreement > min(volume.spacing):
+        apart = f"{geometry.disagreement:.1f} mm apart"
+        odd.append(f"its sform and its qform put voxels up to {apart}: the sform is taken")
+    if min(volume.spacing) < 0.05 or max(volume.spacing) > 25:
+        size = "{:g} x {:g} x {:g} mm".format(*volume.spacing)
+        odd.append(f"voxels of {size}, which is no spacing of a CT")
+    return doubts + [Doubt(f"{volume.path}: {text}") for text in odd]
 
 
-def up_to_date(pair, rules):
+def noting(masks, labelled):
+    """The masks; `labelled` gets the indices of those that are not empty."""
+    for index, mask in enumerate(masks):
+        if mask.any():
+            labelled.append(index)
+        yield mask
+
+
+def up_to_date(pair, options, out):
     """The record of a case that is there, made from these files in this way; else None."""
-    path = rules.out / "sliced" / f"{pair.case}.json"
-    if not path.is_file() or not (rules.out / "images" / pair.case).is_dir():
+    path = out / "sliced" / f"{pair.case}.json"
+    if not path.is_file() or not (out / "images" / pair.case).is_dir():
         return None
     record = read_json(path, dict)
-    return record if record.get("made_of") == made_of(pair, rules) else None
+    return record if record.get("made_of") == made_of(pair, options) else None
 
 
-def made_of(pair, rules):
-    return {
-        "axis": rules.axis,
-        "hu_offset": rules.hu_offset,
-        "label_map": rules.label_map and {str(id): to for id, to in rules.label_map.items()},
-        "ignore_geometry": rules.ignore_geometry,
+def made_of(pair, options):
+    label_map = options.label_map and {str(id): to for id, to in options.label_map.items()}
+    return asdict(options) | {
+        "label_map": label_map,
         "image": file_identity(pair.image),
         "labels": pair.labels and file_identity(pair.labels),
     }
@@ -264,38 +271,25 @@ def file_identity(path):
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
-def stored_slice(values, hu_offset=0):
-    """Voxels (H, W) -> the uint16 values of a PNG."""
-    return (whole_hu(values - hu_offset if hu_offset else values) + HU_OFFSET).astype(np.uint16)
+def to_hu(voxels, options):
+    """(H, W) of a volume -> float32 HU, not finite where they were not."""
+    return np.asarray(voxels, np.float32) - np.float32(options.hu_offset)
+
+
+def stored_slice(hu):
+    """HU (H, W) -> the uint16 values of a PNG; what is not finite, or below, is air."""
+    return (whole_hu(hu) + HU_OFFSET).astype(np.uint16)
 
 
 def write_slices(out, part, case, slices):
-    """Returns the numbers of those that are not all 0."""
-    folder, record, filled = out / part / case, record_folder(out, case), []
+    folder, record = out / part / case, record_folder(out, case)
     for needed in (folder, record):
         needed.mkdir(parents=True, exist_ok=True)
     remove_own(contents(folder), SLICE, record)  # of a former image, which may have had more of them
     for index, one in enumerate(slices):
         write_png(folder / f"{index:04d}.png", one, SLICE, record)
-        filled += [index] if one.any() else []
-    return filled
 
 
 def record_folder(out, case):
     """Whose .med-moco lists the slices and masks of a case: their own folders hold nothing else."""
     return out / "sliced" / case
-
-
-def read_masks(pair, rules, image):
-    """The sorted source ids of a label file, and its masks on the image's grid, uint8 (H, W) each, mapped."""
-    labels = read_geometry(pair.labels, rules.axis)
-    for doubt in doubts_of_place(image, labels, rules):
-        if doubt.fatal:
-            raise DataError(doubt.text)
-    volume = read_volume(pair.labels, rules.axis, image if rules.ignore_geometry else None)
-    whole = whole_numbers(volume.array, pair.labels)
-    ids = ids_in(whole)
-    check_ids(ids, rules.label_map, None, pair.labels)
-    same = rules.ignore_geometry or is_same_grid(image, labels)
-    slices = whole if same else resampled(whole, labels, image)
-    return ids, (np.ascontiguousarray(masks_of(one, rules.label_map)) for one in slices)

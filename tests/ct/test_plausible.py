@@ -30,6 +30,10 @@ def test_values_that_are_not_hu_are_named_with_what_mends_them():
     assert any(doubt.fatal for doubt in judged(np.linspace(-180_000, 180_000, 1000)))
     assert "an empty image" in judged(np.zeros(10))[0].text
     assert "100 %" in judged(np.full(10, np.nan))[0].text
+    [doubt] = judged(np.linspace(0, 1, 50))
+    assert doubt.fatal and "scaled" in doubt.text
+    [doubt] = judged(np.append(np.maximum(scan() + 1024, 0), np.full(9, -2000)))  # padding is no air
+    assert doubt.fatal and "subtract 1024" in doubt.text
     [doubt] = judged(np.arange(300))  # no air, but no shifted CT either: an organ cut out
     assert not doubt.fatal and "subtract" not in doubt.text
 
@@ -47,6 +51,8 @@ def test_a_window_that_shows_nothing():
     [doubt] = judge_window(Values().add(scan() + 3000), (-160, 240), "here")
     assert doubt.fatal and "white" in doubt.text and "data.window=[" in doubt.text
     assert judge_window(stored, None, "here") == []
+    [doubt] = judge_window(Values().add(np.linspace(0, 1, 99)), (-160, 240), "here")
+    assert doubt.fatal and "no contrast" in doubt.text
 
 
 def test_masks_of_0_and_255_hold_no_class():

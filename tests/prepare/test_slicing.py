@@ -11,10 +11,15 @@ from ct.layout import case_of, read_list
 from ct.properties import class_names, read_properties
 from ct.slices import DataError, read_mask, read_slice
 from data import SegmentationDataset
-from prepare.slicing import pair_volumes, read_split
+from prepare.pairing import pair_volumes
+from prepare.slicing import read_split
 
 CT = ROOT.parent / "shared" / "ct"
 needs_ct = pytest.mark.skipif(not CT.is_dir(), reason=f"needs the real CT in {CT}")
+
+
+def random_hu(shape, seed=0):
+    return np.random.default_rng(seed).integers(-1024, 1500, shape).astype(np.int16)
 
 
 def test_slice_folders(tmp_path, nibabel, capsys):
@@ -178,7 +183,7 @@ def test_slicing_goes_on_where_it_was_and_past_a_bad_volume(tmp_path, nibabel, c
 
 def test_one_case_is_divided_into_blocks(tmp_path, nibabel, capsys):
     """Slices 3 to 26 of 30 have labels: 60/20/20 of the 20 that two gaps of 2 leave."""
-    hu = np.zeros((4, 4, 30), np.int16)
+    hu = random_hu((4, 4, 30))
     labels = np.zeros((4, 4, 30), np.uint8)
     labels[1, 1, 3:27] = 2
     save_volume(nibabel, tmp_path / "ct.nii.gz", hu)
@@ -211,18 +216,18 @@ def test_one_case_is_divided_into_blocks(tmp_path, nibabel, capsys):
 
 
 def test_images_alone_are_for_pretraining(tmp_path, nibabel, capsys):
-    save_volume(nibabel, tmp_path / "in/a_1.nii", np.zeros((4, 5, 6), np.float32))
-    save_volume(nibabel, tmp_path / "in/a_2.nii", np.full((4, 5, 3), np.nan, np.float32))
+    save_volume(nibabel, tmp_path / "in/a_1.nii", random_hu((4, 5, 6)).astype(np.float32))
+    save_volume(nibabel, tmp_path / "in/a_2.nii", random_hu((4, 5, 3)))
     code, _, error = run(capsys, "slice", "--images", tmp_path / "in", "--out", tmp_path / "out")
     assert code == 0, error
     assert len(read_list(tmp_path / "out/unlabelled.txt")) == 9 and not (tmp_path / "out/train.txt").exists()
-    assert (read_slice(tmp_path / "out/images/a_2/0000.png") == -1024).all()
 
 
 def test_bad_labels_and_maps(tmp_path, nibabel, capsys):
     zeros = np.zeros((4, 4, 20), np.int16)
-    save_volume(nibabel, tmp_path / "ct.nii", zeros)
+    save_volume(nibabel, tmp_path / "ct.nii", random_hu((4, 4, 20)))
     bad_labels = {
+        "empty": zeros,
         "negative": zeros - 1,
         "high": zeros + 300,
         "half": zeros.astype(np.float32) + 0.5,
@@ -271,3 +276,31 @@ def test_real_ct(tmp_path, nibabel, capsys):
     centre = {label: np.mean(at, axis=0) for label, at in places.items()}
     assert centre[6][column] < 61 < centre[1][column]  # liver at image left, spleen at image right
     assert centre[7][row] < centre[8][row]  # the stomach lies before the aorta
+
+
+@needs_ct
+def test_real_labels_without_their_affine_or_moved(tmp_path, nibabel, capsys):
+    """Refused, and with --ignore-geometry the masks of the original; moved by 3 slices of 3 mm: moved."""
+    original = nibabel.load(CT / "totalseg.nii.gz")
+    voxels, label_map = np.asarray(original.dataobj), tmp_path / "map.json"
+    label_map.write_text('{"1": 1, "5": 2, "52": 3}')
+    raised = original.affine.copy()
+    raised[2, 3] += 9
+    for name, affine in (("same", original.affine), ("bare", None), ("moved", raised)):
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / f"{name}.nii.gz")
+
+    def sliced(labels, *options):
+        out = tmp_path / f"out-{labels}"
+        words = ("--images", CT / "ct.nii.gz", "--labels", tmp_path / f"{labels}.nii.gz", "--out", out)
+        code, output, error = run(capsys, "slice", *words, "--label-map", label_map, *options)
+        return code, output + error, [read_mask(path) for path in sorted(out.glob("masks/ct/*.png"))]
+
+    code, text, right = sliced("same")
+    assert code == 0 and "another grid" not in text and np.any(right)
+    code, text, _ = sliced("bare")
+    assert code == 2 and "bare.nii.gz does not say where it lies" in text and "mm apart" in text
+    code, _, masks = sliced("bare", "--ignore-geometry")
+    assert code == 0 and np.array_equal(masks, right)
+    code, text, masks = sliced("moved")
+    assert code == 0 and "first voxel 0, 0, 9 mm off" in text
+    assert np.array_equal(masks[3:], right[:-3]) and not np.any(masks[:3])

@@ -1,0 +1,238 @@
+"""prepare/pairing.py: which volumes are images and which belong together, and when to ask."""
+
+import json
+
+import pytest
+from handmade import put
+
+from ct.slices import DataError
+from prepare.pairing import pair_volumes
+
+
+def files(root, *names):
+    for name in names:
+        put(root / (name if ".n" in name.lower() or ".txt" in name else f"{name}.nii.gz"), b"")
+    return root
+
+
+def found(pairs, root):
+    """{case: (image, labels)}, the paths below root and without their suffix."""
+
+    def short(path):
+        return path and path.relative_to(root).as_posix().split(".")[0]
+
+    return {pair.case: (short(pair.image), short(pair.labels)) for pair in pairs}
+
+
+LIVER = [f"images/liver_{number:04d}" for number in range(4)]
+
+
+# ---- Channels ----
+
+
+def test_four_numbered_cases_are_not_channels_of_one_without_evidence(tmp_path, capsys):
+    files(tmp_path, *LIVER)
+    with pytest.raises(DataError, match="liver_0000 to liver_0003.*--channels 4.*--channels 1: every file"):
+        pair_volumes(tmp_path / "images", None)
+    assert [*found(pair_volumes(tmp_path / "images", None, channels=1), tmp_path)] == [
+        f"liver_{number:04d}" for number in range(4)
+    ]
+    pairs = pair_volumes(tmp_path / "images", None, channels=4)
+    assert found(pairs, tmp_path) == {"liver": ("images/liver_0000", None)}
+    assert "other channels (left out): 3: liver_0001" in capsys.readouterr().out
+    with pytest.raises(DataError, match="liver_0002.*channel 2 of an image of 2"):
+        pair_volumes(tmp_path / "images", None, channels=2)
+
+
+@pytest.mark.parametrize(
+    "labels, cases, reason",
+    [
+        ([f"liver_{number:04d}" for number in range(4)], 4, "labels have these names"),
+        (["liver"], 1, "labels have the names without it"),
+        ([f"seg_{number:04d}" for number in range(4)], 4, "there are as many labels"),
+        (["seg-0000", "seg-0001"], None, None),
+    ],
+)
+def test_labels_are_evidence(tmp_path, capsys, labels, cases, reason):
+    files(tmp_path, *LIVER, *(f"labels/{name}" for name in labels))
+    if cases is None:
+        with pytest.raises(DataError, match="--channels"):
+            pair_volumes(tmp_path / "images", tmp_path / "labels")
+        return
+    pairs = pair_volumes(tmp_path / "images", tmp_path / "labels")
+    assert len(pairs) == cases and all(pair.labels for pair in pairs)
+    assert reason in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["channel_names", "modality"])
+@pytest.mark.parametrize("channels, cases", [(4, 1), (1, 4)])
+def test_dataset_json_is_evidence(tmp_path, capsys, key, channels, cases):
+    files(tmp_path, *(f"{name.replace('images', 'imagesTr')}" for name in LIVER))
+    about = {key: {str(number): "CT" for number in range(channels)}}
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    assert len(pair_volumes(tmp_path / "imagesTr", None)) == cases
+    assert "dataset.json" in capsys.readouterr().out
+
+
+def test_the_same_channels_in_several_cases_are_evidence(tmp_path, capsys):
+    files(tmp_path, *(f"images/{case}_000{channel}" for case in "ab" for channel in range(2)))
+    pairs = found(pair_volumes(tmp_path / "images", None), tmp_path)
+    assert pairs == {"a": ("images/a_0000", None), "b": ("images/b_0000", None)}
+    assert "the same in 2 cases" in capsys.readouterr().out
+    files(tmp_path, "images/c_0000")
+    with pytest.raises(DataError, match="--channels"):
+        pair_volumes(tmp_path / "images", None)
+
+
+@pytest.mark.parametrize(
+    "names, cases",
+    [
+        (["img_0001", "img_0002", "img_0003"], ["img_0001", "img_0002", "img_0003"]),
+        (["a_0001", "a_0002", "b_0001", "b_0002"], ["a_0001", "a_0002", "b_0001", "b_0002"]),
+        (["Case_00001_0000", "Case_00002_0000"], ["Case_00001", "Case_00002"]),
+        (["liver_10", "liver_9"], ["liver_9", "liver_10"]),
+    ],
+)
+def test_names_that_leave_no_doubt(tmp_path, names, cases):
+    files(tmp_path, *(f"images/{name}" for name in names))
+    assert [*found(pair_volumes(tmp_path / "images", None), tmp_path)] == cases
+
+
+# ---- By name or number ----
+
+
+def test_the_conclusion_is_printed_with_an_example(tmp_path, capsys):
+    files(tmp_path, "img/img0001", "img/img0002", "label/label0002")
+    assert len(pair_volumes(tmp_path / "img", tmp_path / "label")) == 2
+    output = capsys.readouterr().out
+    assert "paired 1 of 2 images with labels, by number: img0002.nii.gz with label0002.nii.gz" in output
+    assert "images without labels (for pretraining only): 1: img0001.nii.gz" in output
+
+
+def test_pair_decides(tmp_path):
+    files(tmp_path, "img/a_1", "img/b_2", "label/a_2", "label/b_1")
+    with pytest.raises(DataError, match="no image has the name"):
+        pair_volumes(tmp_path / "img", tmp_path / "label", by="name")
+    pairs = found(pair_volumes(tmp_path / "img", tmp_path / "label", by="number"), tmp_path)
+    assert pairs == {"a_1": ("img/a_1", "label/b_1"), "b_2": ("img/b_2", "label/a_2")}
+    files(tmp_path, "label/a_1")
+    with pytest.raises(DataError, match="both count as 1;"):
+        pair_volumes(tmp_path / "img", tmp_path / "label", by="number")
+    assert found(pair_volumes(tmp_path / "img", tmp_path / "label"), tmp_path)["a_1"][1] == "label/a_1"
+
+
+def test_all_numbers_of_a_name_count(tmp_path):
+    """abd_01_v2 does not belong to seg_02_v2."""
+    files(tmp_path, "img/abd_01_v2", "img/abd_02_v3", "img/abd_03_v1", "label/seg_02_v2", "label/seg_01_v2")
+    pairs = found(pair_volumes(tmp_path / "img", tmp_path / "label"), tmp_path)
+    assert [labels for _, labels in pairs.values()] == ["label/seg_01_v2", None, None]
+
+
+@pytest.mark.parametrize(
+    "image, labels",
+    [
+        ("anna_ct", "anna_seg"),
+        ("volume-0", "segmentation-0"),
+        ("CT_anna", "anna mask"),
+        ("Anna", "anna_gt"),
+    ],
+)
+def test_words_for_images_and_labels_do_not_count(tmp_path, image, labels):
+    files(tmp_path, f"img/{image}.nii", "img/other_ct.nii", f"label/{labels}.nii")
+    pairs = pair_volumes(tmp_path / "img", tmp_path / "label")
+    assert {pair.image.stem: pair.labels and pair.labels.stem for pair in pairs}[image] == labels
+
+
+def test_images_and_labels_in_one_folder(tmp_path, capsys):
+    files(tmp_path, *(f"all/{case}_{what}" for case in ("p1", "p2") for what in ("ct", "seg")))
+    pairs = found(pair_volumes(tmp_path / "all", tmp_path / "all"), tmp_path)
+    assert pairs == {f"{case}_ct": (f"all/{case}_ct", f"all/{case}_seg") for case in ("p1", "p2")}
+    assert "of 4 files 2 are called labels" in capsys.readouterr().out
+
+
+def test_an_image_is_never_its_own_labels(tmp_path):
+    files(tmp_path, "all/p1", "all/p2")
+    with pytest.raises(DataError, match="its own labels.*patterns|its own labels.*--images"):
+        pair_volumes(tmp_path / "all", tmp_path / "all")
+    with pytest.raises(DataError, match="its own labels"):
+        pair_volumes(tmp_path / "all/p1.nii.gz", tmp_path / "all/p1.nii.gz")
+    (tmp_path / "link.nii.gz").symlink_to(tmp_path / "all/p1.nii.gz")
+    with pytest.raises(DataError, match="its own labels"):
+        pair_volumes(tmp_path / "all/p1.nii.gz", tmp_path / "link.nii.gz")
+
+
+# ---- Folders and patterns ----
+
+
+def kits(root, *extra):
+    names = [f"{case}/{what}" for case in ("case_1", "case_2") for what in ("imaging", "segmentation")]
+    return files(root / "kits", *names, *extra)
+
+
+def test_a_folder_for_each_case(tmp_path, capsys):
+    root = kits(tmp_path)
+    right = {case: (f"{case}/imaging", f"{case}/segmentation") for case in ("case_1", "case_2")}
+    assert found(pair_volumes(root, root), root) == right
+    output = capsys.readouterr().out
+    assert "image: CASE/imaging.nii.gz" in output and "labels: CASE/segmentation.nii.gz" in output
+    assert [pair.labels for pair in pair_volumes(root, None)] == [None, None]
+    images, labels = root / "*/imaging.nii.gz", root / "*/segmentation.nii.gz"
+    assert found(pair_volumes(images, labels), root) == right
+
+
+@pytest.mark.parametrize(
+    "image, labels", [("ct", "seg"), ("volume", "label"), ("image", "mask"), ("x", "gt")]
+)
+def test_other_names_in_the_folders_of_cases(tmp_path, image, labels):
+    root = files(
+        tmp_path / "set", *(f"{c}/{c}_{what}.NII.GZ" for c in ("p1", "p2") for what in (image, labels))
+    )
+    pairs = pair_volumes(root, root)
+    assert [(pair.case, pair.image.name, pair.labels.name) for pair in pairs] == [
+        (case, f"{case}_{image}.NII.GZ", f"{case}_{labels}.NII.GZ") for case in ("p1", "p2")
+    ]
+
+
+def test_a_case_without_labels_is_for_pretraining_and_one_with_other_files_is_asked_about(tmp_path, capsys):
+    root = kits(tmp_path, "case_3/imaging")
+    pairs = found(pair_volumes(root, root), root)
+    assert pairs["case_3"] == ("case_3/imaging", None)
+    assert "paired 2 of 3" in capsys.readouterr().out
+    files(root, "case_4/arterial", "case_4/venous")
+    with pytest.raises(DataError, match="arterial, imaging.*say which is meant: --images"):
+        pair_volumes(root, root)
+
+
+def test_the_name_of_a_folder_inside_a_word_is_part_of_the_word(tmp_path):
+    root = files(tmp_path / "set", *(f"{c}/{what}" for c in "ag" for what in ("imaging", "segmentation")))
+    assert found(pair_volumes(root, root), root)["a"] == ("a/imaging", "a/segmentation")
+
+
+def test_several_images_in_the_folder_of_a_case_are_asked_about(tmp_path):
+    root = files(tmp_path / "brats", *(f"{c}/{c}_{what}" for c in "ab" for what in ("t1", "t2", "seg")))
+    with pytest.raises(DataError, match=r"CASE_seg, CASE_t1, CASE_t2; say which is meant: --images"):
+        pair_volumes(root, root)
+    pairs = found(pair_volumes(root / "*/*_t2.nii.gz", root / "*/*_seg.nii.gz"), root)
+    assert pairs == {case: (f"{case}/{case}_t2", f"{case}/{case}_seg") for case in "ab"}
+
+
+def test_a_pattern_names_cases_by_what_differs(tmp_path):
+    files(tmp_path, "A/1/ct", "A/2/ct", "B/1/ct", "one/9/ct")
+    assert [*found(pair_volumes(tmp_path / "[AB]/*/ct.nii.gz", None), tmp_path)] == ["A_1", "A_2", "B_1"]
+    assert [*found(pair_volumes(tmp_path / "one/*/ct.nii.gz", None), tmp_path)] == ["9"]
+    assert [*found(pair_volumes(tmp_path / "A/*/*.nii*", None), tmp_path)] == ["1", "2"]
+    names = [*found(pair_volumes(f"{tmp_path}/**/ct.nii.gz", None), tmp_path)]
+    assert len({*names}) == 4
+    with pytest.raises(DataError, match="no .nii or .nii.gz file is called so"):
+        pair_volumes(tmp_path / "*/scan.nii.gz", None)
+
+
+def test_hidden_files_are_no_volumes_and_suffixes_have_any_case(tmp_path):
+    files(tmp_path, "images/._a.nii.gz", "images/a.NII.GZ", "images/b.Nii", "images/notes.txt")
+    assert [*found(pair_volumes(tmp_path / "images", None), tmp_path)] == ["a", "b"]
+
+
+def test_dicom_without_a_suffix_is_recognised(tmp_path):
+    put(tmp_path / "scan/IM0001", bytes(128) + b"DICM")
+    with pytest.raises(DataError, match="DICOM has to be converted first"):
+        pair_volumes(tmp_path / "scan", None)
