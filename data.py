@@ -162,7 +162,7 @@ class SliceDataset(Dataset):
     def look(self, read):
         """read(index) of LOOKED_AT slices, evenly spaced, in which is noticed early what is odd about a set;
         without those that cannot be read, unless that is all of them."""
-        count, found = min(LOOKED_AT, len(self)), []
+        count, found, reason = min(LOOKED_AT, len(self)), [], DataError(f"{self.path(0)}: not a file")
         for index in (len(self) * i // count for i in range(count)):
             try:
                 if self.path(index).is_file():  # a named pipe would wait

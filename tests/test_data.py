@@ -166,3 +166,10 @@ def test_intensity():
     for wrong in ({"window": (240, -160)}, {"window": (1, 2, 3)}, {"std": 0}):
         with pytest.raises(DataError):
             Intensity(**wrong)
+
+
+def test_a_list_of_folders_is_an_error(tmp_path):
+    put(tmp_path / "images/a/1.png", np.full((4, 4), 1000, np.uint16))
+    (tmp_path / "train.txt").write_text("a\n")
+    with pytest.raises(DataError, match="images/a"):
+        SliceDataset(tmp_path)
