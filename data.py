@@ -37,7 +37,16 @@ from ct.layout import (
     without_suffix,
 )
 from ct.plausible import Values, judge_values, judge_window
-from ct.properties import HU_OFFSET, KINDS, Facts, parse_facts, read_json, read_properties, reading_of
+from ct.properties import (
+    HU_OFFSET,
+    KINDS,
+    Facts,
+    assumed,
+    parse_facts,
+    read_json,
+    read_properties,
+    reading_of,
+)
 from ct.slices import AIR, IGNORE, DataError, mask_size, read_mask
 from engine.config import one_line
 
@@ -232,17 +241,7 @@ class SliceDataset(Dataset):
 
     def assumed(self):
         """What is taken for granted where set.json says nothing, as a line; "" if it says all."""
-        missing = self.properties.missing()
-        if not missing:
-            return ""
-        meant = {
-            "kind": KINDS[self.kind] + (" + 1024 in 16-bit PNGs" if self.kind == "hu" else ""),
-            "axis": "unknown",
-            "size": f"{self.size[0]} x {self.size[1]} px",
-            "spacing": "unknown",
-        }
-        said = "; ".join(f"{name}: {meant[name]}" for name in missing)
-        return f"{self.root}: set.json does not say, and is taken for granted: {said}"
+        return assumed(self.properties, self.kind, self.size, self.root)
 
     def pixel_mm(self):
         """How many mm apart rows and columns are on the grid, ((least, most), (least, most)) over the cases;

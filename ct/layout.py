@@ -28,8 +28,8 @@ SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
 def mask_path(folder, name):
     """Where the mask of a slice lies in the masks folder, NAME.png or NAME.PNG."""
     path = Path(folder) / (without_suffix(name) + ".png")
-    other = path.with_suffix(".PNG")
-    return other if not path.exists() and other.exists() else path
+    others = (path.with_suffix(suffix) for suffix in (".PNG", ".Png"))
+    return path if path.exists() else next((other for other in others if other.exists()), path)
 
 
 # ---- Lists and cases -----------------------------------------------------------------------------
@@ -86,10 +86,10 @@ def read_list(path, folder=None):
             lines = iter(lambda: file.readline(LONGEST_LINE + 1), "")
             names = [name_in(checked(line, path)) for line in lines if not line.isspace()]
     except FileNotFoundError:
-        there = sorted(file.name for file in path.parent.glob("*.txt")) if path.parent.is_dir() else []
+        there = files_below(path.parent, ".txt", deep=False) if path.parent.is_dir() else []
         raise DataError(f"{path}: no such list file (there: {', '.join(there[:8]) or 'none'})") from None
     except UnicodeError:
-        raise DataError(f"{path}: not a text file") from None
+        raise DataError(f"{path}: not a text in UTF-8 or UTF-16; save it as UTF-8") from None
     except DataError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -158,11 +158,13 @@ def find_slices(folder, names):
     """The names as they are on disk, where suffixes may be written in capitals; a name that is not there
     becomes None.
 
-    A name of several words is also tried without the last one, a second column, and any name without the
-    folder's own before it. Each folder is listed once: a million names cost seconds, not a million look-ups.
+    A name of several words is also tried without the last one, a second column, and any name without what
+    leads to the folder, as in images/CASE/SLICE and data/set/images/CASE/SLICE. Each folder is listed once: a
+    million names cost seconds, not a million look-ups.
     """
     listed = {}
-    above = Path(folder).name + "/"
+    parts = Path(folder).absolute().parts
+    leading = ["/".join(parts[start:]) + "/" for start in range(len(parts) - 1, 0, -1)]
 
     def find(name):
         parent, _, file = name.rpartition("/")
@@ -179,12 +181,11 @@ def find_slices(folder, names):
 
     found = []
     for name in names:
-        there = find(name)
-        if there is None and len(name.split()) > 1:
-            there = find(name.rsplit(maxsplit=1)[0])
-        if there is None and name.startswith(above):
-            there = find(name.removeprefix(above))
-        found.append(there)
+        found.append(find(name))
+        if found[-1] is None:
+            names_of_it = [name] + [name.removeprefix(above) for above in leading if name.startswith(above)]
+            one_less = [other.rsplit(maxsplit=1)[0] for other in names_of_it if len(other.split()) > 1]
+            found[-1] = next(filter(None, map(find, names_of_it[1:] + one_less)), None)
     return found
 
 

@@ -11,21 +11,30 @@ from pathlib import Path
 from ct.slices import SUFFIXES, DataError
 
 VOLUMES = (".nii.gz", ".nii")
+MASKS = re.compile(r"masks?|labels?(tr|ts)?|segmentations?|seg|annotations?|ann_dir")
 
 
 def files_below(folder, endings, deep=True):
     """The files with one of these endings in a folder and, if `deep`, below it: names relative to it, in
-    natural order. A folder that a link leads back to is not entered again."""
-    names, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        identity = os.stat(parent)
-        if (identity.st_dev, identity.st_ino) in seen:
-            folders.clear()
+    natural order. A link to a folder that it lies in is not followed.
+
+    Raises DataError for a folder that cannot be read: its files would be missing without a word.
+    """
+    names, to_visit = [], [("", frozenset())]
+    while to_visit:
+        relative, above = to_visit.pop()
+        place = os.path.join(folder, relative)
+        try:
+            about = os.stat(place)
+            with os.scandir(place) as entries:
+                there = [(entry.name, entry.is_dir()) for entry in entries]
+        except OSError as error:
+            raise DataError(f"{place}: {error.strerror}") from None
+        if (this := (about.st_dev, about.st_ino)) in above:
             continue
-        seen.add((identity.st_dev, identity.st_ino))
-        folders[:] = [name for name in folders if name[0] != "."] if deep else []
-        relative = Path(parent).relative_to(folder)
-        names += [(relative / name).as_posix() for name in files if is_named(name, endings)]
+        names += [relative + name for name, inner in there if not inner and is_named(name, endings)]
+        inside = [name for name, inner in there if deep and inner and name[0] != "."]
+        to_visit += [(f"{relative}{name}/", above | {this}) for name in inside]
     return sorted(names, key=natural_order)
 
 
@@ -55,3 +64,15 @@ def slices_and_volumes(source):
     if not any(found):
         raise DataError(f"{source}: neither slices (.png, .npy) nor volumes (.nii, .nii.gz)")
     return found
+
+
+def without_masks(paths, source, masks):
+    """The paths without those that a file's or a folder's name below `source` says to be masks, or that lie
+    in its folder `masks`, in which "{split}" may stand for a list's name."""
+    own = masks.partition("{split}")[0].strip("/")
+
+    def is_mask(name):
+        parts = [re.sub(r"(\.nii)?\.\w+$", "", part.lower()) for part in name.split("/")]
+        return any(map(MASKS.fullmatch, parts)) or (own and name.startswith(f"{own}/"))
+
+    return [path for path in paths if not is_mask(path.relative_to(source).as_posix())]

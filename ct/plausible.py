@@ -133,6 +133,28 @@ def judge_values(values, where, mend):
     return doubts
 
 
+def judge_ranges(ranges, where):
+    """Whether some cases of a set hold other values than the rest. ranges: {case: (lowest, highest) HU}."""
+    airless = [case for case, (lowest, _) in ranges.items() if lowest >= OUTSIDE]
+    if not 0 < len(airless) < len(ranges):
+        return []
+    first = airless[0]
+    text = f"{len(airless)} of {len(ranges)} cases, unlike the rest, have no air (below {OUTSIDE})"
+    low, high = ranges[first]
+    return [Doubt(f"{where}: {text}; the first: {one_line(first)}, from {low:g} to {high:g}")]
+
+
+def judge_kinds(counts, said, where):
+    """Whether slices are of one kind, that in set.json. counts: {kind: slices}; said: the kind, or None."""
+    if len(counts) > 1:
+        kinds = " and ".join(f"{count} slices of {KINDS[kind]}" for kind, count in counts.items())
+        return [Doubt(f"{where}: {kinds}: one set cannot mix them", fatal=True)]
+    kind = next(iter(counts), None)
+    if kind and said and (said == "uint8") != (kind == "uint8"):
+        return [Doubt(f"{where}: holds {KINDS[kind]}, but its set.json says {KINDS[said]}", fatal=True)]
+    return []
+
+
 def judge_window(values, window, where):
     """Whether a window shows anything of the values: (low, high), None for all."""
     if window is None or not values.total():

@@ -57,6 +57,19 @@ class Properties:
         return {name: value for name, value in vars(self).items() if value not in (None, {})}
 
 
+def assumed(properties, kind, size, root):
+    """What is taken for granted of slices of this kind and size where set.json says nothing, as a line; "" if
+    it says all."""
+    meant = {
+        "kind": KINDS[kind] + (" + 1024 in 16-bit PNGs" if kind == "hu" else ""),
+        "axis": "unknown",
+        "size": f"{size[0]} x {size[1]} px",
+        "spacing": "unknown",
+    }
+    said = "; ".join(f"{name}: {meant[name]}" for name in properties.missing())
+    return said and f"{root}: set.json does not say, and is taken for granted: {said}"
+
+
 def read_properties(root):
     """The Properties of the set in a folder. Raises DataError for a damaged file."""
     root = Path(root)

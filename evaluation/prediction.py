@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ct.grid import Grid
 from ct.layout import case_of
-from ct.listing import slices_and_volumes
+from ct.listing import slices_and_volumes, without_masks
 from ct.plausible import Doubt, Values, heed, judge_values, judge_window
 from ct.properties import AXES, KINDS, Facts, Properties, Reading, read_properties, reading_of
 from ct.slices import AIR, DataError, whole_hu, write_png
@@ -37,6 +37,9 @@ def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
     inputs = Inputs.of(source, out, cfg)
     if inputs.left_out:
         process.say(f"{out}: lies below {source}; {inputs.left_out} files there are not taken as input")
+    if inputs.masks:
+        found = f"{len(inputs.masks)} files are masks by their names, the first {inputs.masks[0]}"
+        process.say(f"note: {source}: {found}: not segmented; --predict FILE insists")
     targets = inputs.targets(out)
     all_refuse(process, refuse_foreign, targets.values(), targets, PREDICTED)
     predictor = Predictor(model, about, inputs.reading(about.facts, cfg), cfg, process)
@@ -73,11 +76,13 @@ class Inputs:
     properties: Properties
     images: Path | None
     left_out: int  # files that are earlier predictions
+    masks: list[Path]  # that lie beside
 
     @classmethod
     def of(cls, source: Path, out: Path, cfg: Config) -> "Inputs":
         """All slices and volumes of `source` but those below `out`, which are earlier predictions."""
-        name = cfg.data.images if "{split}" not in cfg.data.images else "images"
+        name = cfg.data.images.partition("{split}")[0].strip("/")
+        name = name if name and (source / name).is_dir() else "images"
         inside = source.is_dir() and (source / name).is_dir()
         where = source / name if inside else source
         everything = slices_and_volumes(where)
@@ -85,12 +90,19 @@ class Inputs:
         left_out = sum(map(len, everything)) - len(slices) - len(volumes)
         if not slices and not volumes:
             raise DataError(f"{source}: all slices and volumes there lie below --out {out}; choose another")
+        masks = []
+        if where.is_dir():
+            with_masks = slices + volumes
+            slices, volumes = (without_masks(paths, where, cfg.data.masks) for paths in (slices, volumes))
+            masks = sorted({*with_masks} - {*slices, *volumes})
+        if not slices and not volumes:
+            raise DataError(f"{source}: only masks there, by their names, such as {masks[0]}; give images")
         around = [where, *where.absolute().parents] if not inside else [source]
         root = next((folder for folder in around if (folder / "set.json").is_file()), None)
         base = where if where.is_dir() else where.parent
         if root is None:
-            return cls(slices, volumes, base, Properties(), where if inside else None, left_out)
-        return cls(slices, volumes, base, read_properties(root), (root / name).absolute(), left_out)
+            return cls(slices, volumes, base, Properties(), where if inside else None, left_out, masks)
+        return cls(slices, volumes, base, read_properties(root), (root / name).absolute(), left_out, masks)
 
     def reading(self, facts: Facts, cfg: Config) -> Reading:
         """How its slices are read: as their own set says, else as those that the model was trained on."""

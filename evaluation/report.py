@@ -49,7 +49,7 @@ def score(model, batches: Batches, process: Process, desc: str, full=False) -> d
     Cases are divided among the processes; every process gets all results. `full`: HD95 and pictures too.
     """
     dataset = batches.dataset
-    own = sorted(set(dataset.cases))[process.rank :: process.world]
+    own = sorted(set(dataset.cases), key=natural_order)[process.rank :: process.world]
     slices = {case: [] for case in own}
     for i, position in enumerate(batches.positions):
         if (case := dataset.cases[position]) in slices:
@@ -74,7 +74,7 @@ def score(model, batches: Batches, process: Process, desc: str, full=False) -> d
         parts = [None] * process.world
         dist.all_gather_object(parts, scores)
         scores = {case: part[case] for part in parts for case in part}
-    return dict(sorted(scores.items()))
+    return {case: scores[case] for case in sorted(scores, key=natural_order)}
 
 
 def score_case(dataset, case: str, positions: list[int], predictions: Tensor, full: bool) -> CaseScore:

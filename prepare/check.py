@@ -9,18 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from ct import layout
+from ct.listing import files_below
 from ct.plausible import (
     LIMIT,
     Doubt,
     Values,
     histogram,
+    judge_kinds,
     judge_lists,
     judge_masks,
+    judge_ranges,
     judge_spacings,
     judge_values,
     judge_window,
 )
-from ct.properties import class_names, read_properties, reading_of
+from ct.properties import assumed, class_names, read_properties, reading_of
 from ct.slices import IGNORE, DataError, in_threads, mask_mapping, read_mask
 from data import default_window
 from engine.config import one_line
@@ -44,6 +47,10 @@ class Slice:
         """In val or test: not used for the statistics that go into a config."""
         return bool(self.splits & {"val", "test"})
 
+    def trains(self):
+        """In train, or in lists of other names only: its mask counts for what can be learned."""
+        return "train" in self.splits or not self.splits & {"val", "test", "unlabelled"}
+
 
 @dataclass
 class Found:
@@ -64,7 +71,9 @@ class Summary:
     sizes: Counter = field(default_factory=Counter)
     kinds: Counter = field(default_factory=Counter)
     values: Values = field(default_factory=Values)  # not of val, test
-    training: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # mask pixels of train
+    held_out: Values = field(default_factory=Values)  # of these
+    ranges: dict = field(default_factory=dict)  # {case: (lowest, highest value)}
+    training: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # mask pixels
     voxels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     slices: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     cases: dict = field(default_factory=lambda: defaultdict(set))
@@ -72,14 +81,20 @@ class Summary:
     def add(self, found):
         self.sizes[found.size] += 1
         self.kinds[found.kind] += 1
-        if not found.slice.held_out():
-            self.values.merge(found.counted)
+        (self.held_out if found.slice.held_out() else self.values).merge(found.counted)
+        case, (_, _, *ends, _) = layout.case_of(found.slice.name), found.counted
+        lowest, highest = self.ranges.get(case, ends)
+        self.ranges[case] = min(lowest, ends[0]), max(highest, ends[1])
         if found.labels is not None:
-            self.training += found.labels * ("train" in found.slice.splits)
+            self.training += found.labels * found.slice.trains()
             self.voxels += found.labels
             self.slices += found.labels > 0
             for label in np.flatnonzero(found.labels):
-                self.cases[int(label)].add(layout.case_of(found.slice.name))
+                self.cases[int(label)].add(case)
+
+    def most(self):
+        """The size and the kind of most slices."""
+        return self.sizes.most_common(1)[0][0], self.kinds.most_common(1)[0][0]
 
 
 def check_set(args):
@@ -104,8 +119,9 @@ def check_set(args):
             bad.append(doubt.text)
         else:
             print(f"warning: {one_line(doubt.text, 1000)}")
-    if missing := properties.missing():
-        print(f"note: {root}/set.json does not say: {', '.join(missing)}; see docs/DATA.md")
+    if summary.sizes and properties.missing():
+        size, kind = summary.most()
+        print(f"note: {assumed(properties, kind, size, root)} (docs/DATA.md)")
     for problem in bad:
         print(f"bad: {one_line(problem, 1000)}")
     print(f"{len(to_read)} files read, {len(bad)} bad")
@@ -125,19 +141,23 @@ def read_mask_map(text):
 
 def doubts_of(root, properties, slices, summary, names):
     """What is odd about the whole set."""
-    doubts = []
-    if summary.kinds:
-        kind = summary.kinds.most_common(1)[0][0]
-        if kind == "hu":
-            doubts += judge_values(summary.values, root, MEND)
-        if kind != "stored" and summary.values.lowest < summary.values.highest:
-            doubts += judge_window(summary.values, default_window(kind), root)
+    if not summary.sizes:
+        return []
+    (height, width), kind = summary.most()
+    doubts = judge_kinds(summary.kinds, properties.kind, root)
+    if not doubts:
+        for values, where in ((summary.values, root), (summary.held_out, f"{root}, val and test")):
+            if kind == "hu":
+                doubts += judge_values(values, where, MEND)
+            if kind != "stored" and values.lowest < values.highest:
+                doubts += judge_window(values, default_window(kind), where)
+    if kind == "hu" and not any(doubt.fatal for doubt in doubts):
+        doubts += judge_ranges(summary.ranges, root)
     if summary.training.any():
         highest = max({1, *np.flatnonzero(summary.training).tolist()} - {IGNORE})
         names = names or class_names("", 1 + highest)
-        doubts += judge_masks(summary.training, names, "masks of train.txt")
+        doubts += judge_masks(summary.training, names, f"{root}: masks for training")
     if len(summary.sizes) > 1 and not properties.size:
-        height, width = summary.sizes.most_common(1)[0][0]
         text = f"slices of different sizes; all are scaled to that of most, {height} x {width} px"
         doubts.append(Doubt(f"{root}: {text}"))
     doubts += judge_spacings(properties.spacing, root)
@@ -153,7 +173,7 @@ def list_files(root, given):
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     usual = [f"{split}.txt" for split in (*SPLITS, "unlabelled") if (root / f"{split}.txt").exists()]
-    return usual or sorted(path.name for path in root.glob("*.txt")) or [None]
+    return usual or files_below(root, ".txt", deep=False) or [None]
 
 
 def collect(root, lists, args):
@@ -217,10 +237,6 @@ def print_sizes(summary):
         print(f"size: {height} x {width} px: {count} slices")
     if len(summary.sizes) > 5:
         print(f"size: {len(summary.sizes) - 5} more sizes")
-    if len(summary.kinds) > 1:
-        uint8 = summary.kinds["uint8"]
-        hu = summary.kinds.total() - uint8
-        print(f"warning: {uint8} 8-bit slices beside {hu} of HU: one set cannot mix them")
 
 
 def print_values(summary, some_held_out):

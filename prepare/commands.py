@@ -14,6 +14,7 @@ from augment import TwoViews
 from ct.layout import mask_path, split_folder
 from ct.organs import BTCV_ORGANS, class_colors
 from ct.pictures import contact_sheet, outlined, views_page
+from ct.plausible import Values
 from ct.properties import Properties, class_names, read_json, read_properties, write_properties
 from ct.slices import IGNORE, DataError, in_threads, mask_mapping, read_mask, write_png
 from data import Grid, Intensity, SliceDataset, default_window
@@ -133,24 +134,46 @@ def write_phantom_case(out, case, args):
 
 
 def show(args):
-    """The show command: evenly spaced slices of a list with mask outlines, or pairs of views, on one page."""
-    dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset)
+    """The show command: evenly spaced slices of a list with mask outlines, or pairs of views, on one page.
+    What cannot be read is named and passed over."""
+    dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset, skip_bad=True)
     out = Path(args.out)
     refuse_foreign([out], files_read(dataset, args), SHOW)
     count = min(args.count or (5 if args.views else 24), len(dataset))
     chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
-    intensity = Intensity(default_window(dataset.kind))
-    slices = torch.stack([intensity.to_unit(dataset[index]) for index in chosen])  # (N, 1, H, W)
-    captions = [dataset.names[index] for index in chosen]
-    if args.views:
-        page = show_views(slices, captions, args.seed)
-    else:
-        page = show_masks(dataset, slices, captions, args)
+    captions, slices, masks = zip(*read_shown(dataset, chosen, args))
+    slices = torch.stack(slices)  # (N, 1, H, W)
+    page = (
+        show_views(slices, captions, args.seed) if args.views else show_masks(slices, masks, captions, args)
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out, made_by=SHOW) as file:
         page.save(file, format="PNG")
-    print(f"{args.out}: {len(chosen)} of {len(dataset)} slices, {page.width} x {page.height} px")
+    print(f"{args.out}: {len(captions)} of {len(dataset)} slices, {page.width} x {page.height} px")
     return 0
+
+
+def read_shown(dataset, chosen, args):
+    """(name, slice (1, H, W) in [0, 1], mask (H, W)) of the chosen slices; without a mask it is 0."""
+    mapping = mask_mapping(read_mask_map(args.mask_map))
+    folder, found, values = split_folder(args.root, args.list, args.masks), [], Values()
+    for name, index in ((dataset.names[index], index) for index in chosen):
+        try:
+            path, slice = mask_path(folder, name), dataset.read(index)
+            mask = read_mask(path, mapping) if path.exists() else np.zeros(dataset.size, np.uint8)
+        except DataError as error:
+            reason = error
+            print(f"warning: {error}; passed over", file=sys.stderr)
+            continue
+        mask = Grid(dataset.size).bring(torch.from_numpy(mask), 0, nearest=True).numpy()
+        values.add(slice)
+        found.append((name, dataset.on_common_size(slice)[None], mask))
+    if not found:
+        raise reason
+    stored = dataset.kind == "stored"
+    low = values.quantile(0.01)
+    window = (low, max(values.quantile(0.99), low + 1)) if stored else default_window(dataset.kind)
+    return [(name, Intensity(window).to_unit(slice), mask) for name, slice, mask in found]
 
 
 def show_views(slices, captions, seed):
@@ -161,16 +184,8 @@ def show_views(slices, captions, seed):
     return views_page(slices[:, 0].numpy(), pair, (box1, box2), (points1, points2), keep, captions)
 
 
-def show_masks(dataset, slices, captions, args):
-    """A slice whose mask exists gets its outlines; classes without names are called by number."""
-    folder, mapping = (
-        split_folder(args.root, args.list, args.masks),
-        mask_mapping(read_mask_map(args.mask_map)),
-    )
-    masks = []
-    for path in (mask_path(folder, name) for name in captions):
-        own = read_mask(path, mapping) if path.exists() else np.zeros(dataset.size, np.uint8)
-        masks.append(Grid(dataset.size).bring(torch.from_numpy(own), 0, nearest=True).numpy())
+def show_masks(slices, masks, captions, args):
+    """Slices with the outlines of their masks; classes without names are called by number."""
     names = []
     if highest := max(mask[mask != IGNORE].max(initial=0) for mask in masks):
         names = class_names(args.root, int(highest) + 1)

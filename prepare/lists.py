@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 
+from ct.listing import natural_order
 from ct.properties import read_json
 from ct.slices import DataError
 from engine.files import write_whole
@@ -24,9 +25,9 @@ def split_cases(cases, val=None, test=None):
     val = (held_out if count > 2 else 0) if val is None else val
     train = count - test - val
     return {
-        "train": sorted(order[:train]),
-        "val": sorted(order[train : train + val]),
-        "test": sorted(order[train + val :]),
+        "train": sorted(order[:train], key=natural_order),
+        "val": sorted(order[train : train + val], key=natural_order),
+        "test": sorted(order[train + val :], key=natural_order),
     }
 
 

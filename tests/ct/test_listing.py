@@ -6,7 +6,7 @@ import pytest
 from handmade import put
 
 from ct.layout import all_slices, find_slices, read_list
-from ct.listing import VOLUMES, files_below, natural_order, slices_and_volumes
+from ct.listing import VOLUMES, files_below, natural_order, slices_and_volumes, without_masks
 from ct.slices import SUFFIXES, DataError
 
 
@@ -69,3 +69,25 @@ def test_absolute_paths_inside_the_folder_are_accepted(tmp_path):
     (tmp_path / "list.txt").write_text("/etc/passwd\n")
     with pytest.raises(DataError, match="leaves the data root"):
         read_list(tmp_path / "list.txt", tmp_path / "images")
+    outside = tmp_path / "set/img_dir/train"
+    put(outside / "b/3.png", b"x")
+    names = ["img_dir/train/b/3.png", "train/b/3", f"{tmp_path.name}/set/img_dir/train/b/3.png 7", "test/b/3"]
+    assert find_slices(outside, names) == ["b/3.png"] * 3 + [None]
+
+
+def test_two_links_to_one_folder_are_two_cases_in_any_order(tmp_path):
+    put(tmp_path / "elsewhere/1.png", b"x")
+    for case in ("b", "a"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / case).symlink_to(tmp_path / "elsewhere")
+    assert all_slices(tmp_path / "images") == ["a/1.png", "b/1.png"]
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path)  # images/a/back/elsewhere, .../images: both lie above
+    assert {"a/1.png", "b/1.png"} <= {*all_slices(tmp_path / "images")}
+
+
+def test_masks_are_known_by_their_names(tmp_path):
+    images = ["a/1.png", "mask_patients/1.png", "KiTS/case/imaging.nii.gz"]
+    masks = ["masks/a/1.png", "labelsTr/1.nii.gz", "KiTS/case/segmentation.NII.gz", "gt/train/1.png"]
+    paths = [tmp_path / name for name in images + masks]
+    assert without_masks(paths, tmp_path, "gt/{split}") == paths[: len(images)]
+    assert without_masks(paths, tmp_path, "{split}/masks") == paths[: len(images)] + paths[-1:]

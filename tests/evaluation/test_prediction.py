@@ -212,3 +212,19 @@ def test_a_volume_that_is_no_hu_is_refused_until_somebody_insists(mixed, tmp_pat
         run(model, "--predict", tmp_path / "mr.nii.gz", "--out", tmp_path / "out")
     assert run(model, "data.insist=true", "--predict", tmp_path / "mr.nii.gz", "--out", tmp_path / "out") == 0
     assert Path(tmp_path / "out/mr.nii.gz").exists()
+
+
+def test_masks_are_never_taken_for_images(mixed, tmp_path, capsys):
+    """Of a set in another layout than that of the model's, and of one in which every case has a folder."""
+    root, out = mixed, mixed.parent / "forth"
+    slice, mask = next((root / "images").rglob("*.png")), next((root / "masks").rglob("*.png"))
+    files = {"img/1.PNG": slice, "labelsTr/1.png": mask, "case/image.png": slice, "case/mask.png": mask}
+    for name, source in files.items():
+        put(tmp_path / "set" / name, source.read_bytes())
+    run(f"run.out={out}", "--predict", tmp_path / "set", "--out", tmp_path / "pred")
+    written = sorted(p.relative_to(tmp_path / "pred").as_posix() for p in (tmp_path / "pred").rglob("*.png"))
+    assert written == ["case/image.png", "img/1.png"]
+    assert "2 files are masks by their names" in capsys.readouterr().out
+    put(tmp_path / "only/masks/1.png", mask.read_bytes())
+    with pytest.raises(DataError, match="only masks there"):
+        run(f"run.out={out}", "--predict", tmp_path / "only", "--out", tmp_path / "other")

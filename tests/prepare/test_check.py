@@ -102,4 +102,54 @@ def test_check_says_what_is_odd(tmp_path, capsys):
     assert code == 0
     assert "no pixel of y (1 of 2 classes)" in text and "slices of different sizes" in text
     assert "pixels from 0.6 mm (a) to 0.9 mm (b)" in text
-    assert "1, the first: a (in train and test)" in text and "does not say: size" in text
+    assert "1, the first: a (in train and test)" in text and "granted: size: 12 x 10 px" in text
+
+
+def air_and_tissue(rng, offset=1024):
+    """HU + offset, half of it air."""
+    return (np.where(rng.random((12, 10)) < 0.5, -1000, rng.integers(-100, 200, (12, 10))) + offset).astype(
+        np.uint16
+    )
+
+
+def test_check_finds_a_case_and_a_test_list_of_another_offset(tmp_path, capsys):
+    names, rng = labelled(tmp_path), np.random.default_rng(0)
+    for name in names:
+        put(tmp_path / "images" / name, air_and_tissue(rng, 2048 if name[0] == "c" else 1024))
+    code, said = checked(capsys, tmp_path)
+    odd = [line for line in said if "1 of 3 cases, unlike the rest, have no air" in line]
+    assert code == 0 and len(odd) == 1 and "the first: c, from 24 to" in odd[0]
+    (tmp_path / "train.txt").write_text("\n".join(names[:6]))
+    (tmp_path / "test.txt").write_text("\n".join(names[6:]))
+    code, said = checked(capsys, tmp_path)
+    assert code == 1 and any("val and test: values from 24" in line for line in said)
+
+
+def test_check_judges_masks_without_a_train_list(tmp_path, capsys):
+    names = labelled(tmp_path, pixel=255)
+    for lists in ((), ("mine.txt",)):
+        (tmp_path / "train.txt").unlink(missing_ok=True)
+        for name in lists:
+            (tmp_path / name).write_text("\n".join(names))
+        code, said = checked(capsys, tmp_path)
+        assert code == 1 and any("data.mask_map={255: 1}" in line for line in said)
+
+
+def test_check_counts_slices_of_two_kinds_as_bad(tmp_path, capsys):
+    names = labelled(tmp_path)
+    put(tmp_path / "images" / names[0], np.zeros((12, 10), np.uint8))
+    code, said = checked(capsys, tmp_path)
+    assert code == 1 and any(line.startswith("bad:") and "cannot mix" in line for line in said)
+    for name in names:
+        put(tmp_path / "images" / name, np.full((12, 10), 7, np.uint8))
+    write_properties(tmp_path, Properties("hu"))
+    code, said = checked(capsys, tmp_path)
+    assert code == 1 and any("holds 8-bit values, but its set.json says HU" in line for line in said)
+
+
+def test_hidden_files_are_no_lists(tmp_path, capsys):
+    names = labelled(tmp_path)
+    (tmp_path / "train.txt").rename(tmp_path / "mine.txt")
+    (tmp_path / "._mine.txt").write_bytes(b"\0\5\x16\7\xff")
+    code, output, _ = run(capsys, "check", "--root", tmp_path)
+    assert code == 0 and f"mine.txt: {len(names)} slices" in output

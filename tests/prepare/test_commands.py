@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from handmade import one_line_of, random_set, run
+from handmade import one_line_of, put, random_set, run
 from PIL import Image
 
 from ct import organs
@@ -62,6 +62,30 @@ def test_show(phantom, tmp_path, capsys):
         tmp_path / "b.png",
     )
     assert code == 0 and Image.open(tmp_path / "b.png").width > 800, error
+
+
+def test_show_names_what_it_cannot_read_and_goes_on(tmp_path, capsys):
+    names = random_set(tmp_path)
+    (tmp_path / "images" / names[0]).write_bytes(b"damaged")
+    (tmp_path / "masks" / names[1]).write_bytes(b"damaged")
+    (tmp_path / "images" / names[2]).unlink()
+    show = ("show", "--root", tmp_path, "--list", "train.txt", "--out", tmp_path / "page.png")
+    code, output, error = run(capsys, *show)
+    assert code == 0 and "6 of 8 slices" in output and (tmp_path / "page.png").exists()
+    said = [line for line in error.splitlines() if "passed over" in line]
+    assert len(said) == 2 and names[0] in said[0] and f"masks/{names[1]}" in said[1]
+    for name in names:
+        (tmp_path / "images" / name).unlink(missing_ok=True)
+    put(tmp_path / "images" / names[0], b"damaged")
+    code, _, error = run(capsys, *show)
+    assert code == 2 and "not a PNG image" in error
+
+
+def test_show_draws_values_as_stored(tmp_path, capsys):
+    random_set(tmp_path)
+    show = ("show", "--root", tmp_path, "--hu-offset", 0, "--out", tmp_path / "page.png")
+    assert run(capsys, *show)[0] == 0
+    assert np.ptp(np.array(Image.open(tmp_path / "page.png"))[20:100, 20:100]) > 200
 
 
 def test_command_line_errors_are_one_line(tmp_path, capsys):
