@@ -36,7 +36,7 @@ from ct.layout import (
     split_folder,
     without_suffix,
 )
-from ct.plausible import Values, judge_values, judge_window
+from ct.plausible import Doubt, Values, judge_values, judge_window
 from ct.properties import (
     HU_OFFSET,
     KINDS,
@@ -386,6 +386,8 @@ def judge(dataset, given_window, intensity):
     if dataset.kind == "hu" and given_window == "auto":
         mend = "if they are HU + {offset}, add that to data.hu_offset; data.window=[low,high] insists"
         doubts = judge_values(values, dataset.root, mend)
+    if values.lowest == values.highest:
+        doubts = [Doubt(f"{dataset.root}: all values are {values.lowest:g}: nothing to learn", fatal=True)]
     return doubts + judge_window(values, intensity.window, dataset.root)
 
 

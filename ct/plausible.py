@@ -101,7 +101,7 @@ def histogram(values):
     whole = np.rint(finite.clip(-LIMIT, LIMIT)).astype(np.int64)
     first = int(whole.min())
     counts = np.bincount(whole - first)
-    return first, counts, finite.min(), finite.max(), values.size - finite.size
+    return first, counts, finite.min().item(), finite.max().item(), values.size - finite.size
 
 
 def judge_values(values, where, mend):
@@ -157,7 +157,7 @@ def judge_kinds(counts, said, where):
 
 def judge_window(values, window, where):
     """Whether a window shows anything of the values: (low, high), None for all."""
-    if window is None or not values.total():
+    if window is None or not values.total() or values.lowest == values.highest:
         return []
     low, high = window
     black, white = values.share(-LIMIT, low), values.share(high, LIMIT)

@@ -150,7 +150,8 @@ class Predictor:
                     values.add(slice)
         if values.total():
             doubts = judge_values(values, inputs.base, TAKES_HU) if self.facts.kind == "hu" else []
-            doubts += judge_window(values, self.intensity.window, inputs.base)
+            unseen = judge_window(values, self.intensity.window, inputs.base)
+            doubts += [replace(doubt, fatal=False) for doubt in unseen]  # a slice of air is nothing wrong
             self.heed(doubts, say=warn if self.process.is_main else lambda _: None)
 
     def heed(self, doubts: list[Doubt], say=warn) -> None:

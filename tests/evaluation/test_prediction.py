@@ -228,3 +228,20 @@ def test_masks_are_never_taken_for_images(mixed, tmp_path, capsys):
     put(tmp_path / "only/masks/1.png", mask.read_bytes())
     with pytest.raises(DataError, match="only masks there"):
         run(f"run.out={out}", "--predict", tmp_path / "only", "--out", tmp_path / "other")
+
+
+def test_a_slice_of_air_is_nothing_wrong(mixed, tmp_path, capsys):
+    put(tmp_path / "air.png", np.random.default_rng(0).integers(0, 30, (48, 48)).astype(np.uint16))
+    model = f"run.out={mixed.parent / 'forth'}"
+    assert run(model, "--predict", tmp_path / "air.png", "--out", tmp_path / "out") == 0
+    assert "black" in capsys.readouterr().err
+
+
+def test_values_of_16_bits_do_not_overflow_where_they_are_judged(mixed, tmp_path, nibabel, recwarn):
+    wide = np.random.default_rng(0).integers(-32768, 32767, (8, 8, 4)).astype(np.int16)
+    save_volume(nibabel, tmp_path / "wide.nii", wide, np.diag([-8, -8, 8, 1]))
+    with pytest.raises(DataError, match="beyond .*10,000: no HU"):
+        run(
+            f"run.out={mixed.parent / 'forth'}", "--predict", tmp_path / "wide.nii", "--out", tmp_path / "out"
+        )
+    assert not [one for one in recwarn if issubclass(one.category, RuntimeWarning)]

@@ -71,3 +71,11 @@ def test_the_order_of_a_list_does_not_choose_the_size(train, tmp_path):
         (root / "unlabelled.txt").write_text("\n".join(names[:9][::order]))
         train(f"run{order}", f"data.root={root}", "optim.max_steps=1")
         assert json.loads((tmp_path / f"run{order}/encoder.json").read_text())["data"]["size"] == [32, 32]
+
+
+def test_slices_without_any_contrast_are_refused(train, tmp_path):
+    root, names = unlabelled_set(tmp_path / "set")
+    for name in names:
+        put(root / "images" / name, np.full((32, 32), 1100, np.uint16))
+    with pytest.raises(DataError, match="all values are 76: nothing to learn"):
+        train("run", f"data.root={root}")
