@@ -291,6 +291,11 @@ class SegmentationDataset(SliceDataset):
         if packed_at(root):
             raise DataError(f"{root}: a packed set holds no masks; give the data set's folder")
         super().__init__(root, list, images, hu_offset, size)
+        once = dict.fromkeys(self.names)
+        if repeated := len(self.names) - len(once):  # a slice that counts twice would change its case's Dice
+            log.warning(f"warning: {list}: {repeated} slices are listed again, and count once")
+            self.names = Strings(once)
+            self.cases = Cases(self.names)
         self.num_classes, self.mask_map = num_classes, mask_map
         self.mask_folder = split_folder(root, list, masks)
         wanted = [without_suffix(name) + ".png" for name in self.names]

@@ -173,3 +173,11 @@ def test_a_list_of_folders_is_an_error(tmp_path):
     (tmp_path / "train.txt").write_text("a\n")
     with pytest.raises(DataError, match="images/a"):
         SliceDataset(tmp_path)
+
+
+def test_a_labelled_slice_that_is_listed_twice_counts_once(tmp_path, caplog):
+    names = random_set(tmp_path, cases=("a",))
+    (tmp_path / "train.txt").write_text("\n".join([*names, names[0], names[0]]))
+    dataset = SegmentationDataset(tmp_path, "train.txt")
+    assert [*dataset.names] == names and len(dataset.cases) == len(names)
+    assert "2 slices are listed again" in caplog.text
