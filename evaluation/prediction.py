@@ -83,7 +83,7 @@ class Inputs:
         """All slices and volumes of `source` but those below `out`, which are earlier predictions."""
         name = cfg.data.images.partition("{split}")[0].strip("/")
         name = name if name and (source / name).is_dir() else "images"
-        inside = source.is_dir() and (source / name).is_dir()
+        inside = (source / name).is_dir() and is_set(source, cfg.data.masks)
         where = source / name if inside else source
         everything = slices_and_volumes(where)
         slices, volumes = (outside(out, where, paths) for paths in everything)
@@ -97,12 +97,12 @@ class Inputs:
             masks = sorted({*with_masks} - {*slices, *volumes})
         if not slices and not volumes:
             raise DataError(f"{source}: only masks there, by their names, such as {masks[0]}; give images")
-        around = [where, *where.absolute().parents] if not inside else [source]
-        root = next((folder for folder in around if (folder / "set.json").is_file()), None)
-        base = where if where.is_dir() else where.parent
+        base, here = where if where.is_dir() else where.parent, where.absolute()
+        roots = (folder for folder in here.parents if here.is_relative_to(folder / name))
+        root = next((folder for folder in roots if (folder / "set.json").is_file()), None)
         if root is None:
             return cls(slices, volumes, base, Properties(), where if inside else None, left_out, masks)
-        return cls(slices, volumes, base, read_properties(root), (root / name).absolute(), left_out, masks)
+        return cls(slices, volumes, base, read_properties(root), root / name, left_out, masks)
 
     def reading(self, facts: Facts, cfg: Config) -> Reading:
         """How its slices are read: as their own set says, else as those that the model was trained on."""
@@ -194,6 +194,12 @@ class Predictor:
                 logits = segmentation_logits(self.model, images, grid.size, *window)
             found.append(logits.argmax(1).to(torch.uint8).cpu())
         return grid.back(torch.cat(found), own, mm).numpy()
+
+
+def is_set(folder: Path, masks: str) -> bool:
+    """Whether a folder with images is a data set's root: with set.json, masks or lists beside them."""
+    beside = folder / (masks.partition("{split}")[0].strip("/") or "masks")
+    return (folder / "set.json").is_file() or beside.is_dir() or any(folder.glob("*.txt"))
 
 
 def outside(out: Path, source: Path, paths: list[Path]) -> list[Path]:

@@ -245,3 +245,15 @@ def test_values_of_16_bits_do_not_overflow_where_they_are_judged(mixed, tmp_path
             f"run.out={mixed.parent / 'forth'}", "--predict", tmp_path / "wide.nii", "--out", tmp_path / "out"
         )
     assert not [one for one in recwarn if issubclass(one.category, RuntimeWarning)]
+
+
+def test_a_folder_called_images_makes_no_data_set(mixed, tmp_path):
+    name = (mixed / "test.txt").read_text().split()[-1]
+    for place in ("images/a.png", "more/b.png"):
+        put(tmp_path / "in" / place, (mixed / "images" / name).read_bytes())
+    model = f"run.out={mixed.parent / 'forth'}"
+    run(model, "--predict", tmp_path / "in", "--out", tmp_path / "out")
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")} == {
+        "images/a.png",
+        "more/b.png",
+    }
