@@ -368,7 +368,7 @@ def crop_augmentation(
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.compare:
-        print(report.compare(args.compare))
+        print(report.compare(args.compare, FREE_KEYS))
         return 0
     if (args.predict is None) != (args.out is None):
         raise ConfigError("--predict INPUT and --out DIR belong together")

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -21,7 +22,7 @@ from ct.listing import natural_order
 from ct.organs import ORGAN_COLORS, class_colors
 from ct.pictures import contact_sheet, gray_tile, tile_size
 from data import Intensity
-from engine.config import ConfigError
+from engine.config import ConfigError, one_line
 from engine.files import written_whole
 from engine.process import Process, progress
 from evaluation import metrics
@@ -298,18 +299,17 @@ def is_score(value) -> bool:
     return value is None or is_number(value)
 
 
-def compare(folders: list[str]) -> str:
+def compare(folders: list[str], without_effect: tuple[str, ...]) -> str:
     """Means: one line per encoder, linear and fine-tuned mean Dice and the frozen encoder's effective rank.
     Organs: one line per organ, mean Dice of each mode and encoder.
     Differences: of each mode against the first encoder given, over the test cases.
 
-    Runs of one encoder, mode and label fraction that differ in anything else (the seed) are averaged, with
-    their standard deviation. Raises ConfigError for folders without results and for mixed data sets.
+    Runs of one encoder, mode and label fraction are averaged, with their standard deviation; a line says in
+    which settings but the seed they differ. Raises ConfigError for folders without results or given twice,
+    and for results on other data sets, test cases or organs.
     """
     runs = [read_results(folder, whole=False) for folder in folders]
-    roots = list(dict.fromkeys(run["config"]["data"]["root"] for run in runs))
-    if len(roots) > 1:
-        raise ConfigError(f"results on different data sets ({', '.join(roots)}) do not compare")
+    refuse_other_tests(folders, runs)
     rows = [("encoder", "linear Dice %", "fine-tuned Dice %", "effective rank (pooled / dense)")]
     for label in dict.fromkeys(encoder_label(run) for run in runs):
         own = [run for run in runs if encoder_label(run) == label]
@@ -320,8 +320,59 @@ def compare(folders: list[str]) -> str:
         "\npictures (image | truth | prediction):",
         *(f"{folder}/predictions.png" for folder in folders),
     ]
-    parts = [table(rows), organs_side_by_side(runs), differences(runs), *incomplete(folders, runs), *pictures]
+    parts = [table(rows), organs_side_by_side(runs), differences(runs)]
+    parts += [*incomplete(folders, runs), *averaged_over_settings(runs, without_effect), *pictures]
     return "\n".join(part for part in parts if part)
+
+
+def refuse_other_tests(folders: list[str], runs: list[dict]) -> None:
+    """ConfigError for a folder given twice, and for results whose means are not over the same."""
+    places = [Path(folder).resolve() for folder in folders]
+    for place, folder in zip(places, folders):
+        if places.count(place) > 1:
+            raise ConfigError(f"--compare: {folder} is given twice, and would count as two seeds")
+    roots = list(dict.fromkeys(run["config"]["data"]["root"] for run in runs))
+    if len(roots) > 1:
+        raise ConfigError(f"results on different data sets ({', '.join(roots)}) do not compare")
+    for folder, run in zip(folders, runs):
+        if run["cases"].keys() != runs[0]["cases"].keys():
+            raise ConfigError(f"results on different test cases ({folders[0]}, {folder}) do not compare")
+        if organs_of(run) != organs_of(runs[0]):
+            raise ConfigError(f"results with different organs ({folders[0]}, {folder}) do not compare")
+
+
+def organs_of(run: dict) -> set[str]:
+    return {organ for case in run["cases"].values() for organ in case}
+
+
+def averaged_over_settings(runs: list[dict], without_effect: tuple[str, ...]) -> list[str]:
+    """A line for each mean over runs that are not the seeds of one experiment."""
+    lines, groups = [], {}
+    for run in runs:
+        groups.setdefault(f"{run['mode']}: {encoder_label(run)}", []).append(run)
+    for label, own in groups.items():
+        settings = [settings_of(run) for run in own]
+        names = sorted({*chain(*settings)} - {"seed", "encoder"})
+        differing = [
+            name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)
+        ]
+        differing = [name for name in differing if not name.startswith(without_effect)]
+        if differing:
+            found = f"{len(own)} runs that differ in {one_line(', '.join(differing))}, not in the seed alone"
+            lines.append(f"warning: {label}: the mean over {found}")
+        elif len({str(run.get("seed")) for run in own}) < len(own):
+            lines.append(f"warning: {label}: the mean over {len(own)} runs, some of them of one seed")
+    return ["", *lines] if lines else []
+
+
+def settings_of(run: dict) -> dict:
+    """{"optim.steps": 2000, ...}"""
+    rows = {}
+    for name, value in run["config"].items():
+        rows |= (
+            {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    return rows
 
 
 def incomplete(folders: list[str], runs: list[dict]) -> list[str]:

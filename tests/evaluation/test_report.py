@@ -44,6 +44,23 @@ def test_scores_use_the_masks_own_grid_and_spacing(tmp_path):
     assert other.counts.tolist()[1] == [8 + 2, 16 + 4, 16 + 4] and other.hd95 == [None, None]
 
 
+def results_of(
+    folder, encoder="random", mode="linear", seed=0, dice=0.5, organs=("liver", "spleen"), **settings
+):
+    """A results.json with four cases, the first organ in each of them; the folder."""
+    folder.mkdir()
+    rank = {"pooled": 10.0 + seed, "dense": 20.0}
+    content = {"encoder": encoder, "mode": mode, "seed": seed, "mean_dice": dice, "effective_rank": rank}
+    content["cases"] = {
+        f"case{i}": dict.fromkeys(organs) | {organs[0]: dice + 0.01 * i}
+        for i in range(settings.pop("cases", 4))
+    }
+    config = {"seed": seed, "encoder": encoder, "data": {"root": "data/phantom"}, "run": {"out": str(folder)}}
+    content |= {"label_fraction": 1.0, "config": config | settings}
+    (folder / "results.json").write_text(json.dumps(content))
+    return str(folder)
+
+
 def test_compare_groups_by_encoder_and_averages_over_seeds(tmp_path, capsys):
     runs = [
         ("random", "linear", 0, 0.20),
@@ -51,16 +68,8 @@ def test_compare_groups_by_encoder_and_averages_over_seeds(tmp_path, capsys):
         ("random", "finetune", 0, 0.5),
         ("runs/x/encoder.pth", "linear", 0, 0.456),
     ]
-    folders = []
-    for encoder, mode, seed, dice in runs:
-        folders.append(tmp_path / f"{mode}{seed}{len(folders)}")
-        folders[-1].mkdir()
-        rank = {"pooled": 10.0 + seed, "dense": 20.0}
-        content = {"encoder": encoder, "mode": mode, "seed": seed, "mean_dice": dice, "effective_rank": rank}
-        content["cases"] = {f"case{i}": {"liver": dice + 0.01 * i, "spleen": None} for i in range(4)}
-        content |= {"label_fraction": 1.0, "config": {"data": {"root": "data/phantom"}}}
-        (folders[-1] / "results.json").write_text(json.dumps(content))
-    eval_seg.main(["--compare", *map(str, folders)])
+    folders = [results_of(tmp_path / f"{number}", *run) for number, run in enumerate(runs)]
+    eval_seg.main(["--compare", *folders])
     lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[2] == ["random", "25.0 +- 7.1 (n=2)", "50.0", "10.3 / 20.0"]
@@ -69,8 +78,38 @@ def test_compare_groups_by_encoder_and_averages_over_seeds(tmp_path, capsys):
     assert cells[7:9] == [["liver", "26.5", "47.1", "51.5"], ["spleen", "-", "-", "-"]]
     assert cells[12] == ["linear: runs/x - random", "+20.6", "0.0", "4 of 4", "0.12"]
     assert sum("predictions.png" in line for line in lines) == 4
+    assert not any("warning" in line for line in lines)
     with pytest.raises(ConfigError, match="no results.json"):
         eval_seg.main(["--compare", str(tmp_path)])
+
+
+def test_a_mean_over_other_settings_is_no_mean_over_seeds(tmp_path, capsys):
+    first = results_of(tmp_path / "first", optim={"steps": 20}, data={"root": "data/phantom", "workers": 0})
+    other = results_of(
+        tmp_path / "other", seed=1, optim={"steps": 9}, data={"root": "data/phantom", "workers": 2}
+    )
+    again = results_of(tmp_path / "again", optim={"steps": 20}, data={"root": "data/phantom"})
+    eval_seg.main(["--compare", first, other])
+    said = "linear: random: the mean over 2 runs that differ in optim.steps, not in the seed alone"
+    assert f"warning: {said}" in capsys.readouterr().out
+    eval_seg.main(["--compare", first, again])
+    assert (
+        "warning: linear: random: the mean over 2 runs, some of them of one seed" in capsys.readouterr().out
+    )
+
+
+def test_results_that_do_not_compare(tmp_path):
+    first = results_of(tmp_path / "first")
+    (tmp_path / "link").symlink_to(tmp_path / "first")
+    organs = results_of(tmp_path / "organs", organs=("liver", "aorta"))
+    fewer = results_of(tmp_path / "fewer", cases=3)
+    for second, message in (
+        (str(tmp_path / "link"), "given twice"),
+        (organs, r"different organs \(.*first, .*organs\) do not compare"),
+        (fewer, r"different test cases \(.*first, .*fewer\) do not compare"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            eval_seg.main(["--compare", first, second])
 
 
 def test_label_colours_and_legend_are_drawn():
