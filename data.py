@@ -349,7 +349,8 @@ def check_labels(mask, num_classes, path):
     wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
     if wrong.size:
         raise DataError(
-            f"{path}: label {wrong.max()}, but there are {num_classes} classes, 0 to {num_classes - 1}"
+            f"{path}: label {wrong.max()}, but there are {num_classes} classes, 0 to {num_classes - 1}; "
+            "data.classes names more, data.mask_map gives a pixel value another class"
         )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ct.organs import BTCV_ORGANS, words
 from ct.properties import AXES, KINDS
 from ct.slices import IGNORE, DataError
 from engine.config import one_line
@@ -214,10 +215,16 @@ def judge_facts(theirs, ours, where):
 def judge_masks(pixels, names, where):
     """Whether masks hold something to learn. pixels: of each of the 256 values; names: of the classes."""
     seen = np.flatnonzero(pixels).tolist()
+    doubts = []
+    if words(names[0]) in map(words, BTCV_ORGANS[1:]):
+        text = f"{where}: {names[0]} is the name of class 0, the background, which is not scored"
+        doubts.append(Doubt(f"{text}; names are given from the background on"))
+    if not pixels[0]:
+        doubts.append(Doubt(f"{where}: no pixel of class 0, {names[0]}; class 0 is the background"))
     absent = [name for label, name in enumerate(names) if label and not pixels[label]]
     if len(absent) < len(names) - 1:
         text = f"{where}: no pixel of {', '.join(absent)} ({len(absent)} of {len(names) - 1} classes)"
-        return [Doubt(text)] if absent else []
+        return [*doubts, Doubt(text)] if absent else doubts
     if IGNORE in seen:
         mend = "if 255 means a class, data.mask_map={255: 1}"
         return [Doubt(f"{where}: only the values {seen}, and 255 is ignored: nothing to learn; {mend}", True)]

@@ -30,6 +30,7 @@ from engine.config import one_line
 
 SPLITS = ("train", "val", "test")
 BODY = -500  # HU; what lies above counts as body
+MAP = "--mask-map (data.mask_map) gives a pixel value another class"
 MEND = "if they are HU + {offset}, add that to data.hu_offset"
 
 
@@ -225,7 +226,9 @@ def inspect_mask(slice, size, names, mapping):
     labels = np.bincount(mask.ravel(), minlength=256)
     highest = np.flatnonzero(labels[:IGNORE]).max(initial=0)
     if names and highest >= len(names):
-        raise DataError(f"{slice.mask}: label {highest}, but the set has {len(names)} classes, from 0 on")
+        raise DataError(
+            f"{slice.mask}: label {highest}, but the set has {len(names)} classes, from 0 on; {MAP}"
+        )
     return labels
 
 

@@ -68,6 +68,17 @@ def test_masks_of_0_and_255_hold_no_class():
     assert judge_masks(pixels, ["background", "liver"], "masks")[0].fatal
 
 
+def test_class_0_is_the_background():
+    pixels = np.zeros(256, int)
+    pixels[:3] = 10
+    assert judge_masks(pixels, ["anything", "liver", "spleen"], "masks") == []
+    [doubt] = judge_masks(pixels, ["Liver", "spleen", "tumour"], "masks")
+    assert not doubt.fatal and "Liver is the name of class 0" in doubt.text
+    pixels[0] = 0
+    [doubt] = judge_masks(pixels, ["background", "liver", "spleen"], "masks")
+    assert not doubt.fatal and "no pixel of class 0, background" in doubt.text
+
+
 def test_cases_in_several_lists():
     assert judge_lists({"train": ["a", "b"], "val": ["c"], "test": []}) == []
     [doubt] = judge_lists({"train": ["a", "b"], "val": ["c"], "test": ["b", "b"]})
