@@ -71,6 +71,12 @@ class Grid:
                 doubts.append(Doubt(f"{found}, {training}: organs look smaller than in training"))
         return doubts
 
+    def judge_cases(self, cases):
+        """The same of whole cases, {case: (own, mm)}, in one line: the first such case, and how many."""
+        found = {case: doubts for case, slice in cases.items() if (doubts := self.judge(*slice, case))}
+        others = f"; and {len(found) - 1} cases more" if len(found) > 1 else ""
+        return [Doubt(doubts[0].text + others) for doubts in [*found.values()][:1]]
+
     def spacing_on(self, own, mm):
         """How many mm apart rows and columns of a slice are once it fits into the grid."""
         height, width, *_ = self.placement(own)

@@ -33,6 +33,7 @@ def heed_evaluation(
     doubts += judge_lists({split: dataset.cases for split, dataset in sets.items()})
     for dataset in sets.values():
         doubts += judge_spacing(dataset)
+    doubts += judge_known_spacing(sets)
     doubts += judge_training_masks(sets["train"], positions, classes, process)
     if note := sets["train"].assumed():
         process.say(f"note: {note}")
@@ -49,17 +50,24 @@ def judge_encoder(path, card: dict, train: SegmentationDataset, intensity: Inten
 
 
 def judge_spacing(dataset: SegmentationDataset) -> list[Doubt]:
-    """Cases whose pixels are finer or coarser than those of training: the first, and how many."""
+    """Cases whose pixels are finer or coarser than those of training."""
     first = {}
     for index, case in enumerate(dataset.cases if dataset.grid.pixel_mm else ()):
         first.setdefault(case, index)
-    found = [
-        (case, doubt)
-        for case, index in first.items()
-        for doubt in dataset.grid.judge(dataset.header(index)[0], dataset.mm_of(index), case)
-    ]
-    others = len({case for case, _ in found}) - 1
-    return [Doubt(found[0][1].text + (f"; and {others} cases more" if others else ""))] if found else []
+    return dataset.grid.judge_cases(
+        {case: (dataset.header(index)[0], dataset.mm_of(index)) for case, index in first.items()}
+    )
+
+
+def judge_known_spacing(sets: dict[str, SegmentationDataset]) -> list[Doubt]:
+    """Cases that a set which knows the spacing of others says nothing about."""
+    known, root = sets["train"].properties.spacing, sets["train"].root
+    cases = dict.fromkeys(case for dataset in sets.values() for case in dataset.cases)
+    unknown = [case for case in cases if case not in known]
+    if not known or not unknown:
+        return []
+    found = f"{len(unknown)} of {len(cases)} cases have no spacing in set.json, the first: {unknown[0]}"
+    return [Doubt(f"{root}: {found}: no Hausdorff distance there, and their pixels count as large as all")]
 
 
 def judge_training_masks(

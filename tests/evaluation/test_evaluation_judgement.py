@@ -46,6 +46,12 @@ def encoder_file(folder, **data):
     return folder / "encoder.pth"
 
 
+def test_cases_without_a_spacing_are_said_where_others_have_one(tmp_path):
+    known = {"a": (5, 1, 1), "b": (5, 1, 1)}
+    [warning] = evaluate(labelled_set(tmp_path / "set", spacing=known))["warnings"]
+    assert "1 of 3 cases have no spacing in set.json, the first: c" in warning
+
+
 def test_masks_of_0_and_255_are_refused_and_mapped(tmp_path):
     root = labelled_set(tmp_path / "set", masks=(0, 255))
     with pytest.raises(DataError, match=r"nothing to learn; .*data\.mask_map=\{255: 1\}"):
@@ -91,7 +97,8 @@ def test_an_encoder_of_other_values_is_refused_until_somebody_insists(tmp_path):
 
 
 def test_an_encoder_of_another_axis_or_spacing_is_said(tmp_path):
-    root = labelled_set(tmp_path / "set", axis=2, spacing={"a": (5, 0.8, 0.8)})
+    spacing = dict.fromkeys("abc", (5, 0.8, 0.8))
+    root = labelled_set(tmp_path / "set", axis=2, spacing=spacing)
     encoder = encoder_file(tmp_path / "other", kind="hu", axis=1, pixel_mm=[[2, 2], [0.7, 0.9]])
     axis, rows = evaluate(root, f"encoder={encoder}")["warnings"]
     assert "trained on coronal slices, these are axial" in axis
