@@ -118,11 +118,15 @@ class Inputs:
         targets = {path: out / path.relative_to(self.base) for path in self.slices + self.volumes}
         return targets | {path: targets[path].with_suffix(".png") for path in self.slices}
 
-    def mm_of(self, path: Path):
-        """How many mm rows and columns of a slice are apart, or None."""
+    def case(self, path: Path) -> str | None:
+        """The case of a slice in the set around it; None without one."""
         if self.images is None or not path.absolute().is_relative_to(self.images):
             return None
-        spacing = self.properties.spacing.get(case_of(path.absolute().relative_to(self.images).as_posix()))
+        return case_of(path.absolute().relative_to(self.images).as_posix())
+
+    def mm_of(self, path: Path):
+        """How many mm rows and columns of a slice are apart, or None."""
+        spacing = self.properties.spacing.get(self.case(path))
         return spacing and spacing[1:]
 
 
@@ -142,6 +146,7 @@ class Predictor:
         own = inputs.properties.axis
         if self.process.is_main and own not in (None, self.axis):
             warn(f"{inputs.images}: {AXES[own]} slices, the model was trained on {AXES[self.axis]} ones")
+        self.heed(self.judge_spacing(inputs), say=warn if self.process.is_main else lambda _: None)
         values = Values()
         for path in inputs.slices[:: -(-len(inputs.slices) // LOOKED_AT) or 1]:
             with suppress(DataError):
@@ -153,6 +158,18 @@ class Predictor:
             unseen = judge_window(values, self.intensity.window, inputs.base)
             doubts += [replace(doubt, fatal=False) for doubt in unseen]  # a slice of air is nothing wrong
             self.heed(doubts, say=warn if self.process.is_main else lambda _: None)
+
+    def judge_spacing(self, inputs: Inputs) -> list[Doubt]:
+        """Whether the pixels of the slices' cases, where their set knows the spacing, are as in training."""
+        first = {}
+        for path in inputs.slices if self.facts.size else ():
+            if mm := inputs.mm_of(path):
+                first.setdefault(inputs.case(path), (path, mm))
+        sizes = {}
+        for case, (path, mm) in first.items():
+            with suppress(DataError):
+                sizes[case] = self.reading.header(path)[0], mm
+        return Grid(self.facts.size, self.facts.pixel_mm).judge_cases(sizes)
 
     def heed(self, doubts: list[Doubt], say=warn) -> None:
         heed(doubts, self.cfg.data.insist, "data.insist=true", say)

@@ -1,6 +1,7 @@
 """What travels with a set and a model: size, axis, spacing, kind. Predictions go the way of the scores."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,24 @@ def test_a_model_of_stored_values_takes_volumes_and_slices_as_it_was_trained(pha
     run(f"run.out={out}", "--predict", tmp_path / "ct.nii.gz", "--out", tmp_path / "volume")
     found = np.asarray(nibabel.load(tmp_path / "volume/ct.nii.gz").dataobj).transpose(2, 1, 0)
     assert expected.any() and np.array_equal(found, expected)
+
+
+def test_slices_of_finer_pixels_than_in_training_are_said(phantom, tmp_path, capsys):
+    """The set around them knows the spacing; the model was trained on twice of that."""
+    for root, factor in ((tmp_path / "train", 1), (tmp_path / "finer", 0.5)):
+        root.mkdir()
+        for folder in ("images", "masks"):
+            (root / folder).symlink_to(phantom / folder)
+        for split in ("train.txt", "test.txt"):
+            (root / split).write_text((phantom / split).read_text())
+        known = read_properties(phantom)
+        spacing = {case: tuple(factor * mm for mm in three) for case, three in known.spacing.items()}
+        write_properties(root, replace(known, spacing=spacing))
+    run(*TINY, f"data.root={tmp_path / 'train'}", f"run.out={tmp_path / 'run'}")
+    for root, said in ((tmp_path / "train", False), (tmp_path / "finer", True)):
+        capsys.readouterr()
+        run(f"run.out={tmp_path / 'run'}", "--predict", root, "--out", tmp_path / f"{root.name}-masks")
+        assert ("scaled down to these, and back" in capsys.readouterr().err) == said
 
 
 def test_what_is_damaged_is_named_and_passed_over(mixed, tmp_path, capsys):
