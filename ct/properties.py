@@ -7,9 +7,10 @@ Each entry may be missing, and so may the file. classes.json and spacing.json, w
 read where set.json does not say.
 """
 
+import difflib
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from ct.slices import IGNORE, MAX_SIDE, DataError, read_stored, slice_header
@@ -74,12 +75,19 @@ def read_properties(root):
     """The Properties of the set in a folder. Raises DataError for a damaged file."""
     root = Path(root)
     path = root / NAME
-    found = parse_properties(read_json(path, dict) if path.exists() else {}, path)
+    content = read_json(path, dict) if path.exists() else {}
+    known = [one.name for one in fields(Properties)]
+    for name in content.keys() - {*known}:
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            raise DataError(f"{path}: no entry is called {one_line(name)}; {near[0]} is meant?")
+    found = parse_properties(content, path)
     for name, kind in (("classes", list), ("spacing", dict)):
         beside = root / f"{name}.json"
-        if not getattr(found, name) and beside.exists():
-            alone = parse_properties({name: read_json(beside, kind)}, beside)
-            found = replace(found, **{name: getattr(alone, name)})
+        if beside.exists():
+            alone = getattr(parse_properties({name: read_json(beside, kind)}, beside), name)
+            if (own := getattr(found, name)) and own != alone:
+                raise DataError(f"{path}: its {name} are not those in {beside.name}; remove one of them")
+            found = replace(found, **{name: alone})
     return found
 
 

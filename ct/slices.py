@@ -128,7 +128,7 @@ def mask_size(path, mapping=None):
     size, depth, color = png_header(path)
     colored = color in ("RGB", "RGB with alpha") and depth == 8
     if color != "palette" and (color, depth) != ("grey", 8) and not (mapping and colored):
-        mend = "; data.mask_map={'255,0,0': 1} maps colours" if colored else ""
+        mend = "; data.mask_map={'255,0,0': 1} maps colours" if colored else "; save it with 8 bits"
         raise DataError(
             f"{path}: an 8-bit grey or palette PNG is expected as a mask, this is {depth}-bit {color}{mend}"
         )

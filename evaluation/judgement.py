@@ -1,5 +1,7 @@
 """What is odd about an evaluation before it begins: its encoder, its slices, its masks, its lists."""
 
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,7 @@ def heed_evaluation(
     for dataset in sets.values():
         doubts += judge_spacing(dataset)
     doubts += judge_known_spacing(sets)
+    doubts += judge_gaps(sets["test"])
     doubts += judge_training_masks(sets["train"], positions, classes, process)
     if note := sets["train"].assumed():
         process.say(f"note: {note}")
@@ -68,6 +71,19 @@ def judge_known_spacing(sets: dict[str, SegmentationDataset]) -> list[Doubt]:
         return []
     found = f"{len(unknown)} of {len(cases)} cases have no spacing in set.json, the first: {unknown[0]}"
     return [Doubt(f"{root}: {found}: no Hausdorff distance there, and their pixels count as large as all")]
+
+
+def judge_gaps(dataset: SegmentationDataset) -> list[Doubt]:
+    """Cases with known spacing whose slices are not all listed: they are taken for neighbours."""
+    numbers = {}
+    for name, case in zip(dataset.names, dataset.cases):
+        if dataset.spacing(case) and (found := re.findall(r"\d+", name.rpartition("/")[2])):
+            numbers.setdefault(case, set()).add(int(found[-1]))
+    gaps = [case for case, own in numbers.items() if len({b - a for a, b in pairwise(sorted(own))}) > 1]
+    if not gaps:
+        return []
+    text = f"{gaps[0]}: its slices are not numbered evenly ({len(gaps)} such cases)"
+    return [Doubt(f"{text}: Hausdorff distances take those that are listed for neighbours")]
 
 
 def judge_training_masks(

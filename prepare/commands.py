@@ -138,6 +138,8 @@ def show(args):
     What cannot be read is named and passed over."""
     dataset = SliceDataset(args.root, args.list, args.images, args.hu_offset, skip_bad=True)
     out = Path(args.out)
+    if out.suffix.lower() != ".png":
+        raise DataError(f"--out {out}: the page is a PNG; give a name that ends in .png")
     refuse_foreign([out], files_read(dataset, args), SHOW)
     count = min(args.count or (5 if args.views else 24), len(dataset))
     chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)

@@ -40,8 +40,17 @@ def test_files_that_sets_had_before_are_read_where_set_json_does_not_say(tmp_pat
         (tmp_path / f"{name}.json").write_text(content)
         with pytest.raises(DataError, match=f"{name}.json"):
             SegmentationDataset(tmp_path, "train.txt")
+    (tmp_path / "spacing.json").unlink()
+    (tmp_path / "classes.json").write_text('["background", "spleen"]')
     write_properties(tmp_path, WHOLE)
-    assert class_names(tmp_path) == ["background", "liver"]
+    with pytest.raises(DataError, match="set.json: its classes are not those in classes.json"):
+        class_names(tmp_path)
+
+
+def test_a_misspelt_entry_is_named(tmp_path):
+    (tmp_path / "set.json").write_text('{"spacings": {}, "comment": "mine"}')
+    with pytest.raises(DataError, match="no entry is called spacings; spacing is meant"):
+        read_properties(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -145,3 +145,12 @@ def test_a_test_case_of_finer_pixels_is_said(tmp_path):
     spacing = {case: (5, mm, mm) for case, mm in (("a", 0.8), ("b", 1.0), ("c", 0.4))}
     [said] = evaluate(labelled_set(tmp_path / "set", spacing=spacing))["warnings"]
     assert said.startswith("c: rows 0.4 mm apart") and "0.8 to 1: scaled down to these" in said
+
+
+def test_a_test_case_with_gaps_between_its_slices_is_said(tmp_path):
+    root = labelled_set(tmp_path / "set", spacing={case: (5, 1, 1) for case in "abc"})
+    for name in ("images", "masks"):
+        (root / name / "c/05.png").write_bytes((root / name / "c/00.png").read_bytes())
+    (root / "test.txt").write_text("c/00.png\nc/01.png\nc/05.png\n")
+    [said] = evaluate(root)["warnings"]
+    assert "c: its slices are not numbered evenly (1 such cases)" in said
