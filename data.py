@@ -114,8 +114,8 @@ def network_input(unit: Tensor, intensity: Intensity, in_channels: int) -> Tenso
 
 
 def encoder_card(path):
-    """What encoder.json beside our encoder.pth says: {"arch", "window", "mean", "std", "facts": Facts}; {}
-    without one, and for path None. Raises DataError for a damaged one."""
+    """What encoder.json beside our encoder.pth says: {"arch", "window", "mean", "std", "facts": Facts,
+    "sha256"}; {} without one, and for path None. Raises DataError for a damaged one."""
     beside = path and Path(path).with_suffix(".json")
     if beside is None or not beside.is_file():
         return {}
@@ -124,7 +124,8 @@ def encoder_card(path):
         window, mean, std = (card["normalisation"][name] for name in ("window", "mean", "std"))
         Intensity(window, mean + 0.0, std + 0.0)
         facts = parse_facts(card.get("data") or {}, beside)
-        return {"arch": str(card["arch"]), "window": window, "mean": mean, "std": std, "facts": facts}
+        found = {"arch": str(card["arch"]), "window": window, "mean": mean, "std": std, "facts": facts}
+        return found | {"sha256": card.get("sha256")}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{beside}: does not describe an encoder; restore it or remove it") from None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data import Intensity, default_window
 from engine.config import Config, ConfigError, config_errors
-from engine.process import Process
+from engine.process import Process, warn
 from models import Encoder, architecture_of, load_encoder_weights, weights_file
 
 
@@ -50,6 +50,8 @@ def build_encoder(cfg: Config, card: dict, process: Process) -> Encoder:
         encoder.set_output_stride(cfg.model.output_stride)
     if path:
         process.say(str(load_encoder_weights(encoder, path)))
+        if process.is_main and card.get("sha256") not in (None, sha256(path)):
+            warn(f"encoder: {path.stem}.json beside {path} describes another file: its sha256 differs")
     return encoder
 
 

@@ -154,3 +154,12 @@ def test_a_test_case_with_gaps_between_its_slices_is_said(tmp_path):
     (root / "test.txt").write_text("c/00.png\nc/01.png\nc/05.png\n")
     [said] = evaluate(root)["warnings"]
     assert "c: its slices are not numbered evenly (1 such cases)" in said
+
+
+def test_a_card_of_another_file_is_said(tmp_path, capsys):
+    root = labelled_set(tmp_path / "set")
+    encoder = encoder_file(tmp_path / "other")
+    card = json.loads(encoder.with_suffix(".json").read_text())
+    encoder.with_suffix(".json").write_text(json.dumps(card | {"sha256": "0" * 64}))
+    evaluate(root, f"encoder={encoder}")
+    assert "describes another file: its sha256 differs" in capsys.readouterr().err
