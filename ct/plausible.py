@@ -124,6 +124,9 @@ def judge_values(values, where, mend):
         doubts.append(Doubt(f"{found}, {share}: no HU", fatal=beyond > 0.001))
     if values.highest - values.lowest < NARROW:
         return [*doubts, Doubt(f"{found}: no HU, which are whole numbers; scaled to that?", fatal=True)]
+    if values.share(OUTSIDE + 1, LIMIT) < 0.001 and values.share(-2300, -1700) > 0.05:
+        text = f"{found}, hardly any above {OUTSIDE} as tissue would be: no HU"
+        return [*doubts, Doubt(f"{text}; {mend.format(offset='-1024')}", fatal=True)]
     air = values.share(PADDING, OUTSIDE)
     if not air or (air < 0.001 and values.share(BONE, LIMIT) > 0.1):  # interpolation can leave a little
         text = f"{found}, {'hardly any' if air else 'none'} below {OUTSIDE} as air would be: no HU"

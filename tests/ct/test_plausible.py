@@ -30,6 +30,9 @@ def test_values_that_are_not_hu_are_named_with_what_mends_them():
     assert any(doubt.fatal for doubt in judged(np.linspace(-180_000, 180_000, 1000)))
     assert "an empty image" in judged(np.zeros(10))[0].text
     assert "100 %" in judged(np.full(10, np.nan))[0].text
+    [doubt] = judged(scan()[:1500] - 1024)  # the intercept twice
+    assert doubt.fatal and "subtract -1024" in doubt.text
+    assert judged(scan()[:500]) == []  # a slice of air
     [doubt] = judged(np.linspace(0, 1, 50))
     assert doubt.fatal and "scaled" in doubt.text
     [doubt] = judged(np.append(np.maximum(scan() + 1024, 0), np.full(9, -2000)))  # padding is no air
