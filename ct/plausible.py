@@ -112,16 +112,19 @@ def judge_values(values, where, mend):
     if values.unfit:
         share = 100 * values.unfit / (values.unfit + values.total())
         text = f"{where}: {values.unfit} values ({share:.3g} %) are not finite numbers: taken as air"
-        doubts.append(Doubt(text))
+        doubts.append(Doubt(text, fatal=not values.total()))
     if not values.total():
         return doubts
     if values.lowest == values.highest:
         return [*doubts, Doubt(f"{where}: all values are {values.lowest:g}, an empty image")]
     found = f"{where}: values from {values.lowest:g} to {values.highest:g}"
+    offset = fitting_offset(values)
+    proposal = "" if offset is None else f"; {mend.format(offset=f'{offset:g}')}"
     beyond = values.share(METAL + 1, LIMIT) + values.share(-LIMIT, -METAL - 1)
     if beyond:
-        share = f"{100 * beyond:.2g} % of them beyond +-{METAL:,}"
-        doubts.append(Doubt(f"{found}, {share}: no HU", fatal=beyond > 0.001))
+        text = f"{found}, {100 * beyond:.3g} % of them beyond +-{METAL:,}: no HU"
+        far = proposal if (offset or 0) > METAL else ""
+        doubts.append(Doubt(text + far, fatal=beyond > 0.001))
     if values.highest - values.lowest < NARROW:
         return [*doubts, Doubt(f"{found}: no HU, which are whole numbers; scaled to that?", fatal=True)]
     if values.share(OUTSIDE + 1, LIMIT) < 0.001 and values.share(-2300, -1700) > 0.05:
@@ -130,11 +133,22 @@ def judge_values(values, where, mend):
     air = values.share(PADDING, OUTSIDE)
     if not air or (air < 0.001 and values.share(BONE, LIMIT) > 0.1):  # interpolation can leave a little
         text = f"{found}, {'hardly any' if air else 'none'} below {OUTSIDE} as air would be: no HU"
-        offset = 1024 if air else values.lowest_above(PADDING) + 1024
-        shifted = values.share(offset + OUTSIDE, offset + DENSE) > 0.05  # where soft tissue would be
-        text += f"; {mend.format(offset=f'{offset:g}')}" if shifted else ""
-        doubts.append(Doubt(text, fatal=shifted))
+        doubts.append(Doubt(text + proposal, fatal=offset is not None))
     return doubts
+
+
+def fitting_offset(values):
+    """What would have to be subtracted from values for them to be HU; None if that would not make them so.
+
+    The usual 1024 or 32768 if the lowest value is one of air then, which reconstruction can put far below
+    -1024; else the lowest becomes -1024.
+    """
+    air = values.share(PADDING, OUTSIDE)
+    lowest = values.lowest_above(PADDING)
+    usual = (offset for offset in (1024, 32768) if air or PADDING <= lowest - offset <= -900)
+    offset = next(usual, lowest + 1024)
+    tissue = values.share(offset + OUTSIDE, offset + DENSE) if offset < 2**16 else 0
+    return offset if tissue > 0.05 else None
 
 
 def judge_ranges(ranges, where):

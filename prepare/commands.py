@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import replace
@@ -217,7 +218,7 @@ def parse(argv):
             sub.add_argument("--mask-map", metavar="JSON", help="as data.mask_map: {pixel: class}")
         sub.add_argument(
             "--hu-offset",
-            type=float,
+            type=finite,
             help="HU = value of a 16-bit PNG - this; without: the set's, or 1024",
         )
 
@@ -251,7 +252,7 @@ def parse(argv):
         type=at_least(1),
         help="files of an image, CASE_0000, CASE_0001 ..., of which the first is taken; 1: each is an image",
     )
-    sub.add_argument("--hu-offset", type=float, default=0.0, help="HU = voxel - this")
+    sub.add_argument("--hu-offset", type=finite, default=0.0, help="HU = voxel - this")
     sub.add_argument("--ignore-values", action="store_true", help="take for HU what does not look like it")
     sub.add_argument(
         "--ignore-geometry",
@@ -280,6 +281,12 @@ def parse(argv):
     sub.add_argument("--count", type=at_least(1), help="slices on the page")
     sub.add_argument("--seed", type=at_least(0), default=0, help="of the views")
     return parser.parse_args(argv)
+
+
+def finite(text):
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no number")
+    return value
 
 
 def at_least(least):

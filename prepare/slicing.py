@@ -272,8 +272,9 @@ def file_identity(path):
 
 
 def to_hu(voxels, options):
-    """(H, W) of a volume -> float32 HU, not finite where they were not."""
-    return np.asarray(voxels, np.float32) - np.float32(options.hu_offset)
+    """(H, W) of a volume -> float32 HU, not finite where they were not, or are too large for float32."""
+    with np.errstate(over="ignore"):
+        return np.asarray(voxels, np.float32) - np.float32(options.hu_offset)
 
 
 def stored_slice(hu):

@@ -29,7 +29,8 @@ def test_values_that_are_not_hu_are_named_with_what_mends_them():
     assert doubt.fatal and "values from 0 to" in doubt.text and "subtract 1024" in doubt.text
     assert any(doubt.fatal for doubt in judged(np.linspace(-180_000, 180_000, 1000)))
     assert "an empty image" in judged(np.zeros(10))[0].text
-    assert "100 %" in judged(np.full(10, np.nan))[0].text
+    [doubt] = judged(np.full(10, np.nan))
+    assert doubt.fatal and "100 %" in doubt.text
     [doubt] = judged(scan()[:1500] - 1024)  # the intercept twice
     assert doubt.fatal and "subtract -1024" in doubt.text
     assert judged(scan()[:500]) == []  # a slice of air
@@ -39,6 +40,14 @@ def test_values_that_are_not_hu_are_named_with_what_mends_them():
     assert doubt.fatal and "subtract 1024" in doubt.text
     [doubt] = judged(np.arange(300))  # no air, but no shifted CT either: an organ cut out
     assert not doubt.fatal and "subtract" not in doubt.text
+
+
+@pytest.mark.parametrize("offset, lowest", [(1024, -1000), (1024, -1207), (32768, -1000), (5024, -1024)])
+def test_the_offset_that_mends_values(offset, lowest):
+    """The usual ones whatever a scanner gives for air; others by the lowest value, as -1024."""
+    hu = np.append(scan().clip(-1000), lowest)
+    [doubt, *_] = judged(hu + offset)
+    assert doubt.fatal and doubt.text.endswith(f"subtract {offset}")
 
 
 def test_a_few_voxels_that_are_not_finite_are_counted():
