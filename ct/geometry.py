@@ -156,7 +156,7 @@ def share_inside(array, labels, image):
     between = index_map(labels, image)
     count = inside = 0
     for index, one in enumerate(array):
-        places = np.argwhere(one)
+        places = np.argwhere(np.abs(one) > 0.5)  # a scaled header can leave the background not quite 0
         places = places @ between[:3, 1:3].T + (between[:3, 0] * index + between[:3, 3])
         count += len(places)
         inside += int(is_inside(places, image.shape).sum())

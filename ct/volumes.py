@@ -147,7 +147,8 @@ def check_header(image, path):
     """Before any voxel is read: three dimensions of real numbers, no more of them than the file can hold."""
     shape = image.shape
     if len(shape) < 3 or any(side != 1 for side in shape[3:]):
-        raise DataError(f"{path}: a volume of three dimensions is expected, this one has shape {shape}")
+        text = f"a volume of three dimensions is expected, this one has shape {shape}"
+        raise DataError(f"{path}: {text}; save the one that is meant alone")
     if min(shape) < 1 or max(shape) > MAX_SIDE:
         raise DataError(f"{path}: {shape} voxels; 1 to {MAX_SIDE} along each axis can be read")
     dtype = image.get_data_dtype()

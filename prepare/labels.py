@@ -40,8 +40,11 @@ def read_labels(path, image, options):
 
 
 def heed_geometry(doubts, image, volume, say):
-    same_shape = volume.geometry.file_shape == image.file_shape
-    heed(doubts, False, "--ignore-geometry" if same_shape else "", say)
+    if volume.geometry.file_shape == image.file_shape:
+        heed(doubts, False, "--ignore-geometry", say)
+        return
+    mend = "; their shape is not the image's: they need the affine that says where in it they lie"
+    heed([Doubt(one.text + (mend if one.fatal else ""), one.fatal) for one in doubts], False, say=say)
 
 
 def ids_of(array, path, label_map):
@@ -63,9 +66,13 @@ def ids_of(array, path, label_map):
                 voxels += np.bincount(whole.astype(np.int64).ravel(), minlength=HIGHEST + 1)
     if count:
         some = ", ".join(f"{value:.7g} ({times} voxels)" for value, times in odd.most_common(3))
-        raise DataError(f"{path}: labels must be whole numbers; {count} voxels are not: {some}")
+        raise DataError(
+            f"{path}: labels must be whole numbers; {count} voxels are not: {some}; if they "
+            "were resampled: again, by the nearest voxel"
+        )
     if low < 0 or high > (HIGHEST if label_map else IGNORE):
         reason = "--label-map chooses among more" if label_map is None else f"at most {HIGHEST} can be mapped"
+        reason = "negative ones have to be set to 0 in the volume" if low < 0 else reason
         beyond = f"{high:g} in {voxels[int(high)]} voxels; " if low >= 0 and high <= HIGHEST else ""
         raise DataError(
             f"{path}: labels from {low:g} to {high:g}; {beyond}a mask holds 0 to {IGNORE}, {reason}"
@@ -153,7 +160,8 @@ def choose_classes(out, label_map, ids, given_names):
     if len(names) < count:
         path = next(path for path, own in ids.items() if {*range(len(names), IGNORE)} & {*own})
         high = max({*ids[path]} - {IGNORE})
-        raise DataError(f"{path}: labels up to {high}, but {len(names)} class names (background first)")
+        text = f"labels up to {high}, but {len(names)} class names (background first)"
+        raise DataError(f"{path}: {text}; --classes names all, --label-map leaves ids out")
     shown = names if given_names != count or count < 5 else [*names[:2], "...", names[-1]]
     print(f"class names ({how}): {', '.join(shown)}")
     if IGNORE in seen and not label_map:

@@ -19,6 +19,7 @@ from engine.config import one_line
 # What files are called: kits/CASE/imaging.nii.gz, volume-0.nii and segmentation-0.nii, p1_ct and p1_seg.
 IMAGE_WORDS = {"image", "images", "imaging", "img", "ct", "volume", "vol", "scan"}
 LABEL_WORDS = {"label", "labels", "seg", "segmentation", "segmentations", "mask", "masks", "gt"}
+OTHER_VOLUMES = (".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".mgz", ".mgh", ".dcm")
 
 
 @dataclass
@@ -48,6 +49,8 @@ def pair_volumes(images, labels, by=None, channels=None):
     image_files, label_files = image_and_label_files(images, labels)
     if Path(images).is_file() and len(label_files) == 1:
         own = Pair(without_channel(image_files[0].name), image_files[0].path, label_files[0].path)
+        if not Path(labels).is_file():
+            print(f"paired {own.image.name} with {own.labels.name}, the only volume of {labels}")
         return [refuse_itself(own)]
     names = {file.name for file in image_files}
     image_files = first_channels(image_files, label_files, images, channels)
@@ -252,6 +255,10 @@ def volume_files(given, words=IMAGE_WORDS):
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder")
     if names := files_below(path, VOLUMES, deep=False):
+        print_names(
+            f"volumes in folders below {path} (left out)", sorted({*files_below(path, VOLUMES)} - {*names})
+        )
+        print_names("volumes that are not NIfTI (left out)", files_below(path, OTHER_VOLUMES, deep=False))
         return [File(path / name, stem_of(name)) for name in names]
     if found := files_of_cases(path, words):
         return found
@@ -309,7 +316,8 @@ def files_of_cases(root, words):
     name = image if words is IMAGE_WORDS else the_one(anywhere - {image}, LABEL_WORDS, IMAGE_WORDS)
     if name is None:
         what = "--images" if words is IMAGE_WORDS else "--labels"
-        example = f"{what} '{root}/*/{min(anywhere).replace('CASE', '*')}.nii.gz'"
+        likely = min([one for one in anywhere if words_of(one) & words] or anywhere).replace("CASE", "*")
+        example = f"{what} '{root}/*/{likely}.nii.gz'"
         raise DataError(
             f"{root}: its folders hold {one_line(', '.join(sorted(anywhere)))}; say which is meant: {example}"
         )

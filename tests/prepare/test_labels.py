@@ -148,6 +148,27 @@ def test_labels_of_a_crop_or_with_other_spacing_are_resampled(bench):
     assert not error and np.array_equal(bench.masks(), two_organs())
 
 
+def test_a_background_that_is_nearly_0_is_no_label_outside_the_image(bench):
+    """As a scaled header leaves it, in labels of twice the image's extent along each axis."""
+    sides = 2 * np.array(SHAPE)
+    large = np.full(sides, 1e-6, np.float32)
+    x, y, z = SHAPE
+    large[x // 2 :, y // 2 :, z // 2 :][:x, :y, :z] += two_organs()
+    affine = NEGATIVE.copy()
+    affine[:3, 3] -= NEGATIVE[:3, :3] @ (np.array(SHAPE) // 2)
+    bench.labels(large, affine)
+    assert "on another grid" in bench.succeeds()
+    assert np.array_equal(bench.masks(), two_organs())
+
+
+def test_labels_of_another_shape_that_lie_nowhere_near_are_told_what_they_lack(bench):
+    for affine in (None, moved(900, 0, 0)):
+        bench.labels(two_organs()[:, :, :9], affine)
+        error = bench.refuses()
+        assert "mm apart" in error and "they need the affine" in error and "--ignore" not in error
+        assert bench.refuses("--ignore-geometry") == error
+
+
 def test_an_image_without_affine_is_said_to_have_none(bench):
     bench.nibabel.save(bench.nibabel.Nifti1Image(random_hu(), None), bench.root / "ct.nii.gz")
     assert "which side is left is taken for granted" in bench.succeeds(labels=False)
@@ -200,6 +221,7 @@ def test_a_few_values_below_air_do_not_hide_an_offset(bench):
         (np.linspace(-180_000, 180_000, 1680).astype(np.int32), ["-180000 to 180000", "no HU"]),
         (np.linspace(0, 1, 1680).astype(np.float32), ["from 0 to 1"]),
         (np.arange(1680).astype(np.uint16) * 39, ["no HU"]),
+        (np.full(1680, np.nan, np.float32), ["1680 values (100 %) are not finite"]),
     ],
 )
 def test_what_cannot_be_hu_is_refused(bench, voxels, words):
@@ -216,7 +238,6 @@ def test_what_cannot_be_hu_is_refused(bench, voxels, words):
     "voxels, words",
     [
         (np.full(1680, 7, np.int16), "all values are 7, an empty image"),
-        (np.full(1680, np.nan, np.float32), "1680 values (100 %) are not finite"),
         (np.arange(1680).astype(np.uint8), "from 0 to 255, none below -200"),
     ],
 )
@@ -234,6 +255,20 @@ def test_voxels_that_are_no_numbers_become_air_and_are_counted(bench):
     assert "3 values (0.179 %) are not finite numbers: taken as air" in output
     assert np.array_equal(bench.images(), np.where(np.isfinite(voxels), voxels, -1024))
     assert "3 values" in bench.succeeds(labels=False)  # said again
+
+
+def test_an_offset_that_is_no_number_is_refused(bench):
+    bench.image(random_hu())
+    for offset in ("nan", "inf"):
+        assert f"{offset} is no number" in bench.refuses("--hu-offset", offset, labels=False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_that_no_float32_holds_are_counted(bench):
+    voxels = random_hu().astype(np.float64)
+    voxels[0, 0, 0] = 1e300
+    bench.image(voxels)
+    assert "1 values" in bench.succeeds("--workers", 1, labels=False)
 
 
 def test_padding_is_air_and_is_said(bench):
@@ -288,7 +323,12 @@ def test_labels_of_a_scaled_header_are_whole(bench):
 
 @pytest.mark.parametrize(
     "value, words",
-    [(0.5, "1 voxels are not: 0.5 (1 voxels)"), (np.nan, "nan (1 voxels)"), (np.inf, "inf (1")],
+    [
+        (0.5, "1 voxels are not: 0.5 (1 voxels); if they were resampled: again, by the nearest voxel"),
+        (np.nan, "nan (1 voxels)"),
+        (np.inf, "inf (1"),
+        (-1, "labels from -1 to 2; a mask holds 0 to 255, negative ones have to be set to 0"),
+    ],
 )
 def test_other_labels_are_named_with_their_number(bench, value, words):
     labels = two_organs().astype(np.float32)
@@ -322,6 +362,7 @@ def test_labels_above_the_class_names_name_the_case(tmp_path, nibabel, capsys):
     words = ("--images", tmp_path / "cts", "--labels", tmp_path / "labels", "--out", tmp_path / "out")
     code, _, error = run(capsys, "slice", *words, "--classes", tmp_path / "names.json")
     assert code == 2 and "labels/2.nii.gz: labels up to 6, but 3 class names" in error and one_line_of(error)
+    assert "--classes" in error and "--label-map" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -198,6 +198,9 @@ def test_a_case_without_labels_is_for_pretraining_and_one_with_other_files_is_as
     pairs = found(pair_volumes(root, root), root)
     assert pairs["case_3"] == ("case_3/imaging", None)
     assert "paired 2 of 3" in capsys.readouterr().out
+    files(root, "case_3/segmentation_v2")
+    with pytest.raises(DataError, match=r"say which is meant: --labels '.*/kits/\*/segmentation.nii.gz'"):
+        pair_volumes(root, root)
     files(root, "case_4/arterial", "case_4/venous")
     with pytest.raises(DataError, match="arterial, imaging.*say which is meant: --images"):
         pair_volumes(root, root)
@@ -230,6 +233,23 @@ def test_a_pattern_names_cases_by_what_differs(tmp_path):
 def test_hidden_files_are_no_volumes_and_suffixes_have_any_case(tmp_path):
     files(tmp_path, "images/._a.nii.gz", "images/a.NII.GZ", "images/b.Nii", "images/notes.txt")
     assert [*found(pair_volumes(tmp_path / "images", None), tmp_path)] == ["a", "b"]
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
+    root = files(tmp_path / "cts", "a", "b", "more/c", "more/deep/d")
+    for name in ("e.NRRD", "f.mha", "notes.md"):
+        put(root / name, b"")
+    assert [*found(pair_volumes(root, None), root)] == ["a", "b"]
+    output = capsys.readouterr().out
+    assert "(left out): 2: more/c.nii.gz, more/deep/d.nii.gz\n" in output
+    assert "not NIfTI (left out): 2: e.NRRD, f.mha\n" in output
+
+
+def test_the_only_labels_of_a_folder_are_printed_with_their_image(tmp_path, capsys):
+    files(tmp_path, "a/patient", "b/other")
+    [pair] = pair_volumes(tmp_path / "a/patient.nii.gz", tmp_path / "b")
+    assert pair.labels.name == "other.nii.gz"
+    assert "paired patient.nii.gz with other.nii.gz, the only volume of" in capsys.readouterr().out
 
 
 def test_dicom_without_a_suffix_is_recognised(tmp_path):
