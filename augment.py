@@ -82,6 +82,25 @@ class TwoViews:
         return placed(w, h, table, self.flip)
 
 
+class SmallCrops(TwoViews):
+    """`count` further views of each slice, smaller and of smaller crops (multi-crop, arXiv 2006.09882)."""
+
+    def __init__(self, count, size, **changes):
+        super().__init__(size, **changes)
+        self.count = count
+
+    def __call__(self, batch, generator, offset=0, total=None):
+        """As TwoViews, called after it with the same generator -> a list of `count` views."""
+        if not self.count:
+            return []
+        tables = draw_tables(self.count, len(batch), generator, offset, total)
+        field = self.photometric.noise_field(self.size, generator, batch.device)
+        boxes = [self.boxes(table, *batch.shape[-2:]) for table in tables]
+        return [
+            self.photometric(crop(batch, box, self.size), table, field) for box, table in zip(boxes, tables)
+        ]
+
+
 class SegmentationAugment:
     """Random scale, crop and grey values, for images and masks together.
 

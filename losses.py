@@ -4,6 +4,8 @@ Everything here is plain tensors in, tensors out, and needs only torch, so the f
 
     info_nce, local_info_nce        MoCo's loss and its version for the regions of an image, in plain form
     queue_nce, local_nce_per_image  the same as training uses them: of unit vectors, and for each image
+    nt_xent, cosine_distance, sinkhorn, swapped_prediction, barlow_twins, vicreg, nearest_pairs,
+    pixel_agreement, patch_reconstruction    the losses of the other methods (methods.py)
     matched_points, sample_regions  where the regions of two crops lie, and their feature vectors
     ZCAWhitening, IterNorm          feature decorrelation (built on inverse_sqrt)
     singular_values, effective_rank how far features have collapsed
@@ -11,6 +13,8 @@ Everything here is plain tensors in, tensors out, and needs only torch, so the f
 
 Losses and whitening compute in float32 (or float64, if given that) also under autocast.
 """
+
+import functools
 
 import torch
 import torch.distributed as dist
@@ -146,6 +150,153 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+# ---- The losses of other methods: batches are global ones (gather), in rows ----------------------
+
+
+def full_precision(loss):
+    """Compute a loss in float32 (float64 stays) also under autocast, whatever type its tensors have."""
+
+    @functools.wraps(loss)
+    def computed(first: Tensor, *more, **options):
+        with torch.autocast(first.device.type, enabled=False):
+            floats = [at_least_float32(x) if is_float(x) else x for x in (first, *more)]
+            return loss(*floats, **options)
+
+    return computed
+
+
+def is_float(x) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+@full_precision
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
+    """NT-Xent (SimCLR, arXiv 2002.05709, equation 1): of 2N samples, each has one positive, its other view,
+    and 2N - 2 negatives. z1, z2: (N, D), any scale -> scalar, the mean over all 2N."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
+    logits = z @ z.T / temperature
+    logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    own = torch.arange(len(z), device=z.device)
+    return F.cross_entropy(logits, own.roll(len(z1)))
+
+
+@full_precision
+def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean of 1 - cosine over the rows of (N, D) and (N, D): half of BYOL's loss of unit vectors
+    (arXiv 2006.07733, equation 2), SimSiam's plus 1 (arXiv 2011.10566, equation 1)."""
+    return 1 - F.cosine_similarity(prediction, target, dim=1).mean()
+
+
+@torch.no_grad()
+@full_precision
+def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+    """Codes of a batch that use all prototypes alike (SwAV, arXiv 2006.09882, equation 3 and its algorithm).
+
+    scores: (N, K), cosines of samples and prototypes -> (N, K), each row a distribution, the columns after
+    the last of the alternating normalisations nearly equal in sum.
+    """
+    codes = (scores - scores.max()).div(epsilon).exp()
+    for _ in range(iterations):
+        codes = codes / codes.sum(dim=0).clamp(min=torch.finfo(codes.dtype).tiny)  # of every prototype
+        codes = codes / codes.sum(dim=1, keepdim=True)  # of every sample
+    return codes
+
+
+@full_precision
+def swapped_prediction(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor:
+    """Cross entropy of one view's prototype scores (N, K) against another view's codes (N, K): SwAV,
+    equation 2. Scalar mean."""
+    return -(codes * F.log_softmax(scores / temperature, dim=1)).sum(dim=1).mean()
+
+
+@full_precision
+def barlow_twins(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
+    """Barlow Twins (arXiv 2103.03230, equations 1 and 2): the cross-correlation matrix of the features of two
+    views is pulled towards the identity; off the diagonal squares count `weight`.
+
+    z1, z2: (N, D), any scale and mean -> scalar sum over the matrix. A constant feature correlates with none.
+    """
+    z1, z2 = (F.normalize(z - z.mean(dim=0), dim=0) for z in (z1, z2))  # columns of unit length
+    correlation = z1.T @ z2  # (D, D)
+    diagonal = correlation.diagonal()
+    off_diagonal = correlation.square().sum() - diagonal.square().sum()
+    return (diagonal - 1).square().sum() + weight * off_diagonal
+
+
+@full_precision
+def vicreg_terms(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three terms of `vicreg`, not weighted: invariance, variance, covariance."""
+    invariance = F.mse_loss(z1, z2)
+    variance, covariance = 0, 0
+    for z in (z1, z2):
+        centred = z - z.mean(dim=-2, keepdim=True)  # (..., N, D)
+        cov = centred.mT @ centred / (z.shape[-2] - 1)  # (..., D, D)
+        variances = cov.diagonal(dim1=-2, dim2=-1)
+        variance = variance + F.relu(1 - (variances + 1e-4).sqrt()).mean() / 2
+        off_diagonal = cov.square().sum(dim=(-2, -1)) - variances.square().sum(dim=-1)
+        covariance = covariance + off_diagonal.mean() / z.shape[-1]
+    return invariance, variance, covariance
+
+
+def vicreg(
+    z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
+) -> Tensor:
+    """VICReg (arXiv 2105.04906, equations 1 to 6): views agree, every feature has a standard deviation of 1
+    or more over the batch (mean of both views), no two features covary (sum of both views).
+
+    z1, z2: (N, D), N at least 2 -> scalar; (..., N, D): the mean over several batches.
+    """
+    terms = vicreg_terms(z1, z2)
+    return invariance * terms[0] + variance * terms[1] + covariance * terms[2]
+
+
+def nearest_pairs(distances: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` positions with the nearest partners, and those partners (VICRegL, arXiv 2210.01571, 3.2).
+
+    distances: (N, P, Q) of P positions of one view and Q of the other -> indices (N, count) and (N, count).
+    """
+    nearest, partner = distances.min(dim=2)  # (N, P)
+    chosen = nearest.topk(min(count, nearest.shape[1]), dim=1, largest=False).indices
+    return chosen, partner.gather(1, chosen)
+
+
+def positions_at(x: Tensor, indices: Tensor) -> Tensor:
+    """Vectors of some positions: (N, P, D) at (N, K) -> (N, K, D)."""
+    return x.gather(1, indices[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+@full_precision
+def pixel_agreement(y: Tensor, x: Tensor, positive: Tensor) -> Tensor:
+    """PixPro's loss (arXiv 2011.10043, equation 4) of one direction: the mean of 1 - cosine over an image's
+    positive pairs, 0 without any; then over images.
+
+    y: (N, P, D) propagated pixels of a view; x: (N, Q, D) of the other one; positive: (N, P, Q) bool.
+    """
+    cosines = F.normalize(y, dim=2) @ F.normalize(x, dim=2).mT  # (N, P, Q)
+    return (
+        torch.where(positive, 1 - cosines, 0).sum(dim=(1, 2)) / positive.sum(dim=(1, 2)).clamp(min=1)
+    ).mean()
+
+
+@full_precision
+def patch_reconstruction(prediction: Tensor, image: Tensor, masked: Tensor) -> Tensor:
+    """Mean squared error in the masked cells, of an image normalised cell by cell (SparK, arXiv 2301.03580,
+    section 3.3).
+
+    prediction, image: (N, C, H, W); masked: (N, gh, gw) bool, cells of H / gh x W / gw px, one or more
+    masked in all images together. A cell's values are divided by its standard deviation (unbiased).
+    """
+    (n, c), (gh, gw) = image.shape[:2], masked.shape[1:]
+
+    def cells(x: Tensor) -> Tensor:  # (N, gh, gw, values)
+        return x.view(n, c, gh, x.shape[2] // gh, gw, -1).permute(0, 2, 4, 3, 5, 1).flatten(3)
+
+    target = cells(image)
+    variance, mean = torch.var_mean(target, dim=3, keepdim=True)
+    error = (cells(prediction) - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=3)
+    return torch.where(masked, error, 0).sum() / masked.sum()
+
+
 # ---- Matched regions: which points of two crops show the same anatomy ----------------------------
 
 
@@ -193,6 +344,17 @@ def to_view(points: Tensor, box: Tensor) -> Tensor:
     """Points of the source slice, (N, R, 2) in [0, 1], as seen in the crop `box` (N, 5), flip included."""
     inside = (points - box[:, None, :2]) / box_side(box)[:, None]
     return mirror(inside, box[:, 4])
+
+
+def cell_centres(box: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Where the positions of a view's feature map lie in the source slice: crop boxes (N, 5) and the map's
+    (h, w) -> (N, h w, 2), x and y in [0, 1], row by row of the view."""
+    y, x = (torch.arange(n, device=box.device, dtype=box.dtype).add(0.5).div(n) for n in grid)
+    x = torch.where(box[:, 4:] > 0.5, 1 - x, x)  # (N, w): a mirrored view runs from right to left
+    x = box[:, 0:1] + x * (box[:, 2:3] - box[:, 0:1])
+    y = box[:, 1:2] + y * (box[:, 3:4] - box[:, 1:2])  # (N, h)
+    x, y = x[:, None, :].expand(-1, grid[0], -1), y[:, :, None].expand(-1, -1, grid[1])
+    return torch.stack([x, y], dim=3).flatten(1, 2)
 
 
 def box_side(box: Tensor) -> Tensor:
@@ -400,6 +562,36 @@ class SumOverRanks(torch.autograd.Function):
         grad = grad.clone()
         dist.all_reduce(grad)
         return grad
+
+
+class Gather(torch.autograd.Function):
+    """The rows of all ranks. A rank's rows get the sum of the gradients that all ranks have for them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        rows = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(rows, x)
+        ctx.count = len(x)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[own_rows(ctx.count)]
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of all ranks in their order, (n, ...) -> (N, ...), with gradient: of a loss that every rank
+    computes of all rows, the mean of the ranks' gradients (DistributedDataParallel's) is the loss's own."""
+    return Gather.apply(x) if world_size() > 1 else x
+
+
+def own_rows(count: int) -> slice:
+    """Which of the rows of all ranks are this one's, if each has `count`."""
+    rank = dist.get_rank() if world_size() > 1 else 0
+    return slice(rank * count, (rank + 1) * count)
 
 
 def world_size() -> int:

@@ -1,6 +1,7 @@
 """The networks: ResNet encoder, MoCo around it, and the two decoders that judge it.
 
     Encoder             torchvision's ResNet trunk, with split BatchNorm, dilation and optional whitening
+    Method              what all methods of pretraining have: whitening, regions, the face for train_moco.py
     MoCo                query and momentum encoder, projection heads, queue, and the losses of one step
     LinearDecoder, DeepLabV3Plus
     load_encoder_weights    from our own files and most published checkpoints
@@ -18,7 +19,6 @@ import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from losses import (
     IterNorm,
+    SumOverRanks,
     Whitening,
     ZCAWhitening,
     at_least_float32,
+    gather,
     inverse_sqrt,
     local_nce_per_image,
     matched_points,
@@ -68,7 +70,8 @@ ARCHITECTURES = {  # network, its blocks, and how many of them each layer has
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm with the training statistics of sub-batches of `split` samples (0: of the whole batch).
+    """BatchNorm with the training statistics of sub-batches of `split` samples (0: of the global batch, over
+    all processes).
 
     A large batch in one process then behaves as many small ones on many GPUs, which MoCo needs (see MoCo).
     A batch that `split` does not divide is cut into nearly equal parts of at least `split` samples. The
@@ -78,6 +81,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     split = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.split and world_size() > 1:
+            return self.over_processes(x)
         parts = len(x) // self.split if self.split else 1
         if not self.training or parts < 2:
             return super().forward(x)
@@ -87,10 +92,36 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             F.batch_norm(part, mean[i], var[i], self.weight, self.bias, True, 1.0, self.eps)
             for i, part in enumerate(x.tensor_split(parts))
         ]
-        self.running_mean.lerp_(mean.mean(dim=0), self.momentum)
-        self.running_var.lerp_(var.mean(dim=0), self.momentum)
-        self.num_batches_tracked.add_(1)
+        self.move_running(mean.mean(dim=0), var.mean(dim=0))
         return torch.cat(normalised)
+
+    def over_processes(self, x: Tensor) -> Tensor:
+        """As torch's SyncBatchNorm, which has no CPU version; each process has as many samples."""
+        with torch.autocast(x.device.type, enabled=False):
+            values = at_least_float32(x.movedim(1, -1))  # (..., C)
+            dims, count = tuple(range(values.dim() - 1)), world_size() * (x.numel() // x.shape[1])
+            mean = SumOverRanks.apply(values.mean(dims)) / world_size()
+            centred = values - mean
+            var = SumOverRanks.apply(centred.square().mean(dims)) / world_size()
+            normalised = centred * (var + self.eps).rsqrt()
+            if self.affine:
+                normalised = normalised * self.weight + self.bias
+        self.move_running(mean.detach(), var.detach() * count / max(count - 1, 1))
+        return normalised.to(x.dtype).movedim(-1, 1)
+
+    @torch.no_grad()
+    def move_running(self, mean: Tensor, var: Tensor) -> None:
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var, self.momentum)
+        self.num_batches_tracked.add_(1)
+
+
+class SplitBatchNorm1d(SplitBatchNorm2d):
+    """The same for vectors (N, C)."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() != 2:
+            raise ValueError(f"expected vectors (N, C), not {tuple(x.shape)}")
 
 
 class Encoder(nn.Module):
@@ -199,77 +230,89 @@ def make_whitening(method: str, channels: int, group_size: int = 64, **options) 
     return layers[method](channels, group_size, **options)
 
 
-# ---- MoCo ----------------------------------------------------------------------------------------
+# ---- What all methods of pretraining have --------------------------------------------------------
 
 
 class Branch(nn.Module):
-    """Encoder and heads; MoCo has two of them, one trained and one that follows by momentum."""
+    """Encoder, whitening and heads; with a momentum encoder there are two of them.
 
-    def __init__(self, encoder: Encoder, dim: int, local_layer: str | None, decorrelation: Whitening | None):
+    projector: takes layer4's map, whitened, as GlobalHead does.
+    """
+
+    def __init__(
+        self, encoder: Encoder, projector: nn.Module, local_layer: str | None, decorrelation: Whitening | None
+    ):
         super().__init__()
-        channels = encoder.channels["layer4"]
         self.encoder = encoder
         self.decorrelation = decorrelation or nn.Identity()
-        self.projector = mlp(channels, channels, dim)
+        self.projector = projector
         self.local_layer = local_layer
         self.local_projector = mlp(encoder.channels[local_layer], 512, 128) if local_layer else None
 
-    def forward(self, view: Tensor, points: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """View (N, C, H, W) and region points (N, R, 2) -> projection (N, D), regions (N, R, 128) or None."""
+    def forward(self, view: Tensor, points: Tensor | None = None) -> tuple:
+        """View (N, C, H, W) and region points (N, R, 2) -> what the projector makes of it, (N, D) for MoCo,
+        and regions (N, R, 128) or None."""
         maps = self.encoder(view, ("layer4", self.local_layer or "layer4"))
         maps["layer4"] = self.decorrelation(maps["layer4"])
-        projection = self.projector(maps["layer4"].mean(dim=(2, 3)))
+        projection = self.projector(maps["layer4"])
         if self.local_projector is None:
             return projection, None
         return projection, self.local_projector(sample_regions(maps[self.local_layer], points))
+
+
+class GlobalHead(nn.Sequential):
+    """Layers on the mean vector of a map: (N, C, h, w) -> (N, D)."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return super().forward(maps.mean(dim=(2, 3)))
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
 
 
-class Keys(NamedTuple):
-    """The momentum encoder's outputs for this process's n samples, and the points to compare them at."""
+class Targets(dict):
+    """What a step's losses need besides the views, without gradient: tensors by name, or None.
 
-    projection: Tensor  # (n, D), normalised
-    global_projections: Tensor  # (N, D), of the whole batch in its order, for the queue
-    regions: Tensor | None = None  # (n, R, 128)
-    global_regions: Tensor | None = None  # (N, R, 128), if those of other images are negatives
-    query_points: Tensor | None = None  # (n, R, 2)
-    local_weight: Tensor | None = None  # (n,): weights whose mean over the global batch is 1; 0 = left out
+    Rows are this process's samples, in order; names that begin with "all_" hold the global batch.
+    """
 
-    def part(self, rows: slice) -> "Keys":
+    def __getattr__(self, name: str):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def part(self, rows: slice) -> "Targets":
         """The same for some of this process's samples, for gradient accumulation."""
-        own = {
-            name: getattr(self, name) for name in ("projection", "regions", "query_points", "local_weight")
-        }
-        return self._replace(**{name: value[rows] for name, value in own.items() if value is not None})
+        own = {n: v[rows] for n, v in self.items() if v is not None and not n.startswith("all_")}
+        return Targets(self | own)
 
 
-class MoCo(nn.Module):
-    """MoCo v2 (arXiv 1911.05722, 2003.04297) with local features and feature decorrelation (2402.14611).
+class Method(nn.Module):
+    """A method of pretraining: a trained branch, `query`, and the paper's two additions to any method.
 
-    One step of training is `forward(query_view, key_view, ...)["loss"].backward()` and an optimiser step.
-    For gradient accumulation, or to skip bad steps, call what forward consists of: `encode_keys` once per
-    global batch, `forward` with each part of the keys, `enqueue` once, and `update_momentum_encoder` after
-    the optimiser (equivalent to updating before the next keys). In evaluation mode neither the momentum
-    encoder nor the queue moves.
+    A step of train_moco.py is, for all methods,
 
-    If the samples of a query batch were normalised together in the key batch too, the positive could be
-    recognised by the shared batch statistics instead of by its content. MoCo's answer is shuffling BN; here
-    BatchNorm uses sub-batches of `bn_split` samples and the key batch is permuted, over all processes, by a
-    permutation that depends on (seed, step) only. One process and many compute the same.
+        targets = model.targets(views, boxes)                   once per global batch, without gradient
+        model(views, boxes, targets)["loss"].backward()         for all of it, or for each part of it
+        optimizer.step()
+        model.after_step(targets)                               momentum encoder, queue
+
+    views: two of (n, C, H, W), this process's share of the global batch, in its order; boxes: (n, 5) each,
+    see `losses.matched_points`. `progress`, set before the step, is the share of the run that is done.
 
     Args:
-        encoder: becomes the query encoder; the momentum encoder is a copy.
-        dim: length of the compared vectors.
-        queue_size: number of negatives; at least the global batch.
-        momentum: of the momentum encoder's moving average, per step.
-        local: None, or any of LOCAL_DEFAULTS to change.
+        encoder: the network to train.
+        projector: see Branch.
+        local: None, or any of LOCAL_DEFAULTS to change: local InfoNCE between matched regions of the two
+            views (arXiv 2402.14611).
         decorrelation: None, or dict(method="zca" | "iternorm", ...) with group_size, eps, sync: whitening
-            between the trunk and both heads ("output"). For whitening inside the trunk ("bn3") build the
+            between the trunk and all heads ("output"). For whitening inside the trunk ("bn3") build the
             encoder with it.
-        weight: of the global loss; that of the local one is among LOCAL_DEFAULTS.
+        bn_split: samples that BatchNorm normalises together, 0: the global batch.
+        seed: of what the method draws.
+        weight: of the method's own loss; that of the local one is among LOCAL_DEFAULTS.
     """
 
     LOCAL_DEFAULTS = dict(
@@ -281,6 +324,157 @@ class MoCo(nn.Module):
         temperature=0.2,
         min_overlap=0.15,
     )
+    whole_batch = False  # whether the loss compares samples of a batch, so that its parts do not add up to it
+    dense = False  # whether it compares positions of a map, which needs more than one of them
+    small_crops = False  # whether it uses views after the first two
+    at_constant_rate = ()  # modules by name whose learning rate stays as it is given
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        projector: nn.Module,
+        local: dict | None = None,
+        decorrelation: dict | None = None,
+        bn_split: int = 32,
+        seed: int = 0,
+        weight: float = 1.0,
+    ):
+        super().__init__()
+        self.seed, self.weight, self.bn_split = seed, weight, bn_split
+        self.local = None if local is None else {**self.LOCAL_DEFAULTS, **local}
+        if unknown := set(self.local or {}) - set(self.LOCAL_DEFAULTS):
+            raise ValueError(f"unknown local option {sorted(unknown)[0]!r}: {', '.join(self.LOCAL_DEFAULTS)}")
+        if self.local and self.local["negatives"] not in ("image", "batch"):
+            raise ValueError(f"negatives must be 'image' or 'batch', not {self.local['negatives']!r}")
+        whitening = None
+        if decorrelation is not None:
+            options = {name: value for name, value in decorrelation.items() if name != "position"}
+            if decorrelation.get("position", "output") != "output":
+                raise ValueError("whitening at bn3 is part of the encoder: Encoder(whitening=...)")
+            whitening = make_whitening(channels=encoder.channels["layer4"], **options)
+        self.query = Branch(encoder, projector, self.local and self.local["layer"], whitening)
+        self.step = 0  # global batches seen
+        self.progress = 0.0
+        split_batch_norms(self, bn_split)
+
+    @torch.no_grad()
+    def targets(self, views: list[Tensor], boxes: list[Tensor] | None = None, parts: int = 1) -> Targets:
+        """What the losses need besides the views; `parts`: encode so many parts in turn, to save memory."""
+        return self.match_regions(views[0], *(boxes or (None, None)))
+
+    def both_views(self, views: list[Tensor], targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+        """The trained branch's projections of both views, and the local loss between them."""
+        z1, regions1 = self.query(views[0], targets.query_points)
+        z2, regions2 = self.query(views[1], targets.key_points)
+        return z1, z2, self.local_loss(regions1, regions2, targets.local_weight)
+
+    def terms(
+        self, own: Tensor, local: Tensor, projections: Tensor | None = None, **more
+    ) -> dict[str, Tensor]:
+        """What forward returns, all scalars: "global", the method's own loss, and "local", which make up
+        "loss"; `more`, which is only logged; and of projections (n, D) "similarity", the mean cosine of
+        different images (near 1: all images are one point)."""
+        terms = {"global": own, "local": local, "loss": self.weight * own}
+        if self.local is not None:
+            terms["loss"] = terms["loss"] + self.local["weight"] * local
+        terms |= more
+        if projections is not None:
+            units = F.normalize(at_least_float32(projections.detach()), dim=1)
+            terms["similarity"] = mean_cosine(gather(units))
+        return terms
+
+    def match_regions(self, view: Tensor, query_box: Tensor | None, key_box: Tensor | None) -> Targets:
+        """Points (n, R, 2) of the regions in both views, and each image's weight in the local loss (n,): the
+        mean over the global batch is 1; 0 = left out."""
+        if self.local is None:
+            return Targets(query_points=None, key_points=None, local_weight=None)
+        if query_box is None or key_box is None:
+            if self.local["match"] == "overlap":
+                raise ValueError("local.match = overlap needs the crop boxes of both views")
+            query_box = key_box = whole_slices(view)
+        query_points, key_points, keep = matched_points(
+            query_box, key_box, self.local["grid"], self.local["match"], self.local["min_overlap"]
+        )
+        keep = keep.to(query_box.dtype)
+        kept = gather(keep).mean()  # of the whole global batch, so that every kept image counts alike
+        weight = keep / kept.clamp(min=1e-12)
+        return Targets(query_points=query_points, key_points=key_points, local_weight=weight)
+
+    def local_loss(
+        self, query: Tensor | None, key: Tensor | None, weight: Tensor | None, everyone: Tensor | None = None
+    ) -> Tensor:
+        """The local InfoNCE of regions (n, R, 128), mean over the images whose views overlap enough.
+
+        everyone: (N, R, 128), the key regions of the global batch, if they are known; else gathered, if
+            local.negatives = batch.
+        """
+        if self.local is None:
+            return next(self.parameters()).new_zeros(())
+        if everyone is None and self.local["negatives"] == "batch":
+            everyone = gather(key)
+        per_image = local_nce_per_image(query, key, self.local["temperature"], everyone)  # (n,)
+        return torch.where(weight > 0, per_image * weight, 0).mean()
+
+    def after_step(self, targets: Targets, ok: Tensor | None = None) -> None:
+        """What changes once per global batch, after the optimiser (training only).
+
+        ok: a bool scalar on the model's device; where it is false nothing changes. The host need not know it.
+        """
+        if self.training:
+            self.step += 1
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def split_batch_norms(module: nn.Module, split: int) -> None:
+    for one in module.modules():
+        if isinstance(one, SplitBatchNorm2d):
+            one.split = split
+
+
+def whole_slices(view: Tensor) -> Tensor:
+    """Boxes (n, 5) of views that are not cropped."""
+    return view.new_tensor([[0, 0, 1, 1, 0]], dtype=torch.float32).expand(len(view), 5)
+
+
+@torch.no_grad()
+def follow(key: nn.Module, query: nn.Module, momentum: float, ok: Tensor | None = None) -> None:
+    """key <- momentum * key + (1 - momentum) * query, all parameters; not where `ok` is false."""
+    keys, weight = list(key.parameters()), 1 - momentum
+    if ok is not None:
+        weight = [weight * ok.to(keys[0].dtype)] * len(keys)
+    torch._foreach_lerp_(keys, list(query.parameters()), weight)
+
+
+# ---- MoCo ----------------------------------------------------------------------------------------
+
+
+class MoCo(Method):
+    """MoCo v2 (arXiv 1911.05722, 2003.04297) with local features and feature decorrelation (2402.14611).
+
+    One step of training is `forward(query_view, key_view, ...)["loss"].backward()` and an optimiser step.
+    For gradient accumulation, or to skip bad steps, call what forward consists of: `encode_keys` once per
+    global batch, `forward` with each part of the keys, `enqueue` once, and `update_momentum_encoder` after
+    the optimiser (equivalent to updating before the next keys). In evaluation mode neither the momentum
+    encoder nor the queue moves. (methods.MoCoV2 has the same in the order of Method.)
+
+    If the samples of a query batch were normalised together in the key batch too, the positive could be
+    recognised by the shared batch statistics instead of by its content. MoCo's answer is shuffling BN; here
+    BatchNorm uses sub-batches of `bn_split` samples and the key batch is permuted, over all processes, by a
+    permutation that depends on (seed, step) only. One process and many compute the same.
+
+    Args:
+        encoder: becomes the query encoder; the momentum encoder is a copy.
+        dim: length of the compared vectors.
+        queue_size: number of negatives; at least the global batch.
+        momentum: of the momentum encoder's moving average, per step.
+        temperature: of the softmax.
+        common: as Method's.
+    """
 
     def __init__(
         self,
@@ -289,35 +483,15 @@ class MoCo(nn.Module):
         queue_size: int = 65536,
         momentum: float = 0.999,
         temperature: float = 0.2,
-        local: dict | None = None,
-        decorrelation: dict | None = None,
-        bn_split: int = 32,
-        seed: int = 0,
-        weight: float = 1.0,
+        projector: nn.Module | None = None,
+        **common,
     ):
-        super().__init__()
-        self.momentum, self.temperature, self.seed, self.weight = momentum, temperature, seed, weight
-        self.local = None if local is None else {**self.LOCAL_DEFAULTS, **local}
-        if unknown := set(self.local or {}) - set(self.LOCAL_DEFAULTS):
-            raise ValueError(f"unknown local option {sorted(unknown)[0]!r}: {', '.join(self.LOCAL_DEFAULTS)}")
-        if self.local and self.local["negatives"] not in ("image", "batch"):
-            raise ValueError(f"negatives must be 'image' or 'batch', not {self.local['negatives']!r}")
-
-        whitening = None
-        if decorrelation is not None:
-            options = {name: value for name, value in decorrelation.items() if name != "position"}
-            if decorrelation.get("position", "output") != "output":
-                raise ValueError("whitening at bn3 is part of the encoder: Encoder(whitening=...)")
-            whitening = make_whitening(channels=encoder.channels["layer4"], **options)
-        self.query = Branch(encoder, dim, self.local and self.local["layer"], whitening)
-        for module in self.query.modules():
-            if isinstance(module, SplitBatchNorm2d):
-                module.split = bn_split
+        channels = encoder.channels["layer4"]
+        super().__init__(encoder, projector or GlobalHead(*mlp(channels, channels, dim)), **common)
+        self.momentum, self.temperature = momentum, temperature
         self.key = copy.deepcopy(self.query).requires_grad_(False)
-
         self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))
         self.register_buffer("queue_pointer", torch.tensor(0))  # the column that the next key goes to
-        self.step = 0  # global batches seen
 
     def forward(
         self,
@@ -325,7 +499,7 @@ class MoCo(nn.Module):
         key_view: Tensor | None = None,
         query_box: Tensor | None = None,
         key_box: Tensor | None = None,
-        keys: Keys | None = None,
+        keys: Targets | None = None,
     ) -> dict[str, Tensor]:
         """The losses of one step, and the step's changes to momentum encoder and queue.
 
@@ -347,102 +521,69 @@ class MoCo(nn.Module):
             keys = self.encode_keys(key_view, query_box, key_box)
 
         query, regions = self.query(query_view, keys.query_points)  # (n, D), (n, R, 128)
-        per_query, nearest = queue_nce(query, keys.projection, self.queue, self.temperature)  # (n,) each
-        terms = {"global": per_query.mean(), "local": self.local_loss(regions, keys)}
-        terms["loss"] = self.weight * terms["global"]
-        if self.local is not None:
-            terms["loss"] = terms["loss"] + self.local["weight"] * terms["local"]
-        terms["accuracy"] = nearest.float().mean()
-        terms["similarity"] = mean_cosine(keys.global_projections)
-
+        terms = self.losses(query, regions, keys)
         if whole_step:
             self.enqueue(keys)
         return terms
 
+    def losses(self, query: Tensor, regions: Tensor | None, keys: Targets) -> dict[str, Tensor]:
+        """Of queries (n, D) and regions (n, R, 128): what forward returns."""
+        per_query, nearest = queue_nce(query, keys.projection, self.queue, self.temperature)  # (n,) each
+        local = self.local_loss(regions, keys.regions, keys.local_weight, keys.all_regions)
+        accuracy, similarity = nearest.float().mean(), mean_cosine(keys.all_projections)
+        return self.terms(per_query.mean(), local, accuracy=accuracy, similarity=similarity)
+
     @torch.no_grad()
     def encode_keys(
         self, key_view: Tensor, query_box: Tensor | None = None, key_box: Tensor | None = None, parts: int = 1
-    ) -> Keys:
-        """Shuffle the key views over the global batch, encode them, and put the keys back in order.
+    ) -> Targets:
+        """The momentum encoder's keys: "projection" (n, D), unit vectors, "all_projections" (N, D) for the
+        queue, "regions" (n, R, 128), "all_regions" (N, R, 128) if those of other images are negatives, and
+        `match_regions`. Each process encodes its share, in `parts` parts, which saves memory."""
+        keys = self.match_regions(key_view, query_box, key_box)
+        keys |= self.shuffled(key_view, keys.key_points, parts)
+        keys["projection"] = F.normalize(keys.projection, dim=1)
+        keys["all_projections"] = gather(keys.projection)
+        of_batch = self.local is not None and self.local["negatives"] == "batch"
+        keys["all_regions"] = gather(keys.regions) if of_batch else None
+        return keys
 
-        Each process encodes its share, in `parts` parts, which saves memory.
-        """
-        query_points, key_points, weight = self._match_regions(key_view, query_box, key_box)
-        order = self._key_order(len(key_view) * world_size())
-        view, points = permuted_rows(key_view, order), permuted_rows(key_points, order)
-
+    def shuffled(self, view: Tensor, points: Tensor | None, parts: int) -> dict[str, Tensor | None]:
+        """The momentum encoder's outputs, in order, of views that it sees in another order, shuffled over the
+        global batch."""
+        order = self._key_order(len(view) * world_size())
+        view, points = permuted_rows(view, order), permuted_rows(points, order)
         pieces = [
-            (view[rows], None if points is None else points[rows]) for rows in row_ranges(len(view), parts)
+            self.key_outputs(view[rows], None if points is None else points[rows])
+            for rows in row_ranges(len(view), parts)
         ]
-        projections, regions = zip(*(self.key(*piece) for piece in pieces))
-
         back = torch.argsort(order)
-        projection = F.normalize(at_least_float32(torch.cat(projections)), dim=1)
-        projection = permuted_rows(projection, back)  # (n, D), of this process's own samples again
-        global_projections, global_regions = gather(projection), None  # (N, D)
-        if self.local is None:
-            return Keys(projection, global_projections)
-        regions = permuted_rows(at_least_float32(torch.cat(regions)), back)  # (n, R, 128)
-        if self.local["negatives"] == "batch":
-            global_regions = gather(regions)  # (N, R, 128)
-        return Keys(projection, global_projections, regions, global_regions, query_points, weight)
+        joined = {name: [piece[name] for piece in pieces] for name in pieces[0]}
+        return {
+            name: None if some[0] is None else permuted_rows(at_least_float32(torch.cat(some)), back)
+            for name, some in joined.items()
+        }
 
-    def local_loss(self, regions: Tensor | None, keys: Keys) -> Tensor:
-        """The local InfoNCE of regions (n, R, 128), mean over the images whose views overlap enough."""
-        if self.local is None:
-            return keys.projection.new_zeros(())
-        per_image = local_nce_per_image(
-            regions, keys.regions, self.local["temperature"], keys.global_regions
-        )  # (n,)
-        return torch.where(keys.local_weight > 0, per_image * keys.local_weight, 0).mean()
+    def key_outputs(self, view: Tensor, points: Tensor | None) -> dict[str, Tensor | None]:
+        projection, regions = self.key(view, points)
+        return {"projection": projection, "regions": regions}
 
-    @torch.no_grad()
     def update_momentum_encoder(self, ok: Tensor | None = None) -> None:
         """key <- m * key + (1 - m) * query, all parameters (training only; running statistics are its own).
 
         ok: a bool scalar on their device; where it is false nothing changes. The host need not know it.
         """
-        if not self.training:
-            return
-        keys, queries = list(self.key.parameters()), list(self.query.parameters())
-        weight = 1 - self.momentum
-        if ok is not None:
-            weight = [weight * ok.to(self.queue.dtype)] * len(keys)
-        torch._foreach_lerp_(keys, queries, weight)
+        if self.training:
+            follow(self.key, self.query, self.momentum, ok)
 
-    @torch.no_grad()
-    def enqueue(self, keys: Keys, ok: Tensor | None = None) -> None:
+    def enqueue(self, keys: Targets, ok: Tensor | None = None) -> None:
         """Overwrite the oldest columns of the queue with the keys of the global batch (training only).
 
         ok: as in `update_momentum_encoder`.
         """
-        if not self.training:
-            return
-        size, batch = self.queue.shape[1], len(keys.global_projections)
-        if batch > size:
-            raise ValueError(f"a batch of {batch} does not fit into a queue of {size}")
-        columns = (self.queue_pointer + torch.arange(batch, device=self.queue.device)) % size
-        entering = keys.global_projections.T.to(self.queue.dtype)  # (D, N)
-        if ok is not None:
-            entering, batch = torch.where(ok, entering, self.queue[:, columns]), batch * ok
-        self.queue[:, columns] = entering
-        self.queue_pointer.copy_((self.queue_pointer + batch) % size)
-        self.step += 1
-
-    def _match_regions(self, view: Tensor, query_box: Tensor | None, key_box: Tensor | None):
-        """Points (n, R, 2) of the regions in both views, and each image's share in the local loss (n,)."""
-        if self.local is None:
-            return None, None, None
-        if query_box is None or key_box is None:
-            if self.local["match"] == "overlap":
-                raise ValueError("local.match = overlap needs the crop boxes of both views")
-            query_box = key_box = view.new_tensor([[0, 0, 1, 1, 0]], dtype=torch.float32).expand(len(view), 5)
-        query_points, key_points, keep = matched_points(
-            query_box, key_box, self.local["grid"], self.local["match"], self.local["min_overlap"]
-        )
-        keep = keep.to(query_box.dtype)
-        kept = gather(keep).mean()  # of the whole global batch, so that every kept image counts alike
-        return query_points, key_points, keep / kept.clamp(min=1e-12)
+        if self.training:
+            push(self.queue, self.queue_pointer, keys.all_projections, ok)
+            self.step += 1
 
     def _key_order(self, batch: int) -> Tensor:
         """The permutation of the global batch (N,) in which keys are encoded; in order in evaluation."""
@@ -450,11 +591,19 @@ class MoCo(nn.Module):
             return torch.arange(batch)
         return torch.randperm(batch, generator=seeded("keys", self.seed, self.step))
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+@torch.no_grad()
+def push(queue: Tensor, pointer: Tensor, keys: Tensor, ok: Tensor | None = None) -> None:
+    """Overwrite the columns of a queue (D, K) from `pointer` on with keys (N, D); not where `ok` is false."""
+    size, batch = queue.shape[1], len(keys)
+    if batch > size:
+        raise ValueError(f"a batch of {batch} does not fit into a queue of {size}")
+    columns = (pointer + torch.arange(batch, device=queue.device)) % size
+    entering = keys.T.to(queue.dtype)  # (D, N)
+    if ok is not None:
+        entering, batch = torch.where(ok, entering, queue[:, columns]), batch * ok
+    queue[:, columns] = entering
+    pointer.copy_((pointer + batch) % size)
 
 
 def seeded(*key) -> torch.Generator:
@@ -471,16 +620,6 @@ def mean_cosine(x: Tensor) -> Tensor:
     """Of all pairs of different rows of x (N, D), unit vectors; 0 if there is one row."""
     pairs = len(x) * (len(x) - 1)
     return (x.sum(dim=0).square().sum() - len(x)) / max(pairs, 1)
-
-
-def gather(x: Tensor) -> Tensor:
-    """The rows of all processes, in order of rank: (n, ...) -> (N, ...). No gradient."""
-    if world_size() == 1:
-        return x
-    x = x.contiguous()
-    rows = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(rows, x)
-    return torch.cat(rows)
 
 
 def permuted_rows(x: Tensor | None, order: Tensor) -> Tensor | None:

@@ -1,15 +1,17 @@
-"""Pretrain an encoder on unlabelled slices: MoCo v2 + local features + feature decorrelation.
+"""Pretrain an encoder on unlabelled slices: MoCo v2 + local features + feature decorrelation, or a peer.
 
     python train_moco.py --config configs/phantom.yaml                                  # CPU or one GPU
     torchrun --nproc_per_node=8 train_moco.py --config configs/abdomen1k.yaml           # one node
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train_moco.py --config configs/abdomen1k.yaml optim.batch_size=2048             # many nodes
+    python train_moco.py --config configs/phantom.yaml method=byol                      # see methods.py
+    python train_moco.py --config configs/abdomen1k.yaml --config configs/methods/byol.yaml
 
-Any setting below can be given in the config file or behind the command as section.key=value. The same
-command resumes a run that was stopped. Results, in run.out: encoder.pth (a torchvision ResNet without fc) and
-encoder.json, both also for encoder_best (the highest label-free score, see collapse.py), metrics.jsonl,
-config.yaml, checkpoint.pth, features.png (dense features as colours); curves.png and spectrum.png if
-matplotlib is installed, TensorBoard files if tensorboard is.
+Any setting below can be given in a config file (in several: the later ones win) or behind the command as
+section.key=value. The same command resumes a run that was stopped. Results, in run.out: encoder.pth (a
+torchvision ResNet without fc) and encoder.json, both also for encoder_best (the highest label-free score, see
+collapse.py), metrics.jsonl, config.yaml, checkpoint.pth, features.png (dense features as colours); curves.png
+and spectrum.png if matplotlib is installed, TensorBoard files if tensorboard is.
 """
 
 import argparse
@@ -18,6 +20,8 @@ from engine.config import Config, ConfigError, config_errors, load_config, setti
 
 DEFAULTS = """
 seed: 0
+method: moco                # MoCo v2, by default with local and decorrelation; or one of its peers: simclr |
+                            # byol | simsiam | swav | barlow | vicreg | vicregl | densecl | pixpro | spark
 run:
   out: runs/pretrain        # folder of the results
   device: auto              # auto | cpu | cuda
@@ -51,19 +55,27 @@ augment:
   noise: 0.05
   autocontrast: 0.0         # probabilities
   equalize: 0.0
+  small_crops: 0            # further views of each slice, for swav
+  small_size: 96            # their side, px
+  small_scale: [0.05, 0.2]  # and area
 model:
   arch: resnet50            # resnet18 | resnet26 | resnet26_half | resnet34 | resnet50 | resnet101
   in_channels: 1
   output_stride: 32         # 32 | 16 | 8, during pretraining
-  dim: 128                  # length of the projections
-  queue_size: 65536         # negatives; keep it at half the training set or less
-  momentum: 0.999           # of the momentum encoder
-  weight: 1.0               # loss = model.weight * global + local.weight * local
-  temperature: 0.2
   init: random              # or weights to start from: a file, or the folder of a run
-  bn_split: 32              # samples that BatchNorm normalises together; divides a process's share; 0: all
+  bn_split: 32              # samples that BatchNorm normalises together; divides a process's share; 0: the
+                            # global batch
+  weight: 1.0               # loss = model.weight * the method's own + local.weight * local
+  # What follows not all methods have; null: the method's own value, see methods.py.
+  dim: null                 # length of the projections; moco: 128
+  hidden: null              # width of the heads
+  queue_size: null          # negatives; moco: 65536; keep it at half the training set or less
+  momentum: null            # of the momentum encoder; moco: 0.999
+  temperature: null         # moco: 0.2
+  prototypes: null          # of swav
+  mask: null                # share of a view that spark hides
 local:
-  weight: 0.5               # 0: off
+  weight: null              # 0: off; null: 0.5 with moco, 0 with the others
   match: overlap            # overlap: the same anatomy in both views | grid: the same cell (the paper's)
   layer: layer4
   grid: 4                   # grid x grid regions
@@ -71,7 +83,7 @@ local:
   temperature: 0.2
   min_overlap: 0.15         # of a crop's side; images whose views overlap less are left out
 decorrelation:
-  method: zca               # zca | iternorm | none
+  method: null              # zca | iternorm | none; null: zca with moco, none with the others
   position: output          # output: between trunk and heads | bn3: the trunk's last norm (the paper's)
   group_size: 64            # channels whitened together; 0: all
   eps: null                 # null: the method's own, 1e-3 for zca, 1e-5 for iternorm
@@ -80,8 +92,9 @@ optim:
   epochs: 200
   batch_size: 256           # global: over all processes and accumulation steps
   accumulate: 1             # parts of a process's share of a batch, one after the other
-  lr: 0.03                  # SGD with momentum, warm-up, then half a cosine to 0
-  momentum: 0.9
+  name: sgd                 # sgd | lars | adamw
+  lr: 0.03                  # warm-up, then half a cosine to 0
+  momentum: 0.9             # of sgd and lars
   weight_decay: 1.0e-4
   warmup_epochs: 10.0
   max_steps: 0              # length of the whole schedule in steps; 0: `epochs` decides
@@ -104,37 +117,44 @@ from contextlib import nullcontext
 
 import torch
 
-from augment import TwoViews
+from augment import SmallCrops, TwoViews
 from data import BatchReader, DataError, Intensity, SliceDataset, default_window, network_input
 from engine.process import Process, start_process
 from engine.stopping import StopRequest, naming_lost_workers, run_script
+from methods import METHODS
 from models import (
     ARCHITECTURES,
     LAYERS,
     Encoder,
-    MoCo,
+    Method,
     WeightsError,
     load_encoder_weights,
     row_ranges,
     seeded,
 )
+from pretraining.method_settings import check_method, own_settings, settle
+from pretraining.optimizers import make_optimizer
 from pretraining.run import NotFinite, Run, check_folder
-from pretraining.schedule import learning_rate
 
 # Settings that may be null, and their type otherwise.
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "data.hu_offset": float}
-NULLABLE |= {"decorrelation.eps": float}
+NULLABLE |= {"decorrelation.eps": float, "decorrelation.method": str, "local.weight": float}
+NULLABLE |= {f"model.{name}": int for name in ("dim", "hidden", "queue_size", "prototypes")}
+NULLABLE |= {f"model.{name}": float for name in ("momentum", "temperature", "mask")}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     cfg = load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
+    unused = settle(cfg, METHODS, args.overrides)
     check_config(cfg)
     if args.folder:  # launch.sh asks
         check_folder(cfg)
         print(cfg.run.out)
         return 0
     process = start_process(cfg.run)
+    if unused:
+        process.say(f"note: {cfg.method} has no use for {', '.join(unused)}")
     source = (cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
     dataset = SliceDataset(*source, skip_bad=cfg.run.skip_bad)
     if len(counts := set(process.gather(len(dataset)))) > 1:
@@ -150,7 +170,7 @@ def pretrain(cfg: Config, process: Process, reader: BatchReader, stop: StopReque
     """The whole run, from where its folder says it is; returns the exit code."""
     torch.manual_seed(cfg.seed)
     intensity = make_intensity(cfg, reader.dataset)
-    views = make_views(cfg, reader.dataset, intensity)
+    views_of = make_views(cfg, reader.dataset, intensity)
     model = build_model(cfg, process)
     optimizer = make_optimizer(cfg, model)
     run = Run(cfg, process, reader, intensity, model, optimizer, stop)  # from its checkpoint, if there is one
@@ -161,40 +181,39 @@ def pretrain(cfg: Config, process: Process, reader: BatchReader, stop: StopReque
     share = cfg.optim.batch_size // process.world  # of each global batch
     parts = row_ranges(share, cfg.optim.accumulate)
     for stored, unreadable in run.batches():  # (n, 1, H, W), HU or 8-bit values
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, run.steps_per_epoch, run.total_steps, cfg.optim)
+        run.set_schedule()  # the learning rate, and how much of the run is done
         guard.remember()
 
         # Two views of each slice, cropped and changed at random, and the boxes that they were cropped from.
         unit = intensity.to_unit(stored)  # (n, 1, H, W) in [0, 1]
         generator = seeded("views", cfg.seed, run.step)
-        *pair, query_box, key_box = views(unit, generator, process.rank * share, cfg.optim.batch_size)
-        query_view, key_view = (network_input(view, intensity, cfg.model.in_channels) for view in pair)
+        cropped, boxes = views_of(unit, generator, process.rank * share, cfg.optim.batch_size)
+        views = [network_input(view, intensity, cfg.model.in_channels) for view in cropped]
 
-        # The momentum encoder's keys of slices and regions, without gradient. They are encoded in an order
-        # that is shuffled over all processes (MoCo's shuffling BN).
+        # What the losses compare with, without gradient. MoCo: the momentum encoder's keys of slices and
+        # regions, encoded in an order that is shuffled over all processes (its shuffling BN).
         with process.autocast():
-            keys = model.encode_keys(key_view, query_box, key_box, parts=cfg.optim.accumulate)
+            targets = model.targets(views, boxes, parts=cfg.optim.accumulate)
 
-        # Queries, by the trained encoder with whitened features, and their losses: global InfoNCE against the
-        # keys in the queue, local InfoNCE against the other regions of the same slice (models.MoCo.forward).
+        # The trained encoder's features, whitened, and the losses. MoCo: global InfoNCE of queries against
+        # their keys and the queue, local InfoNCE against the other regions of the same slice.
         terms = {}
         for rows in parts:
             last = rows is parts[-1]  # only its backward pass averages gradients over processes
             with nullcontext() if last or process.world == 1 else network.no_sync():
                 with process.autocast():
-                    losses = network(query_view[rows], keys=keys.part(rows))
+                    some = [view[rows] for view in views], [box[rows] for box in boxes]
+                    losses = network(*some, targets.part(rows))
                 (losses["loss"] / len(parts)).backward()
             terms = {name: terms.get(name, 0) + value.detach() / len(parts) for name, value in losses.items()}
 
-        # The query encoder takes its step, the momentum encoder follows, the keys enter the queue. Where the
+        # The encoder takes its step. MoCo: the momentum encoder follows, the keys enter the queue. Where the
         # loss or a gradient is not finite (ok is false), none of this changes anything.
         terms = run.over_processes(terms, unreadable)
-        ok = guard.judge(terms["loss"])  # also sets optimizer.found_inf, with which fused SGD skips the step
+        ok = guard.judge(terms["loss"])  # also sets optimizer.found_inf, with which fused optimisers skip it
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        model.update_momentum_encoder(ok)
-        model.enqueue(keys, ok)
+        model.after_step(targets, ok)
         guard.restore_unless(ok)
 
         stopping = run.after_step(terms)  # logs; measures and saves where that is due
@@ -214,36 +233,44 @@ def check_config(cfg: Config) -> None:
     cfg.check_choice("run.device", "auto", "cpu", "cuda")
     cfg.check_choice("run.precision", "auto", "fp32", "bf16")
     cfg.check_choice("model.arch", *ARCHITECTURES)
+    cfg.check_choice("optim.name", "sgd", "lars", "adamw")
     cfg.check_choice("local.match", "overlap", "grid")
     cfg.check_choice("local.layer", *LAYERS)
     cfg.check_choice("local.negatives", "image", "batch")
-    cfg.check_choice("decorrelation.method", "zca", "iternorm", "none")
+    if cfg.decorrelation.method is not None:
+        cfg.check_choice("decorrelation.method", "zca", "iternorm", "none")
     cfg.check_choice("decorrelation.position", "output", "bn3")
     cfg.check("model.output_stride", cfg.model.output_stride in (8, 16, 32), "8, 16 or 32")
     cfg.check("model.in_channels", cfg.model.in_channels in (1, 3), "1 or 3")
-    cfg.check_positive("data.size", "data.std", "model.dim", "model.queue_size", "model.temperature")
+    cfg.check_positive("data.size", "data.std")
     cfg.check_positive("local.grid", "local.temperature", "run.max_bad_steps", "run.timeout_minutes")
     cfg.check("data.size", cfg.data.size <= 8192, "1 to 8192 px")
     if cfg.decorrelation.eps is not None:
         cfg.check_positive("decorrelation.eps")
     cfg.check_positive("optim.epochs", "optim.batch_size", "optim.accumulate", "optim.lr", "log.every")
     cfg.check_fraction("augment.flip", "augment.autocontrast", "augment.equalize", "augment.contrast")
-    cfg.check_fraction("model.momentum", "optim.momentum", "local.min_overlap")
+    cfg.check_fraction("optim.momentum", "local.min_overlap")
     cfg.check_range("augment.scale")
     low, high = cfg.augment.scale
     cfg.check("augment.scale", low > 0 and high <= 1, "two fractions of the slice's area")
-    cfg.check_not_negative("seed", "data.workers", "local.weight", "log.rank_every", "model.bn_split")
+    cfg.check_range("augment.small_scale")
+    low, high = cfg.augment.small_scale
+    cfg.check("augment.small_scale", low > 0 and high <= 1, "two fractions of the slice's area")
+    cfg.check_not_negative("augment.small_crops")
+    cfg.check("augment.small_size", 1 <= cfg.augment.small_size <= 8192, "1 to 8192 px")
+    cfg.check_not_negative("seed", "data.workers", "log.rank_every", "model.bn_split")
     cfg.check_not_negative("model.weight", "run.save_steps", "run.save_minutes", "decorrelation.group_size")
-    cfg.check("local.weight", cfg.model.weight + cfg.local.weight > 0, "above 0 if model.weight is 0")
+    if cfg.local.weight is not None:
+        cfg.check_not_negative("local.weight")
+        cfg.check("local.weight", cfg.model.weight + cfg.local.weight > 0, "above 0 if model.weight is 0")
     cfg.check_not_negative("augment.brightness", "augment.gamma", "augment.blur", "augment.noise")
     cfg.check_not_negative("optim.weight_decay", "optim.warmup_epochs", "optim.max_steps")
     if cfg.data.window is not None and cfg.data.window != "auto":
         cfg.check_range("data.window")
-    batch = cfg.optim.batch_size
-    cfg.check("model.queue_size", cfg.model.queue_size >= batch, f"optim.batch_size, {batch}, or more")
+    check_method(cfg, METHODS[cfg.method])
 
 
-def build_model(cfg: Config, process: Process) -> MoCo:
+def build_model(cfg: Config, process: Process) -> Method:
     plan, at_output, in_trunk = cfg.decorrelation, None, {}
     options = {"group_size": plan.group_size, "sync": plan.sync} | ({"eps": plan.eps} if plan.eps else {})
     if plan.method != "none" and plan.position == "bn3":
@@ -256,12 +283,9 @@ def build_model(cfg: Config, process: Process) -> MoCo:
     if cfg.model.init != "random":
         process.say(str(load_encoder_weights(encoder, cfg.model.init)))
     with config_errors():
-        model = MoCo(
+        model = METHODS[cfg.method](
             encoder,
-            cfg.model.dim,
-            cfg.model.queue_size,
-            cfg.model.momentum,
-            cfg.model.temperature,
+            **own_settings(cfg),
             local=dict(cfg.local) if cfg.local.weight else None,
             decorrelation=at_output,
             bn_split=cfg.model.bn_split,
@@ -269,8 +293,9 @@ def build_model(cfg: Config, process: Process) -> MoCo:
             weight=cfg.model.weight,
         )
     if cfg.run.compile:
-        model.query.encoder.compile()
-        model.key.encoder.compile()
+        for module in model.modules():
+            if isinstance(module, Encoder):
+                module.compile()
     return model.to(process.device, memory_format=torch.channels_last)
 
 
@@ -279,22 +304,24 @@ def make_intensity(cfg: Config, dataset: SliceDataset) -> Intensity:
     return Intensity(window, cfg.data.mean, cfg.data.std)
 
 
-def make_views(cfg: Config, dataset: SliceDataset, intensity: Intensity) -> TwoViews:
-    """The augmentation; where values are not windowed, black and white are the ends of CT's whole range."""
+def make_views(cfg: Config, dataset: SliceDataset, intensity: Intensity):
+    """(batch, generator, offset, total) -> two views and more if there are small crops, and the two boxes.
+
+    Where values are not windowed, black and white are the ends of CT's whole range.
+    """
     black_white = (0.0, 1.0)
     if intensity.window is None:
         black_white = {"hu": (-1024.0, 3071.0), "uint8": (0.0, 255.0), "stored": (0.0, 4095.0)}[dataset.kind]
-    return TwoViews(cfg.data.size, **cfg.augment, value_range=black_white)
+    changes = {name: value for name, value in cfg.augment.items() if not name.startswith("small_")}
+    two_views = TwoViews(cfg.data.size, **changes, value_range=black_white)
+    changes["scale"] = cfg.augment.small_scale
+    small = SmallCrops(cfg.augment.small_crops, cfg.augment.small_size, **changes, value_range=black_white)
 
+    def views_of(batch, generator, offset, total):
+        *views, box1, box2 = two_views(batch, generator, offset, total)
+        return views + small(batch, generator, offset, total), [box1, box2]
 
-def make_optimizer(cfg: Config, model: MoCo) -> torch.optim.SGD:
-    """Fused: only fused optimisers skip a step by `found_inf` (pretraining/guard.py)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optim = cfg.optim
-    optimizer = torch.optim.SGD(parameters, optim.lr, optim.momentum, 0, optim.weight_decay, fused=True)
-    for parameter in parameters:  # or a first step that is skipped would leave them undefined
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    return views_of
 
 
 if __name__ == "__main__":

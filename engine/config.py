@@ -40,7 +40,9 @@ def settings_parser(description: str, defaults: str) -> OneLineParser:
         epilog="settings and their defaults:\n" + defaults,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML over the settings below")
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", help="YAML over the settings below; several: in order"
+    )
     parser.add_argument("--folder", action="store_true", help="check the settings, print run.out, and stop")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that go before the file"
@@ -115,9 +117,10 @@ class Config(dict):
 
 
 def load_config(
-    defaults: str, path: str | Path | None, overrides: list[str], nullable: dict[str, type | tuple]
+    defaults: str, path: str | Path | list | None, overrides: list[str], nullable: dict[str, type | tuple]
 ) -> Config:
-    """Defaults (YAML text), then the file, then the overrides; every value has its default's type.
+    """Defaults (YAML text), then the file, or the files in order, then the overrides; every value has its
+    default's type.
 
     Args:
         overrides: "section.key=value" each.
@@ -128,8 +131,8 @@ def load_config(
     """
     cfg = to_config(yaml.safe_load(defaults))
     given = {}
-    if path is not None:
-        given |= flatten(read_yaml(path), cfg)
+    for file in path if isinstance(path, list) else [path]:
+        given |= flatten(read_yaml(file), cfg) if file is not None else {}
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:

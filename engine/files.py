@@ -306,8 +306,8 @@ def is_plain(value) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def checked_optimizer(optimizer: torch.optim.SGD, state: dict) -> dict:
-    """What optimizer.load_state_dict takes: the momentum in a checkpoint's `state`, and the optimiser's own
+def checked_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """What optimizer.load_state_dict takes: the averages in a checkpoint's `state`, and the optimiser's own
     settings, which those in `state` must equal. (All but the rate, which is set anew before each step.)
 
     Raises any of UNFIT for a state of something else; load_state_dict itself takes everything.
@@ -317,11 +317,21 @@ def checked_optimizer(optimizer: torch.optim.SGD, state: dict) -> dict:
         common = (mine.keys() & theirs.keys()) - {"lr"}
         if any(not is_plain(theirs[name]) or mine[name] != theirs[name] for name in common):
             raise ValueError("the optimiser's settings are others")
-    momenta = {}
+    averages = {}
     for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        momentum = state["state"][number]["momentum_buffer"]
-        same = momentum.shape == parameter.shape and momentum.dtype == parameter.dtype
-        if not same or momentum.layout != torch.strided or not momentum.isfinite().all():
-            raise ValueError("the optimiser's momentum does not fit")
-        momenta[number] = {"momentum_buffer": momentum.clone()}  # with memory for all of its elements
-    return {"state": momenta, "param_groups": own}
+        averages[number] = {}
+        for name, first in first_averages(optimizer, parameter).items():
+            value = state["state"][number][name]
+            same = (value.shape, value.dtype) == (first.shape, first.dtype)
+            if not same or value.layout != torch.strided or not value.isfinite().all():
+                raise ValueError("the optimiser's averages do not fit")
+            averages[number][name] = value.clone()  # with memory for all of its elements
+    return {"state": averages, "param_groups": own}
+
+
+def first_averages(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What an optimiser, SGD or AdamW, keeps of a parameter, before the first step."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return {"step": step} | {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    return {"momentum_buffer": torch.zeros_like(parameter)}

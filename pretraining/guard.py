@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.files import write_whole
-from models import MoCo
+from models import Method
 
 
 class NotFinite(ArithmeticError):
@@ -17,17 +17,17 @@ class NotFinite(ArithmeticError):
 class Guard:
     """A step whose loss or gradient is not finite changes nothing, on all processes alike.
 
-    Nobody waits for the device to know: fused SGD skips a step by itself (`found_inf`, as for GradScaler),
-    momentum encoder and queue take `ok`, and the running statistics, which the forward passes have
-    moved by then, are put back. After `most` such steps in a row every further one counts as bad, so
+    Nobody waits for the device to know: fused optimisers skip a step by themselves (`found_inf`, as for
+    GradScaler), momentum encoder and queue take `ok`, and the running statistics, which the forward passes
+    have moved by then, are put back. After `most` such steps in a row every further one counts as bad, so
     that a host that learns of it late finds the state from before them.
     """
 
-    def __init__(self, model: MoCo, optimizer: torch.optim.SGD, most: int):
+    def __init__(self, model: Method, optimizer: torch.optim.Optimizer, most: int):
         self.optimizer, self.most = optimizer, most
-        counters = [b for b in model.buffers() if b.dtype == torch.int64 and b is not model.queue_pointer]
-        self.moved = [running_statistics(model), counters]  # by a forward pass
-        device = model.queue.device
+        counters = [b for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
+        self.moved = [running_statistics(model), *([counters] if counters else [])]  # by a forward pass
+        device = next(model.parameters()).device
         self.in_row, self.skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
     def remember(self) -> None:
@@ -58,9 +58,9 @@ class Guard:
         return {"gradient_norm": self.norm, "bad_in_row": self.in_row, "skipped_steps": self.skipped}
 
 
-def running_statistics(model: MoCo) -> list[Tensor]:
-    """The running averages of all norms, of both branches; a forward pass in training moves them."""
-    return [b for b in (*model.query.buffers(), *model.key.buffers()) if b.is_floating_point()]
+def running_statistics(model: Method) -> list[Tensor]:
+    """The running averages of all norms, which a forward pass in training moves."""
+    return [b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("running_")]
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
@@ -75,7 +75,7 @@ def bad_steps_text(bad: dict[int, dict], slices_of, folder: Path, write: bool) -
     rows = [
         {
             "step": step,
-            "terms": {name: str(terms[name]) for name in (*TERMS, "gradient_norm")},
+            "terms": {name: str(terms[name]) for name in (*losses_of(terms), "gradient_norm")},
             "slices": slices_of(step - 1),
         }
         for step, terms in bad.items()
@@ -91,7 +91,14 @@ def bad_steps_text(bad: dict[int, dict], slices_of, folder: Path, write: bool) -
     )
 
 
-TERMS = ("loss", "global", "local", "accuracy", "similarity")  # of MoCo.forward, as they are logged
+# What a step's row holds besides the terms of Method.forward.
+EVENTS = ("unreadable", "stop", "save", "gradient_norm", "bad_in_row", "skipped_steps")
+
+
+def losses_of(row: dict[str, float]) -> dict[str, float]:
+    """The terms of Method.forward in a step's row: "loss", "global", "local", and what else a method says."""
+    named = {name: value for name, value in row.items() if name not in EVENTS}
+    return {"loss": named.pop("loss")} | named
 
 
 def terms_text(terms: dict[str, float]) -> str:

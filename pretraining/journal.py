@@ -8,7 +8,7 @@ from collapse import label_free_score, recent_similarity
 from engine.config import Config
 from engine.files import MetricsLog
 from engine.process import Process, progress
-from pretraining.guard import TERMS, terms_text
+from pretraining.guard import losses_of, terms_text
 from pretraining.monitor import describe_collapse
 from pretraining.schedule import learning_rate
 
@@ -42,14 +42,14 @@ class Journal:
             rate = (step - self.since) * self.cfg.optim.batch_size / (now - self.clock)
             self.since, self.clock = step, now
             row = {"step": step, "epoch": self.epoch(step)}
-            row |= {name: found[name] for name in (*TERMS, "gradient_norm")}
+            row |= losses_of(found) | {"gradient_norm": found["gradient_norm"]}
             row["lr"] = learning_rate(step - 1, self.steps_per_epoch, self.total_steps, self.cfg.optim)
             row |= {"images_per_second": round(rate, 1), "skipped_steps": int(found["skipped_steps"])}
             self.write(row | {"unreadable_slices": self.unreadable})
             self.say(step, f"{loss_text(found)}{self.rank_text} {rate:.0f} images/s")
-            if not self.warned and found["similarity"] > ONE_POINT and self.warmed_up(step):
+            if not self.warned and found.get("similarity", 0) > ONE_POINT and self.warmed_up(step):
                 self.warned = True
-                self.process.say(f"step {step}: {one_point_text(found)}")
+                self.process.say(f"step {step}: {one_point_text(found, self.cfg.method)}")
         return found
 
     def warmed_up(self, step: int) -> bool:
@@ -78,8 +78,8 @@ class Journal:
 
     def remember(self, row: dict) -> None:
         self.latest |= row
-        if "similarity" in row:
-            self.similarities.append(row["similarity"])
+        if "loss" in row:  # without projections to compare, or a loss of them, they say nothing
+            self.similarities.append(row.get("similarity", 0.0) if self.cfg.model.weight else 0.0)
         if (score := row.get("score")) is not None:
             self.best = max(self.best, score)
 
@@ -87,8 +87,7 @@ class Journal:
         """What CollapseMonitor has measured, with the label-free score; the untrained encoder has none."""
         if not measured or not step:
             return measured
-        keys = self.similarities if self.cfg.model.weight else [0.0]  # without a global loss they say nothing
-        score = label_free_score(measured["grey_readout"], recent_similarity(keys))
+        score = label_free_score(measured["grey_readout"], recent_similarity(self.similarities))
         return measured if math.isnan(score) else measured | {"score": round(score, 5)}
 
     def names_to_keep(self, step: int, measured: dict) -> list[str]:
@@ -114,9 +113,14 @@ def loss_text(found: dict) -> str:
     return f"loss {found['loss']:.3f}" + (f" local {found['local']:.3f}" if found["local"] else "")
 
 
-def one_point_text(found: dict) -> str:
-    return (
-        f"the keys of different images have a mean cosine of {found['similarity']:.4f}: all images are one "
+def one_point_text(found: dict, method: str) -> str:
+    what = "keys" if method in ("moco", "densecl") else "projections"
+    start = (
+        f"the {what} of different images have a mean cosine of {found['similarity']:.4f}: all images are one "
+    )
+    if what == "projections":
+        return start + "point; a lower optim.lr, or decorrelation at output, can help"
+    return start + (
         "point, and the global loss only tells new keys from old ones; a shorter model.queue_size, a "
         "model.momentum nearer to 1, or decorrelation at output can help"
     )

@@ -25,7 +25,7 @@ from engine.config import Config
 from engine.files import written_whole
 from engine.process import Process, progress
 from losses import effective_rank_of
-from models import Encoder, MoCo, seeded
+from models import Encoder, Method, seeded
 
 KINDS = {  # of features, as their columns in metrics.jsonl end
     "": "pooled",
@@ -53,7 +53,7 @@ class CollapseMonitor:
         self.slices = Subset(dataset, [index for _, _, index in by_case])
 
     @torch.no_grad()
-    def measure(self, model: MoCo) -> dict:
+    def measure(self, model: Method) -> dict:
         """Effective ranks (after the whitening between trunk and heads, too, if there is one) and spectra."""
         if not self.process.is_main:
             return {}
@@ -90,7 +90,7 @@ class CollapseMonitor:
         return dense_structure(features) | {"grey_readout": grey_readout(features, torch.cat(grey))}
 
     @torch.no_grad()
-    def features_page(self, model: MoCo) -> Image.Image:
+    def features_page(self, model: Method) -> Image.Image:
         """A panel of slices and their dense features at output stride 8 as colours (feature_colors)."""
         encoder, training = model.query.encoder, model.training
         count = min(PANEL, len(self.slices))
@@ -193,9 +193,13 @@ def draw(folder: Path, process: Process) -> None:
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     ranks = [row for row in rows if "effective_rank" in row]
-    losses = ("global", "local") if any(row.get("local") for row in rows) else ("global",)
+    logged = next((row for row in rows if "loss" in row), {})
+    beside = ("step", "epoch", "loss", "accuracy", "similarity", "lr", "images_per_second", "gradient_norm")
+    beside += ("skipped_steps", "unreadable_slices") + (
+        () if any(row.get("local") for row in rows) else ("local",)
+    )
     panels = {
-        "InfoNCE": {name: name for name in losses},
+        "loss terms": {name: name for name in logged if name not in beside},
         "accuracy and similarity": {
             "accuracy": "queries nearest to their own key",
             "similarity": "cosine of keys",

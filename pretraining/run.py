@@ -20,13 +20,13 @@ from engine.config import Config
 from engine.files import make_run_folder, refuse_other_run, written_whole
 from engine.process import Process, Readback, only_warning
 from engine.stopping import StopRequest, batch_loader, begin, leave
-from models import MoCo
+from models import Method, whole_slices
 from pretraining.guard import Guard, NotFinite, bad_steps_text
 from pretraining.journal import Journal
 from pretraining.judgement import heed_data
 from pretraining.monitor import CollapseMonitor, draw, show
 from pretraining.run_state import average_running_statistics, averaged_statistics, export, resume, save
-from pretraining.schedule import Due, StepBatches, count_steps
+from pretraining.schedule import Due, StepBatches, count_steps, learning_rate
 
 SCRIPT = "train_moco.py"  # whose folders these are, see engine/ownership.py
 
@@ -54,8 +54,8 @@ class Run:
     process: Process
     reader: BatchReader
     intensity: Intensity
-    model: MoCo
-    optimizer: torch.optim.SGD
+    model: Method
+    optimizer: torch.optim.Optimizer
     stop: StopRequest
 
     def __post_init__(self):
@@ -97,12 +97,11 @@ class Run:
             trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         samples = cfg.optim.batch_size // process.world // cfg.optim.accumulate
         shape = (samples, cfg.model.in_channels, cfg.data.size, cfg.data.size)
-        view = torch.zeros(shape, device=process.device)
-        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]], device=process.device).expand(samples, -1)
+        views = [torch.zeros(shape, device=process.device)] * 2
+        boxes = [whole_slices(views[0])] * 2
         self.guard.remember()
         with process.autocast():
-            keys = model.train().encode_keys(view, whole, whole)
-            loss = trained(view, keys=keys)["loss"]
+            loss = trained(views, boxes, model.train().targets(views, boxes))["loss"]
         loss.backward()
         model.zero_grad()
         self.guard.restore_unless(torch.zeros((), dtype=torch.bool, device=process.device))
@@ -122,6 +121,14 @@ class Run:
         self.model.train()
         for stored, unreadable in loader:
             yield stored.to(process.device, non_blocking=True), unreadable
+
+    def set_schedule(self) -> None:
+        """The step's learning rate, and the share of the run that is done, on which momenta depend."""
+        for group in self.optimizer.param_groups:
+            if not group["constant"]:
+                rate = learning_rate(self.step, self.steps_per_epoch, self.total_steps, self.cfg.optim)
+                group["lr"] = rate
+        self.model.progress = self.step / self.total_steps
 
     def over_processes(self, terms: dict[str, Tensor], unreadable: int) -> dict[str, Tensor]:
         """Means of a step's terms over all processes, and sums of what else they have to tell each other:

@@ -20,7 +20,8 @@ from engine.files import (
     written_whole,
 )
 from engine.process import Process, warn
-from models import MoCo, fits, gather, is_sound
+from losses import gather
+from models import Method, fits, is_sound
 from pretraining.guard import running_statistics
 
 # What the names of settings begin with that a resumed run may change: the method does not depend on them.
@@ -73,8 +74,7 @@ def checked(state: dict, run) -> dict:
     per_process = sum(average.numel() for average in running_statistics(run.model))
     sound = (
         fits(model, run.model.state_dict())
-        and 0 <= model["queue_pointer"] < model["queue"].shape[1]
-        and bool((model["queue"].norm(dim=0) < 1.01).all())  # keys are unit vectors
+        and all(queue_is_sound(model, name) for name in model if name.endswith("queue"))
         and is_sound(statistics)
         and (statistics.dim(), statistics.dtype) == (2, torch.float32)
         and statistics.shape[1] == per_process
@@ -82,6 +82,12 @@ def checked(state: dict, run) -> dict:
     if not sound:
         raise ValueError
     return state | {"optimizer": checked_optimizer(run.optimizer, state["optimizer"])}
+
+
+def queue_is_sound(model: dict, name: str) -> bool:
+    """Whether keys are unit vectors, and the next one's column is there."""
+    queue, pointer = model[name], model[f"{name}_pointer"]
+    return bool(0 <= pointer < queue.shape[1] and (queue.norm(dim=0) < 1.01).all())
 
 
 def save(run) -> None:
@@ -127,7 +133,7 @@ def export(run, name: str, metrics: dict) -> None:
 
 
 @contextmanager
-def averaged_statistics(model: MoCo, process: Process):
+def averaged_statistics(model: Method, process: Process):
     """Within, all processes have the mean of their running statistics; afterwards each has its own again, so
     that looking at them changes nothing. Yields what each had, (world, n)."""
     before = average_running_statistics(model)
@@ -136,7 +142,7 @@ def averaged_statistics(model: MoCo, process: Process):
 
 
 @torch.no_grad()
-def average_running_statistics(model: MoCo) -> Tensor:
+def average_running_statistics(model: Method) -> Tensor:
     """Give all processes the mean of their running statistics: what one process would have.
 
     Moving averages are linear in the batch statistics, so doing this before they are read (evaluation,
@@ -150,7 +156,7 @@ def average_running_statistics(model: MoCo) -> Tensor:
 
 
 @torch.no_grad()
-def set_running_statistics(model: MoCo, values: Tensor) -> None:
+def set_running_statistics(model: Method, values: Tensor) -> None:
     """From one vector (n,) that holds them all, in order."""
     averages = running_statistics(model)
     for average, value in zip(averages, values.split([a.numel() for a in averages]), strict=True):

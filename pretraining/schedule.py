@@ -26,7 +26,7 @@ def count_steps(cfg: Config, size: int, process: Process) -> tuple[int, int]:
         raise ConfigError(f"model.bn_split: {split} does not divide the {share} samples of a forward pass")
     if split and share < split and shares > 1:
         process.say(f"note: BatchNorm sees {share} samples at a time, fewer than model.bn_split = {split}")
-    if cfg.model.queue_size > size:
+    if cfg.model.queue_size and cfg.model.queue_size > size:
         process.say(
             f"note: model.queue_size {cfg.model.queue_size} is above the {size} slices: a slice's own older "
             "keys are among its negatives; half the slices or less is better"

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import Encoder, MoCo, gather, permuted_rows
+from losses import gather
+from models import Encoder, MoCo, permuted_rows
 from pretraining.run_state import average_running_statistics
 
 

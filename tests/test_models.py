@@ -13,6 +13,7 @@ from losses import matched_points
 from models import (
     DeepLabV3Plus,
     Encoder,
+    GlobalHead,
     LinearDecoder,
     MoCo,
     SplitBatchNorm2d,
@@ -270,7 +271,7 @@ def test_batch_statistics_reveal_the_positive_unless_split_and_permuted(split, p
     """All images look the same to this encoder; only their batches differ. So any accuracy is a leak."""
     torch.manual_seed(0)
     moco = MoCo(ProbeEncoder(), dim=16, queue_size=128, bn_split=split)
-    moco.query.projector = moco.key.projector = nn.Identity()
+    moco.query.projector = moco.key.projector = GlobalHead()
     if not permuted:
         moco._key_order = torch.arange
     accuracy = []

@@ -8,10 +8,10 @@ import torch
 import torchvision
 from PIL import Image
 
-import train_moco
 from ct.slices import DataError
 from engine.config import ConfigError
 from models import Encoder, WeightsError
+from pretraining.run import Run
 
 
 def losses_of(rows):
@@ -77,8 +77,8 @@ def test_a_stopped_run_goes_on_with_the_same_losses(train, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    step = train_moco.learning_rate
-    monkeypatch.setattr(train_moco, "learning_rate", lambda i, *rest: stop() if i == 4 else step(i, *rest))
+    set_schedule = Run.set_schedule
+    monkeypatch.setattr(Run, "set_schedule", lambda run: stop() if run.step == 4 else set_schedule(run))
     with pytest.raises(KeyboardInterrupt):
         train("stopped", "run.save_steps=3")
     monkeypatch.undo()

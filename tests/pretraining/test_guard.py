@@ -33,7 +33,7 @@ def take_step(model, optimizer, guard, view):
 def test_a_bad_step_changes_nothing(first):
     model, view = moco_and_views()
     optimizer = train_moco.make_optimizer(
-        to_config({"optim": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}}), model
+        to_config({"optim": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}}), model
     )
     guard = Guard(model, optimizer, most=3)
     if not first:

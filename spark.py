@@ -1,0 +1,209 @@
+"""SparK: masked reconstruction with a convolutional network (arXiv 2301.03580).
+
+Cells of 32 px of a view are hidden, and a light decoder fills them in from the maps of what is visible. An
+ordinary convolution would smear the edge of the hidden area into the visible one and shift the statistics of
+its norms. Here a ResNet computes what a sparse one would: every convolution is followed by a norm, which
+takes its statistics from visible positions only and leaves 0 at the others, so that the next convolution sees
+nothing there.
+
+Needs losses.py and models.py. `methods.METHODS` has it beside the other methods.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from losses import own_rows, patch_reconstruction, world_size
+from models import LAYERS, Encoder, Method, SplitBatchNorm2d, Targets, seeded, split_batch_norms
+
+
+class SparK(Method):
+    """Reconstructs the hidden cells of the first view (section 3); has no projections, and no second view.
+
+    Args:
+        encoder: of output stride 32 or less, without whitening.
+        mask: share of the cells that are hidden.
+        hidden: channels of the decoder's first stage, halved in each further one. Theirs has 512, and takes
+            more time than the encoder.
+        common: as Method's; neither `local` nor `decorrelation` has a meaning here.
+
+    Raises:
+        ValueError: an addition that cannot be combined.
+    """
+
+    cell = 32  # px
+
+    def __init__(self, encoder: Encoder, mask: float = 0.6, hidden: int = 128, **common):
+        if common.get("local"):
+            raise ValueError(
+                "local.weight: masked reconstruction sees one view, so no regions can be matched"
+            )
+        if common.get("decorrelation") or not isinstance(
+            encoder.get_submodule(encoder.last_norm), nn.BatchNorm2d
+        ):
+            raise ValueError(
+                "decorrelation.method: whitening would count the hidden positions; spark needs none"
+            )
+        see_only_what_is_visible(encoder)
+        super().__init__(encoder, nn.Identity(), **common)
+        self.mask = mask
+        self.decoder = Decoder(encoder, hidden)
+        split_batch_norms(self.decoder, self.bn_split)
+
+    @torch.no_grad()
+    def targets(self, views, boxes=None, parts=1) -> Targets:
+        """Under "visible" (n, k) the numbers of an image's visible cells, ascending; the same for a sample of
+        the global batch in whatever process it is."""
+        n, _, height, width = views[0].shape
+        cells = (height // self.cell) * (width // self.cell)
+        count = min(max(round(cells * (1 - self.mask)), 1), cells if self.mask == 0 else cells - 1)
+        draw = torch.rand(n * world_size(), cells, generator=seeded("mask", self.seed, self.step))
+        visible = draw[own_rows(n)].argsort(dim=1)[:, :count].sort(dim=1).values
+        return Targets(visible=visible.to(views[0].device))
+
+    def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
+        targets = self.targets(views, boxes) if targets is None else targets
+        view = views[0]  # (n, C, H, W)
+        seen = Visible(targets.visible, view.shape[2] // self.cell, view.shape[3] // self.cell)
+        with only_visible(self, seen):
+            maps = self.query.encoder(seen.only(view), LAYERS)
+            prediction = self.decoder(maps, seen)  # (n, C, H, W)
+        own = patch_reconstruction(prediction, view, seen.hidden())
+        return self.terms(own, own.new_zeros(()))
+
+
+class Visible:
+    """The visible cells of images: (n, k) numbers in a grid of rows x columns cells."""
+
+    def __init__(self, cells: Tensor, rows: int, columns: int):
+        self.cells, self.grid = cells, (rows, columns)
+        self.places = {}  # of each size of map, on which layers share them
+
+    def hidden(self) -> Tensor:
+        """(n, rows, columns) bool."""
+        mask = torch.ones(
+            len(self.cells), self.grid[0] * self.grid[1], dtype=torch.bool, device=self.cells.device
+        )
+        return mask.scatter_(1, self.cells, False).view(-1, *self.grid)
+
+    def only(self, x: Tensor) -> Tensor:
+        """x (n, C, h, w) with 0 at the hidden positions, whatever is there."""
+        steps = [side // cells for side, cells in zip(x.shape[2:], self.grid)]
+        hidden = self.hidden().repeat_interleave(steps[0], 1).repeat_interleave(steps[1], 2)
+        return x.masked_fill(hidden[:, None], 0)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Of maps (n, C, height, width) the visible positions, counted through all images: (n k p,) for p
+        positions a cell."""
+        if (height, width) not in self.places:
+            rows, columns = height // self.grid[0], width // self.grid[1]  # of a cell
+            y = self.cells // self.grid[1] * rows
+            x = self.cells % self.grid[1] * columns
+            dy, dx = (torch.arange(side, device=y.device) for side in (rows, columns))
+            image = torch.arange(len(y), device=y.device)[:, None, None, None] * (height * width)
+            places = image + (y[..., None, None] + dy[:, None]) * width + x[..., None, None] + dx
+            self.places[height, width] = places.flatten()  # (n, k, rows, columns) before
+        return self.places[height, width]
+
+
+class VisibleBatchNorm2d(SplitBatchNorm2d):
+    """BatchNorm of the visible positions alone, with 0 elsewhere; without `visible` an ordinary one."""
+
+    visible: Visible | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.visible is None:
+            return super().forward(x)
+        n, channels, height, width = x.shape
+        places = self.visible.positions(height, width)
+        rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a view of a channels_last tensor
+        seen = rows.index_select(0, places).view(n, -1, 1, channels).permute(0, 3, 1, 2)  # (n, C, k p, 1)
+        normed = super().forward(seen).permute(0, 2, 3, 1).reshape(-1, channels)
+        rows = torch.zeros_like(rows, dtype=normed.dtype).index_copy(0, places, normed)
+        return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+class VisibleMaxPool2d(nn.MaxPool2d):
+    """Max pooling that carries nothing into the hidden positions."""
+
+    visible: Visible | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x if self.visible is None else self.visible.only(x)
+
+
+def see_only_what_is_visible(encoder: Encoder) -> None:
+    """Give an encoder norms and a pooling that can; names and values of its tensors stay."""
+    for module in encoder.modules():
+        if type(module) is SplitBatchNorm2d:
+            module.__class__ = VisibleBatchNorm2d
+    pool = encoder.maxpool
+    encoder.maxpool = VisibleMaxPool2d(pool.kernel_size, pool.stride, pool.padding)
+
+
+@contextmanager
+def only_visible(network: nn.Module, visible: Visible):
+    """Within, the norms and the pooling know what is visible."""
+    aware = [m for m in network.modules() if isinstance(m, VisibleBatchNorm2d | VisibleMaxPool2d)]
+    for module in aware:
+        module.visible = visible
+    try:
+        yield
+    finally:
+        for module in aware:
+            module.visible = None
+
+
+class Decoder(nn.Module):
+    """A light U-Net from the maps of all layers to the image (section 3.2): in each map the hidden positions
+    get a learnt vector, then from layer4 on it is enlarged and the next finer map added."""
+
+    def __init__(self, encoder: Encoder, hidden: int):
+        super().__init__()
+        self.layers = LAYERS[::-1]
+        natural = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
+        self.strides = {name: min(stride, encoder.output_stride) for name, stride in natural.items()}
+        widths = [max(hidden // 2**stage, 8) for stage in range(6)]
+        self.norms, self.tokens = nn.ModuleDict(), nn.ParameterDict()
+        self.inward, self.stages = nn.ModuleDict(), nn.ModuleList()
+        for stage, name in enumerate(self.layers):
+            channels = encoder.channels[name]
+            self.norms[name] = VisibleBatchNorm2d(channels)
+            self.tokens[name] = nn.Parameter(0.02 * torch.randn(channels))
+            kernel = 1 if name == "layer4" else 3
+            self.inward[name] = nn.Conv2d(channels, widths[stage], kernel, padding=kernel // 2)
+        after = [self.strides[name] for name in self.layers[1:]] + [2, 1]  # the stride after each stage
+        for stage, (before, stride) in enumerate(zip([self.strides["layer4"], *after], after)):
+            self.stages.append(enlarging(widths[stage], widths[stage + 1], before // stride))
+        self.image = nn.Conv2d(widths[5], encoder.in_channels, 1)
+
+    def forward(self, maps: dict[str, Tensor], seen: Visible) -> Tensor:
+        x = 0
+        for stage, enlarge in enumerate(self.stages):
+            if stage < len(self.layers):
+                name = self.layers[stage]
+                x = x + self.inward[name](self.filled(name, maps[name], seen))
+            x = enlarge(x)
+        return self.image(x)
+
+    def filled(self, name: str, features: Tensor, seen: Visible) -> Tensor:
+        """A map (n, C, h, w), normed, with the learnt vector at its hidden positions."""
+        features = self.norms[name](features)
+        steps = [side // cells for side, cells in zip(features.shape[2:], seen.grid)]
+        hidden = seen.hidden().repeat_interleave(steps[0], 1).repeat_interleave(steps[1], 2)
+        return torch.where(hidden[:, None], self.tokens[name][:, None, None].to(features.dtype), features)
+
+
+def enlarging(inputs: int, outputs: int, factor: int) -> nn.Sequential:
+    """Twice as large (or as large, for a factor of 1), then two convolutions with norms."""
+    up = nn.ConvTranspose2d(inputs, inputs, 4, stride=2, padding=1) if factor == 2 else nn.Identity()
+    return nn.Sequential(
+        up,
+        nn.Conv2d(inputs, inputs, 3, padding=1, bias=False),
+        SplitBatchNorm2d(inputs),
+        nn.ReLU6(inplace=True),
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        SplitBatchNorm2d(outputs),
+    )
