@@ -5,9 +5,10 @@
     SparK                                                        reconstructs what is masked (spark.py)
 
 All have the face of `models.Method` and its two additions: whitening before the heads, and the local loss
-between matched regions. METHODS names them for train_moco.py. The arguments of a class have published values;
-those that are settings (dim, hidden, queue_size, momentum, temperature, prototypes, mask) stand under model.*
-in train_moco.py. One more method is one more class and its line in METHODS (docs/METHODS.md).
+between matched regions. METHODS names them for train_moco.py. Heads are by default as wide as the encoder's
+features (`hidden` None), which for most methods is what was published with a ResNet-50. The arguments that
+are settings (pretraining/method_settings.py) stand under model.* in train_moco.py. One more method is one
+more class and its line in METHODS (docs/METHODS.md).
 """
 
 import copy
@@ -154,12 +155,14 @@ class WithMomentumEncoder(Method):
 
 class BYOL(WithMomentumEncoder):
     """BYOL (arXiv 2006.07733): predict the momentum encoder's projection of the other view, equation 2, from
-    both. A momentum of 0.99 is theirs for 300 epochs, 0.996 for 1000."""
+    both. Theirs: heads of 4096, and a momentum of 0.99 for 300 epochs, 0.996 for 1000."""
 
     def __init__(
-        self, encoder: Encoder, dim: int = 256, hidden: int = 4096, momentum: float = 0.99, **common
+        self, encoder: Encoder, dim: int = 256, hidden: int | None = None, momentum: float = 0.99, **common
     ):
-        head = GlobalHead(*normed_mlp(encoder.channels["layer4"], hidden, dim))
+        channels = encoder.channels["layer4"]
+        hidden = hidden or channels
+        head = GlobalHead(*normed_mlp(channels, hidden, dim))
         super().__init__(encoder, head, momentum, **common)
         self.predictor = nn.Sequential(*normed_mlp(dim, hidden, dim))
         split_batch_norms(self.predictor, self.bn_split)
@@ -175,11 +178,14 @@ class BYOL(WithMomentumEncoder):
 
 class SimSiam(Method):
     """SimSiam (arXiv 2011.10566): BYOL without a momentum encoder, equation 2 (plus 1, so that 0 is the
-    best); the targets are the other view's projections without gradient. The predictor's rate stays."""
+    best); the targets are the other view's projections without gradient. The predictor's rate stays.
+    By default projections are as long as the encoder's features, and the predictor's inside a quarter."""
 
     at_constant_rate = ("predictor",)
 
-    def __init__(self, encoder: Encoder, dim: int = 2048, hidden: int = 512, **common):
+    def __init__(self, encoder: Encoder, dim: int | None = None, hidden: int | None = None, **common):
+        dim = dim or encoder.channels["layer4"]
+        hidden = hidden or dim // 4
         widths = (encoder.channels["layer4"], dim, dim, dim)
         super().__init__(encoder, GlobalHead(*normed_mlp(*widths, last_norm=True)), **common)
         self.predictor = nn.Sequential(*normed_mlp(dim, hidden, dim))
@@ -199,6 +205,7 @@ class SwAV(Method):
     """SwAV (arXiv 2006.09882): predict the code of one view, its Sinkhorn assignment to prototypes, from the
     other views, equation 1. Views after the first two are small crops, which are never the source of a code.
     The prototypes rest during the first hundredth of the run (theirs: an epoch of 100). No queue of features.
+    Theirs: 3000 prototypes for ImageNet.
     """
 
     whole_batch = True
@@ -208,15 +215,16 @@ class SwAV(Method):
         self,
         encoder: Encoder,
         dim: int = 128,
-        hidden: int = 2048,
-        prototypes: int = 3000,
+        hidden: int | None = None,
+        prototypes: int = 300,
         temperature: float = 0.1,
         epsilon: float = 0.05,
         iterations: int = 3,
         resting: float = 0.01,
         **common,
     ):
-        super().__init__(encoder, GlobalHead(*normed_mlp(encoder.channels["layer4"], hidden, dim)), **common)
+        channels = encoder.channels["layer4"]
+        super().__init__(encoder, GlobalHead(*normed_mlp(channels, hidden or channels, dim)), **common)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, dim), dim=1))
         self.temperature, self.resting = temperature, resting
         self.epsilon, self.iterations = epsilon, iterations
@@ -250,15 +258,27 @@ class SwAV(Method):
 
 
 class BarlowTwins(Method):
-    """Barlow Twins (arXiv 2103.03230): the cross-correlation of the views' features is the identity."""
+    """Barlow Twins (arXiv 2103.03230): the cross-correlation of the views' features is the identity.
+
+    Theirs: heads of 8192, and LARS, to which the scale of a loss is nothing. It is a sum over dim features;
+    `weight` is by default 1 / dim, so that SGD takes steps as with other losses.
+    """
 
     whole_batch = True
 
     def __init__(
-        self, encoder: Encoder, dim: int = 8192, hidden: int = 8192, off_diagonal: float = 0.0051, **common
+        self,
+        encoder: Encoder,
+        dim: int | None = None,
+        hidden: int | None = None,
+        off_diagonal: float = 0.0051,
+        weight: float | None = None,
+        **common,
     ):
-        widths = (encoder.channels["layer4"], hidden, hidden, dim)
-        super().__init__(encoder, GlobalHead(*normed_mlp(*widths, bias=False)), **common)
+        channels = encoder.channels["layer4"]
+        dim, hidden = dim or channels, hidden or channels
+        head = GlobalHead(*normed_mlp(channels, hidden, hidden, dim, bias=False))
+        super().__init__(encoder, head, weight=1 / dim if weight is None else weight, **common)
         self.off_diagonal = off_diagonal
 
     def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
@@ -268,22 +288,26 @@ class BarlowTwins(Method):
 
 
 class VICReg(Method):
-    """VICReg (arXiv 2105.04906): invariance, variance and covariance, equation 6."""
+    """VICReg (arXiv 2105.04906): invariance, variance and covariance, equation 6. Theirs: heads of 8192, and
+    LARS; here `weight` is by default one over their 25, so that SGD takes steps as with other losses."""
 
     whole_batch = True
 
     def __init__(
         self,
         encoder: Encoder,
-        dim: int = 8192,
-        hidden: int = 8192,
+        dim: int | None = None,
+        hidden: int | None = None,
         invariance: float = 25.0,
         variance: float = 25.0,
         covariance: float = 1.0,
+        weight: float = 0.04,
         **common,
     ):
-        widths = (encoder.channels["layer4"], hidden, hidden, dim)
-        super().__init__(encoder, GlobalHead(*normed_mlp(*widths, bias=False)), **common)
+        channels = encoder.channels["layer4"]
+        dim, hidden = dim or channels, hidden or channels
+        head = GlobalHead(*normed_mlp(channels, hidden, hidden, dim, bias=False))
+        super().__init__(encoder, head, weight=weight, **common)
         self.weights = (invariance, variance, covariance)
 
     def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
@@ -330,17 +354,19 @@ class VICRegL(Method):
     def __init__(
         self,
         encoder: Encoder,
-        dim: int = 8192,
-        hidden: int = 8192,
+        dim: int | None = None,
+        hidden: int | None = None,
         local_dim: int = 512,
         alpha: float = 0.75,
         matches: int = 20,
+        weight: float = 0.04,
         **common,
     ):
         channels = encoder.channels["layer4"]
+        dim, hidden = dim or channels, hidden or channels
         whole = GlobalHead(*normed_mlp(channels, hidden, hidden, dim, bias=False))
         dense = nn.Sequential(*normed_mlp(channels, local_dim, local_dim, local_dim, dense=True, bias=False))
-        super().__init__(encoder, TwoHeads(whole, dense), **common)
+        super().__init__(encoder, TwoHeads(whole, dense), weight=weight, **common)
         self.alpha, self.matches = alpha, matches
 
     def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
@@ -377,12 +403,13 @@ class DenseCL(MoCoV2):
         self,
         encoder: Encoder,
         dim: int = 128,
-        hidden: int = 2048,
+        hidden: int | None = None,
         queue_size: int = 65536,
         balance: float = 0.5,
         **more,
     ):
         channels = encoder.channels["layer4"]
+        hidden = hidden or channels
         dense = nn.Sequential(
             nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, dim, 1)
         )
@@ -444,13 +471,14 @@ class PixPro(WithMomentumEncoder):
         self,
         encoder: Encoder,
         dim: int = 256,
-        hidden: int = 2048,
+        hidden: int | None = None,
         momentum: float = 0.99,
         radius: float = 0.7,
         sharpness: float = 2.0,
         **common,
     ):
-        head = nn.Sequential(*normed_mlp(encoder.channels["layer4"], hidden, dim, dense=True))
+        channels = encoder.channels["layer4"]
+        head = nn.Sequential(*normed_mlp(channels, hidden or channels, dim, dense=True))
         super().__init__(encoder, head, momentum, **common)
         self.transform = nn.Conv2d(dim, dim, 1)
         self.radius, self.sharpness = radius, sharpness

@@ -65,8 +65,8 @@ model:
   init: random              # or weights to start from: a file, or the folder of a run
   bn_split: 32              # samples that BatchNorm normalises together; divides a process's share; 0: the
                             # global batch
-  weight: 1.0               # loss = model.weight * the method's own + local.weight * local
-  # What follows not all methods have; null: the method's own value, see methods.py.
+  # From here on null is the method's own value, see methods.py; not all of them have all of these.
+  weight: null              # loss = model.weight * the method's own + local.weight * local; moco: 1
   dim: null                 # length of the projections; moco: 128
   hidden: null              # width of the heads
   queue_size: null          # negatives; moco: 65536; keep it at half the training set or less
@@ -140,7 +140,7 @@ from pretraining.run import NotFinite, Run, check_folder
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "data.hu_offset": float}
 NULLABLE |= {"decorrelation.eps": float, "decorrelation.method": str, "local.weight": float}
 NULLABLE |= {f"model.{name}": int for name in ("dim", "hidden", "queue_size", "prototypes")}
-NULLABLE |= {f"model.{name}": float for name in ("momentum", "temperature", "mask")}
+NULLABLE |= {f"model.{name}": float for name in ("weight", "momentum", "temperature", "mask")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -259,10 +259,12 @@ def check_config(cfg: Config) -> None:
     cfg.check_not_negative("augment.small_crops")
     cfg.check("augment.small_size", 1 <= cfg.augment.small_size <= 8192, "1 to 8192 px")
     cfg.check_not_negative("seed", "data.workers", "log.rank_every", "model.bn_split")
-    cfg.check_not_negative("model.weight", "run.save_steps", "run.save_minutes", "decorrelation.group_size")
+    cfg.check_not_negative("run.save_steps", "run.save_minutes", "decorrelation.group_size")
     if cfg.local.weight is not None:
         cfg.check_not_negative("local.weight")
-        cfg.check("local.weight", cfg.model.weight + cfg.local.weight > 0, "above 0 if model.weight is 0")
+        cfg.check(
+            "local.weight", cfg.model.weight != 0 or cfg.local.weight > 0, "above 0 if model.weight is 0"
+        )
     cfg.check_not_negative("augment.brightness", "augment.gamma", "augment.blur", "augment.noise")
     cfg.check_not_negative("optim.weight_decay", "optim.warmup_epochs", "optim.max_steps")
     if cfg.data.window is not None and cfg.data.window != "auto":
@@ -290,7 +292,6 @@ def build_model(cfg: Config, process: Process) -> Method:
             decorrelation=at_output,
             bn_split=cfg.model.bn_split,
             seed=cfg.seed,
-            weight=cfg.model.weight,
         )
     if cfg.run.compile:
         for module in model.modules():

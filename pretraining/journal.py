@@ -53,7 +53,7 @@ class Journal:
         return found
 
     def warmed_up(self, step: int) -> bool:
-        return self.epoch(step) > self.cfg.optim.warmup_epochs and self.cfg.model.weight > 0
+        return self.epoch(step) > self.cfg.optim.warmup_epochs and self.cfg.model.weight != 0
 
     def say(self, step: int, text: str) -> None:
         self.bar.set_postfix_str(text)
@@ -79,7 +79,7 @@ class Journal:
     def remember(self, row: dict) -> None:
         self.latest |= row
         if "loss" in row:  # without projections to compare, or a loss of them, they say nothing
-            self.similarities.append(row.get("similarity", 0.0) if self.cfg.model.weight else 0.0)
+            self.similarities.append(row.get("similarity", 0.0) if self.cfg.model.weight != 0 else 0.0)
         if (score := row.get("score")) is not None:
             self.best = max(self.best, score)
 

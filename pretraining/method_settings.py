@@ -6,7 +6,7 @@ from engine.config import Config, ConfigError
 from models import LAYERS, Method
 
 # Of the section model; null in a config stands for the value that the method's class has.
-SETTINGS = ("dim", "hidden", "queue_size", "momentum", "temperature", "prototypes", "mask")
+SETTINGS = ("weight", "dim", "hidden", "queue_size", "momentum", "temperature", "prototypes", "mask")
 
 
 def settle(cfg: Config, methods: dict[str, type[Method]], overrides: list[str]) -> list[str]:
@@ -60,6 +60,8 @@ def check_method(cfg: Config, method: type[Method]) -> None:
     for one in ("dim", "hidden", "queue_size", "temperature", "prototypes"):
         if model[one] is not None:
             cfg.check_positive(f"model.{one}")
+    if model.weight is not None:
+        cfg.check_not_negative("model.weight")
     if model.momentum is not None:
         cfg.check_fraction("model.momentum")
     if model.mask is not None:
