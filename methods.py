@@ -346,7 +346,9 @@ def centre_distances(box1: Tensor, box2: Tensor, grid: tuple[int, int]) -> Tenso
 
 class VICRegL(Method):
     """VICRegL (arXiv 2210.01571): VICReg of whole images, and of pairs of positions that lie nearest to each
-    other in the slice, or in feature space; equations 3 to 5, `matches` pairs of each kind and direction."""
+    other in the slice, or in feature space; equations 3 to 5, `matches` pairs of each kind and direction. The
+    covariance term is the mean of both views', as the variance term is (in VICReg's own code it is the sum).
+    """
 
     whole_batch = True
     dense = True
@@ -372,7 +374,7 @@ class VICRegL(Method):
     def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
         targets = self.targets(views, boxes) if targets is None else targets
         (z1, maps1), (z2, maps2), local = self.both_views(views, targets)
-        whole = vicreg(gather(z1), gather(z2))
+        whole = vicreg(gather(z1), gather(z2), covariance=0.5)
         x1, x2 = rows_of(maps1), rows_of(maps2)  # (n, P, D)
         in_slice = centre_distances(*(boxes or [whole_slices(views[0])] * 2), maps1.shape[2:])
         by_place = self.matched(x1, x2, in_slice)
@@ -388,7 +390,8 @@ class VICRegL(Method):
         for own, other, from_own in ((x1, x2, distances), (x2, x1, distances.mT)):
             chosen, partner = nearest_pairs(from_own, self.matches)  # (n, K) each
             pairs = positions_at(own, chosen), positions_at(other, partner)  # (n, K, D) each
-            losses.append(vicreg(*(gather(x).transpose(0, 1) for x in pairs)))  # (K, N, D)
+            pairs = (gather(x).transpose(0, 1) for x in pairs)  # (K, N, D): of each rank over the batch
+            losses.append(vicreg(*pairs, covariance=0.5))
         return sum(losses) / 2
 
 
