@@ -5,7 +5,6 @@ judge_...    what is doubtful about values, a window, masks, lists, pixel spacin
 heed         says it, and raises DataError where nothing right can come out, unless somebody insists
 """
 
-import logging
 from collections import Counter
 from dataclasses import dataclass
 
@@ -15,8 +14,6 @@ from ct.organs import BTCV_ORGANS, words
 from ct.properties import AXES, KINDS
 from ct.slices import IGNORE, DataError
 from engine.config import one_line
-
-log = logging.getLogger("med-moco")
 
 LIMIT = 70_000  # values beyond this are counted as this
 PADDING = -1500  # HU; what lies below is no air, but what scanners write outside their field of view
@@ -36,8 +33,9 @@ class Doubt:
     fatal: bool = False
 
 
-def heed(doubts, insist, how="", say=lambda text: log.warning("warning: %s", text)):
-    """Say the doubts, each in one line; returns them as said. `how` insists, as "--ignore-values" does.
+def heed(doubts, insist, how, say):
+    """Say the doubts, each in one line; returns them as said. `how` insists, as "--ignore-values" does;
+    "" if nothing does.
 
     Raises DataError for the first fatal one, unless `insist`.
     """

@@ -10,7 +10,7 @@ from ct.plausible import Doubt, heed, judge_facts, judge_lists, judge_masks
 from ct.slices import DataError, in_threads
 from data import Intensity, SegmentationDataset, judge
 from engine.config import Config
-from engine.process import Process, warn
+from engine.process import Process
 
 
 def heed_evaluation(
@@ -40,7 +40,7 @@ def heed_evaluation(
     doubts += judge_training_masks(sets["train"], positions, classes, process)
     if note := sets["train"].assumed():
         process.say(f"note: {note}")
-    return heed(doubts, cfg.data.insist, "data.insist=true", warn if process.is_main else lambda _: None)
+    return heed(doubts, cfg.data.insist, "data.insist=true", process.warn)
 
 
 def judge_encoder(path, card: dict, train: SegmentationDataset, intensity: Intensity) -> list[Doubt]:
@@ -54,9 +54,7 @@ def judge_encoder(path, card: dict, train: SegmentationDataset, intensity: Inten
 
 def judge_spacing(dataset: SegmentationDataset) -> list[Doubt]:
     """Cases whose pixels are finer or coarser than those of training."""
-    first = {}
-    for index, case in enumerate(dataset.cases if dataset.grid.pixel_mm else ()):
-        first.setdefault(case, index)
+    first = dataset.first_of_cases() if dataset.grid.pixel_mm else {}
     return dataset.grid.judge_cases(
         {case: (dataset.header(index)[0], dataset.mm_of(index)) for case, index in first.items()}
     )

@@ -247,7 +247,7 @@ def print_values(summary, some_held_out):
     counts = summary.values.counts
     if not counts.any():
         return
-    kind = summary.kinds.most_common(1)[0][0]
+    _, kind = summary.most()
     unit = "HU" if kind == "hu" else "value"
     values = np.arange(-LIMIT, LIMIT + 1)
     mean, std = mean_std(values, counts)

@@ -65,13 +65,9 @@ def as_int16(image, path):
 
 def packed_properties(dataset, source):
     """Those of the set, with the size that all slices have now, and their spacing on it."""
-    own, facts, spacing = dataset.properties, dataset.facts(), {}
-    for index, case in enumerate(dataset.cases if own.spacing else ()):
-        if case in own.spacing and case not in spacing:
-            between, *mm = own.spacing[case]
-            spacing[case] = (between, *dataset.grid.spacing_on(dataset.header(index)[0], mm))
+    facts, spacing = dataset.facts(), dataset.spacing_on_grid()
     known = {"kind": facts.kind, "hu_offset": facts.hu_offset, "size": dataset.size, "spacing": spacing}
-    return replace(own, **known, source=source, made_by=PACK)
+    return replace(dataset.properties, **known, source=source, made_by=PACK)
 
 
 def files_read(dataset, args):

@@ -44,7 +44,7 @@ def heed_geometry(doubts, image, volume, say):
         heed(doubts, False, "--ignore-geometry", say)
         return
     mend = "; their shape is not the image's: they need the affine that says where in it they lie"
-    heed([Doubt(one.text + (mend if one.fatal else ""), one.fatal) for one in doubts], False, say=say)
+    heed([Doubt(one.text + (mend if one.fatal else ""), one.fatal) for one in doubts], False, "", say)
 
 
 def ids_of(array, path, label_map):

@@ -7,7 +7,6 @@ Folders as they are published: BTCV (img/img0001.nii.gz, label/label0001.nii.gz)
 
 import json
 import signal
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from ct.plausible import Doubt, Values, heed, judge_values
 from ct.properties import HU_OFFSET, Properties, read_json, write_properties
 from ct.slices import DataError, whole_hu, write_png
 from ct.volumes import import_nibabel, read_volume
+from data import most_frequent
 from engine.config import ConfigError
 from engine.files import write_whole
 from engine.ownership import claim, contents, refuse_foreign, refuse_other_folder, remove_own
@@ -74,7 +74,8 @@ def slice_volumes(args):
     records = all_cases(pairs, failed, ids, options, out, args.workers)
 
     print(f"{out}: {sum(record['slices'] for record in records.values())} slices; cases: {len(records)}")
-    known = {"kind": "hu", "hu_offset": HU_OFFSET, "axis": args.axis, "size": common_size(records)}
+    size = most_frequent(tuple(record["size"]) for record in records.values())
+    known = {"kind": "hu", "hu_offset": HU_OFFSET, "axis": args.axis, "size": size}
     known |= {"spacing": {case: record["spacing"] for case, record in records.items()}, "classes": classes}
     write_properties(out, Properties(**known, source=str(args.images), made_by=SLICE))
     lists = make_lists(records, split)
@@ -101,11 +102,6 @@ def check_out(args, pairs, options, out):
             targets = [path for part in PARTS for path in contents(out / part / pair.case)]
             refuse_foreign(targets, sources, SLICE, record=record_folder(out, pair.case))
             refuse_foreign([out / "sliced" / f"{pair.case}.json"], sources, SLICE)
-
-
-def common_size(records):
-    """The most frequent (rows, columns) of the cases."""
-    return Counter(tuple(record["size"]) for record in records.values()).most_common(1)[0][0]
 
 
 # ---- Cases ---------------------------------------------------------------------------------------
