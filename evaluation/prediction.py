@@ -37,6 +37,8 @@ def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
     inputs = Inputs.of(source, out, cfg)
     if inputs.left_out:
         process.say(f"{out}: lies below {source}; {inputs.left_out} files there are not taken as input")
+    if inputs.images is not None and source.is_dir() and inputs.base != source:
+        process.say(f"note: {source}: a data set; what lies in its {inputs.base.name} is segmented")
     if inputs.masks:
         found = f"{len(inputs.masks)} files are masks by their names, the first {inputs.masks[0]}"
         process.say(f"note: {source}: {found}: not segmented; --predict FILE insists")

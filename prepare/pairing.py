@@ -11,14 +11,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from ct.listing import VOLUMES, files_below, is_named, natural_order
+from ct.listing import IMAGE_WORDS, LABEL_WORDS, VOLUMES, bare_name, files_below, is_named, natural_order
 from ct.properties import read_json
 from ct.slices import DataError
 from engine.config import one_line
 
-# What files are called: kits/CASE/imaging.nii.gz, volume-0.nii and segmentation-0.nii, p1_ct and p1_seg.
-IMAGE_WORDS = {"image", "images", "imaging", "img", "ct", "volume", "vol", "scan"}
-LABEL_WORDS = {"label", "labels", "seg", "segmentation", "segmentations", "mask", "masks", "gt"}
 OTHER_VOLUMES = (".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".mgz", ".mgh", ".dcm")
 
 
@@ -124,9 +121,7 @@ def by_name(file):
 
 
 def by_bare_name(file):
-    """Without words for images and labels: p1_ct and p1_seg are p1."""
-    words = re.split("[-_. ]+", file.name.lower())
-    return "_".join(word for word in words if word not in IMAGE_WORDS | LABEL_WORDS) or file.name
+    return bare_name(file.name)
 
 
 def by_numbers(file):
