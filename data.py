@@ -37,7 +37,7 @@ from ct.layout import (
     split_folder,
     without_suffix,
 )
-from ct.plausible import Doubt, Values, judge_values, judge_window
+from ct.plausible import AS_STORED, Doubt, Values, judge_values, judge_window
 from ct.properties import (
     HU_OFFSET,
     KINDS,
@@ -403,7 +403,7 @@ def judge(dataset, given_window, intensity):
     doubts = []
     if dataset.kind == "hu" and given_window == "auto":
         mend = "if they are HU + {offset}, add that to data.hu_offset; data.window=[low,high] insists"
-        doubts = judge_values(values, dataset.root, mend)
+        doubts = judge_values(values, dataset.root, mend, AS_STORED)
     if values.lowest == values.highest:
         doubts = [Doubt(f"{dataset.root}: all values are {values.lowest:g}: nothing to learn", fatal=True)]
     return doubts + judge_window(values, intensity.window, dataset.root)

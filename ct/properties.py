@@ -172,14 +172,16 @@ def reading_of(properties, hu_offset=None):
     own = properties.hu_offset
     if properties.kind == "stored":
         if hu_offset:
-            raise DataError(f"data.hu_offset: {hu_offset:g}, but set.json says that values are no HU")
+            raise DataError(
+                f"data.hu_offset: {hu_offset:g}, but set.json says that values are no HU; leave it out"
+            )
         return Reading("stored", 0, "stored")
     if hu_offset in (None, own):
         return Reading("hu", HU_OFFSET if own is None else own)
     if hu_offset == 0:
         return Reading("stored", 0)
     if own is not None:
-        raise DataError(f"data.hu_offset: {hu_offset:g}, but set.json says {own:g}")
+        raise DataError(f"data.hu_offset: {hu_offset:g}, but set.json says {own:g}; correct either")
     return Reading("hu", hu_offset)
 
 
