@@ -32,7 +32,7 @@ from prepare.labels import (
     scan_labels,
 )
 from prepare.lists import files_beside_images, make_lists, read_split, remove_lists, write_lists
-from prepare.pairing import pair_volumes
+from prepare.pairing import pair_volumes, print_names
 
 SLICE = "data.py slice"  # by which its files are known, see engine/ownership.py
 PARTS = ("images", "masks")
@@ -74,6 +74,8 @@ def slice_volumes(args):
     records = all_cases(pairs, failed, ids, options, out, args.workers)
 
     print(f"{out}: {sum(record['slices'] for record in records.values())} slices; cases: {len(records)}")
+    former = [path.name for path in contents(out / "images") if path.name not in records]
+    print_names("in images, but of former calls and in no list (delete them in images and masks)", former)
     size = most_frequent(tuple(record["size"]) for record in records.values())
     known = {"kind": "hu", "hu_offset": HU_OFFSET, "axis": args.axis, "size": size}
     known |= {"spacing": {case: record["spacing"] for case, record in records.items()}, "classes": classes}
@@ -245,12 +247,16 @@ def noting(masks, labelled):
 
 
 def up_to_date(pair, options, out):
-    """The record of a case that is there, made from these files in this way; else None."""
+    """The record of a case that is there, all of it, made from these files in this way; else None."""
     path = out / "sliced" / f"{pair.case}.json"
-    if not path.is_file() or not (out / "images" / pair.case).is_dir():
+    record = read_json(path, dict) if path.is_file() else {}
+    if record.get("made_of") != made_of(pair, options):
         return None
-    record = read_json(path, dict)
-    return record if record.get("made_of") == made_of(pair, options) else None
+    for part in PARTS if pair.labels else PARTS[:1]:
+        there = {path.name for path in contents(out / part / pair.case) if path.stat().st_size}
+        if not {slice_name(index) for index in range(record["slices"])} <= there:
+            return None
+    return record
 
 
 def made_of(pair, options):
@@ -284,7 +290,11 @@ def write_slices(out, part, case, slices):
         needed.mkdir(parents=True, exist_ok=True)
     remove_own(contents(folder), SLICE, record)  # of a former image, which may have had more of them
     for index, one in enumerate(slices):
-        write_png(folder / f"{index:04d}.png", one, SLICE, record)
+        write_png(folder / slice_name(index), one, SLICE, record)
+
+
+def slice_name(index):
+    return f"{index:04d}.png"
 
 
 def record_folder(out, case):
