@@ -20,7 +20,8 @@ PADDING = -1500  # HU; what lies below is no air, but what scanners write outsid
 OUTSIDE = -200  # HU; every scan has air or lung, which is below
 DENSE = 300  # HU; soft tissue is below
 BONE = 800  # HU; only thick bone and metal are above
-NARROW = 3  # HU; a range that no scan has, but values scaled to [0, 1] or [-1, 1] have
+SCALED = 20  # HU; no scan stays below, but values scaled to [0, 1], or to mean 0 and deviation 1, and ids do
+AIR = (-1200, -900)  # HU
 METAL = 10_000  # HU; nothing in a patient is beyond, metal on scanners with an extended range is
 AS_STORED = '"kind": "stored" in set.json with data.window=[low,high] takes them as they are'
 NAMED = 13  # so many absent classes are named, the organs of BTCV
@@ -126,12 +127,15 @@ def judge_values(values, where, mend, otherwise=""):
         text = f"{found}, {100 * beyond:.3g} % of them beyond +-{METAL:,}: no HU"
         far = proposal if (offset or 0) > METAL else otherwise
         doubts.append(Doubt(text + far, fatal=beyond > 0.001))
-    if values.highest - values.lowest < NARROW:
-        text = f"{found}: no HU, which are whole numbers; scaled to that?{otherwise}"
+    if values.lowest > -SCALED and values.highest < SCALED:
+        text = f"{found}: no HU, which are whole numbers; scaled to that, or labels?{otherwise}"
         return [*doubts, Doubt(text, fatal=True)]
-    if values.share(OUTSIDE + 1, LIMIT) < 0.001 and values.share(-2300, -1700) > 0.05:
+    if values.share(OUTSIDE + 1, LIMIT) < 0.001:
         text = f"{found}, hardly any above {OUTSIDE} as tissue would be: no HU"
-        return [*doubts, Doubt(f"{text}; {mend.format(offset='-1024')}", fatal=True)]
+        if values.share(-2300, -1700) > 0.05:
+            return [*doubts, Doubt(f"{text}; {mend.format(offset='-1024')}", fatal=True)]
+        if values.share(*AIR) <= 0.5 * values.share(PADDING, LIMIT):  # else a slice of air
+            return [*doubts, Doubt(f"{text}; an offset too large?", fatal=True)]
     air = values.share(PADDING, OUTSIDE)
     if not air or (air < 0.001 and values.share(BONE, LIMIT) > 0.1):  # interpolation can leave a little
         text = f"{found}, {'hardly any' if air else 'none'} below {OUTSIDE} as air would be: no HU"

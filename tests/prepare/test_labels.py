@@ -257,10 +257,12 @@ def test_voxels_that_are_no_numbers_become_air_and_are_counted(bench):
     assert "3 values" in bench.succeeds(labels=False)  # said again
 
 
-def test_an_offset_that_is_no_number_is_refused(bench):
+def test_an_offset_that_is_no_number_or_leaves_no_tissue_is_refused(bench):
     bench.image(random_hu())
     for offset in ("nan", "inf"):
         assert f"{offset} is no number" in bench.refuses("--hu-offset", offset, labels=False)
+    for offset in (5000, -5000, 1e9):
+        assert "no HU" in bench.refuses("--hu-offset", offset, labels=False)
 
 
 @pytest.mark.filterwarnings("error")
