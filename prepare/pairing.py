@@ -256,7 +256,14 @@ def volume_files(given, words=IMAGE_WORDS):
         print_names("volumes that are not NIfTI (left out)", files_below(path, OTHER_VOLUMES, deep=False))
         return [File(path / name, stem_of(name)) for name in names]
     if found := files_of_cases(path, words):
+        further = [name for name in files_below(path, VOLUMES) if name.count("/") > 1]
+        print_names(f"volumes further below {path} (left out)", further)
         return found
+    if deep := files_below(path, VOLUMES):
+        likely = "/".join(["*"] * deep[0].count("/") + [Path(deep[0]).name])
+        raise DataError(
+            f"{path}: volumes only far below, such as {deep[0]}; give a pattern: '{path}/{likely}'"
+        )
     dicom = "; DICOM has to be converted first, see docs/COMPATIBILITY.md" if holds_dicom(path) else ""
     raise DataError(f"{path}: no .nii or .nii.gz files there{dicom}")
 

@@ -421,6 +421,31 @@ def test_labels_without_any_class_are_refused(bench, labels, label_map, words):
     assert words in error and "seg.nii.gz" in error
 
 
+@pytest.mark.parametrize("twice", ['{"1": 1, "1": 2}', '{"1": 1, "01": 2}'])
+def test_a_label_map_with_two_entries_for_one_id_is_refused(bench, twice):
+    bench.labels(two_organs())
+    (bench.root / "map.json").write_text(twice)
+    assert "map.json: " in (error := bench.refuses("--label-map", bench.root / "map.json"))
+    assert "twice" in error or "two entries" in error
+
+
+def test_ids_that_a_label_map_leaves_out_are_said(bench):
+    bench.labels(two_organs())
+    (bench.root / "map.json").write_text('{"2": 1}')
+    output = bench.succeeds("--label-map", bench.root / "map.json")
+    assert "ids that the label map does not list (background now): 1: 1\n" in output
+    assert np.array_equal(bench.masks(), two_organs() == 2)
+
+
+@pytest.mark.parametrize("names", ['["background", "a", "a"]', '["background"]', '["background", 1]'])
+def test_class_names_that_cannot_be_meant_name_their_file(bench, names):
+    bench.labels(two_organs())
+    (bench.root / "names.json").write_text(names)
+    assert "names.json: 2 to 255 different class names" in bench.refuses(
+        "--classes", bench.root / "names.json"
+    )
+
+
 def test_binary_masks_of_0_and_255_can_be_mapped(bench):
     bench.labels(((two_organs() > 0) * 255).astype(np.uint8))
     (bench.root / "map.json").write_text('{"255": 1}')
