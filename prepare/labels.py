@@ -182,10 +182,14 @@ def choose_classes(out, label_map, ids, given_names):
     return names
 
 
+def targets_of(ids, label_map):
+    """What these ids become in a mask."""
+    return {label_map.get(id, 0) for id in ids} if label_map else {*ids}
+
+
 def refuse_nothing(label_map, seen, paths):
     """DataError if none of the ids that were seen in these files means a class."""
-    found = {label_map.get(id, 0) for id in seen} if label_map else seen
-    if found - {0, IGNORE}:
+    if targets_of(seen, label_map) - {0, IGNORE}:
         return
     if label_map:
         mend = "the label map makes classes of none of them"

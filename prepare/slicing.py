@@ -30,6 +30,7 @@ from prepare.labels import (
     names_and_map,
     read_labels,
     scan_labels,
+    targets_of,
 )
 from prepare.lists import files_beside_images, make_lists, read_split, remove_lists, write_lists
 from prepare.pairing import pair_volumes, print_names
@@ -211,6 +212,9 @@ def slice_case(pair, ids, options, out):
         record["labelled"] = []
         masks = noting(mask_slices(labels, geometry, options.label_map), record["labelled"])
         write_slices(out, "masks", pair.case, masks)
+        if not record["labelled"] and targets_of(ids, options.label_map) - {0}:
+            text = f"none of its labelled voxels is the nearest one of a voxel of {pair.image}"
+            raise DataError(f"{pair.labels}: {text}; is the spacing in its header wrong?")
     else:
         remove_own(contents(out / "masks" / pair.case), SLICE, record_folder(out, pair.case))
     write_whole(path, json.dumps(record), SLICE)

@@ -169,6 +169,21 @@ def test_labels_of_another_shape_that_lie_nowhere_near_are_told_what_they_lack(b
         assert bench.refuses("--ignore-geometry") == error
 
 
+def test_labels_that_no_voxel_of_the_image_meets_are_refused(tmp_path, nibabel, capsys):
+    """A header in metres: the whole label volume lies between two voxels of the image."""
+    small = np.diag([0.001, 0.001, 0.001, 1]) @ NEGATIVE
+    small[:3, 3] = NEGATIVE[:3, 3] + (-0.3, -0.3, 1)
+    for case in "abc":
+        save_volume(nibabel, tmp_path / f"img/{case}.nii.gz", random_hu(), NEGATIVE)
+        labels = two_organs() * np.uint8(case != "b")  # all background is no mistake
+        save_volume(nibabel, tmp_path / f"lab/{case}.nii.gz", labels, small if case == "c" else NEGATIVE)
+    argv = ("slice", "--images", tmp_path / "img", "--labels", tmp_path / "lab", "--out", tmp_path / "out")
+    for _ in range(2):  # what failed is not taken as done
+        code, output, error = run(capsys, *argv)
+        assert code == 2 and "c.nii.gz: none of its labelled voxels is the nearest" in error, error
+        assert "cases that failed: 1 of 3" in error and not list((tmp_path / "out").glob("*.txt"))
+
+
 def test_an_image_without_affine_is_said_to_have_none(bench):
     bench.nibabel.save(bench.nibabel.Nifti1Image(random_hu(), None), bench.root / "ct.nii.gz")
     assert "which side is left is taken for granted" in bench.succeeds(labels=False)
