@@ -159,11 +159,11 @@ def fitting_offset(values):
 
 def judge_ranges(ranges, where):
     """Whether some cases of a set hold other values than the rest. ranges: {case: (lowest, highest) HU}."""
-    airless = [case for case, (lowest, _) in ranges.items() if lowest >= OUTSIDE]
-    if not 0 < len(airless) < len(ranges):
+    odd = [case for case, (lowest, highest) in ranges.items() if lowest >= OUTSIDE or highest <= OUTSIDE]
+    if not 0 < len(odd) < len(ranges):
         return []
-    first = airless[0]
-    text = f"{len(airless)} of {len(ranges)} cases, unlike the rest, have no air (below {OUTSIDE})"
+    first = odd[0]
+    text = f"{len(odd)} of {len(ranges)} cases, unlike the rest, have no air (below {OUTSIDE}) or no tissue"
     low, high = ranges[first]
     return [Doubt(f"{where}: {text}; the first: {one_line(first)}, from {low:g} to {high:g}")]
 

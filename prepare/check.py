@@ -172,6 +172,9 @@ def doubts_of(root, properties, slices, summary, names):
             names = class_names("", 1 + highest)
             doubts += judge_gaps_of_labels(summary.training, where)
         doubts += judge_masks(summary.training, names, where)
+    if properties.size and properties.size not in summary.sizes:
+        said = "{} x {} px, which no slice has; all are scaled to that".format(*properties.size)
+        doubts.append(Doubt(f"{root}: set.json says {said}"))
     if len(summary.sizes) > 1 and not properties.size:
         text = f"slices of different sizes; all are scaled to that of most, {height} x {width} px"
         doubts.append(Doubt(f"{root}: {text}"))

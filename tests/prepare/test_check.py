@@ -1,6 +1,7 @@
 """prepare/check.py: what it counts, and that it names every bad file."""
 
 import numpy as np
+import pytest
 from handmade import png_bytes, put, random_set, run
 
 from ct.properties import Properties, write_properties
@@ -123,6 +124,25 @@ def test_check_finds_a_case_and_a_test_list_of_another_offset(tmp_path, capsys):
     (tmp_path / "test.txt").write_text("\n".join(names[6:]))
     code, said = checked(capsys, tmp_path)
     assert code == 1 and any("val and test: values from 24" in line for line in said)
+
+
+def test_check_finds_a_case_without_tissue(tmp_path, capsys):
+    names, rng = labelled(tmp_path), np.random.default_rng(0)
+    for name in names:
+        air = rng.integers(0, 30, (12, 10)).astype(np.uint16)
+        put(tmp_path / "images" / name, air if name[0] == "b" else air_and_tissue(rng))
+    code, said = checked(capsys, tmp_path)
+    [odd] = [line for line in said if "1 of 3 cases, unlike the rest, have no air (below -200) or no" in line]
+    assert code == 0 and "the first: b, from -1024 to -99" in odd
+
+
+@pytest.mark.parametrize("size, said", [((12, 10), False), ((10, 12), True), ((24, 20), True)])
+def test_check_says_a_size_that_no_slice_has(tmp_path, capsys, size, said):
+    labelled(tmp_path)
+    write_properties(tmp_path, Properties(size=size))
+    code, lines = checked(capsys, tmp_path)
+    found = f"set.json says {size[0]} x {size[1]} px, which no slice has; all are scaled to that"
+    assert code == 0 and any(found in line for line in lines) == said
 
 
 def test_check_judges_masks_without_a_train_list(tmp_path, capsys):
