@@ -196,8 +196,9 @@ def list_files(root, given):
     there = files_below(root, ".txt", deep=False)
     usual = [name for split in (*SPLITS, "unlabelled") if (name := f"{split}.txt") in there]
     if others := [name for name in there if name not in usual]:
-        what = "are not looked at; --list LIST ... checks them" if usual else "are taken for the lists"
-        print(f"note: {root}: {one_line(', '.join(others))} {what}")
+        named = one_line(", ".join(others))
+        what = f"not looked at: {named}; --list LIST ... checks it" if usual else f"taken for lists: {named}"
+        print(f"note: {root}: {what}")
     return usual or others or [None]
 
 

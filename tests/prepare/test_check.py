@@ -173,7 +173,7 @@ def test_check_says_what_a_list_repeats_and_which_it_leaves_out(tmp_path, capsys
     (tmp_path / "extra.txt").write_text(names[0])
     _, said = checked(capsys, tmp_path)
     assert any("train.txt: 2 slices are listed more than once" in line for line in said)
-    assert any("extra.txt are not looked at; --list" in line for line in said)
+    assert any("not looked at: extra.txt; --list" in line for line in said)
 
 
 def test_check_finds_a_test_case_that_is_a_copy_of_a_training_case(tmp_path, capsys):
