@@ -18,6 +18,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from ct.layout import (
     split_folder,
     without_suffix,
 )
-from ct.plausible import Doubt, Values, judge_values, judge_window
+from ct.plausible import AS_STORED, Doubt, Values, judge_values, judge_window
 from ct.properties import (
     HU_OFFSET,
     KINDS,
@@ -244,18 +245,28 @@ class SliceDataset(Dataset):
         """What is taken for granted where set.json says nothing, as a line; "" if it says all."""
         return assumed(self.properties, self.kind, self.size, self.root)
 
+    def first_of_cases(self):
+        """{case: the index of its first slice}, in the order of the list."""
+        first = {}
+        for index, case in enumerate(self.cases):
+            first.setdefault(case, index)
+        return first
+
+    def spacing_on_grid(self):
+        """{case: (slice, row, column) distances in mm on the grid} of the cases of which they are known."""
+        known = self.properties.spacing
+        first = self.first_of_cases() if known else {}
+        return {
+            case: (known[case][0], *self.grid.spacing_on(self.header(index)[0], known[case][1:]))
+            for case, index in first.items()
+            if case in known
+        }
+
+    @cached_property
     def pixel_mm(self):
         """How many mm apart rows and columns are on the grid, ((least, most), (least, most)) over the cases;
         None if set.json does not say."""
-        first = {}  # slice of each case
-        if self.properties.spacing:
-            for index, case in enumerate(self.cases):
-                if case in self.properties.spacing:
-                    first.setdefault(case, index)
-        apart = [
-            self.grid.spacing_on(self.header(index)[0], self.properties.spacing[case][1:])
-            for case, index in first.items()
-        ]
+        apart = [mm[1:] for mm in self.spacing_on_grid().values()]
         return tuple((min(mm), max(mm)) for mm in zip(*apart)) or None
 
     def facts(self):
@@ -264,7 +275,7 @@ class SliceDataset(Dataset):
         if offset is None and self.kind == "hu":
             offset = HU_OFFSET if self.packed else self.reading.hu_offset
         return Facts(
-            self.kind, offset, self.properties.axis, self.size, self.pixel_mm(), self.properties.source
+            self.kind, offset, self.properties.axis, self.size, self.pixel_mm, self.properties.source
         )
 
 
@@ -301,7 +312,7 @@ class SegmentationDataset(SliceDataset):
         self.mask_folder = split_folder(root, list, masks)
         wanted = [without_suffix(name) + ".png" for name in self.names]
         self.mask_names = present(wanted, self.mask_folder, f"masks of {list}")
-        self.grid = like.grid if like else replace(self.grid, pixel_mm=self.pixel_mm())
+        self.grid = like.grid if like else replace(self.grid, pixel_mm=self.pixel_mm)
 
     def __getitem__(self, index):
         slice, mask = self.read(index), self.own_mask(index)
@@ -392,7 +403,7 @@ def judge(dataset, given_window, intensity):
     doubts = []
     if dataset.kind == "hu" and given_window == "auto":
         mend = "if they are HU + {offset}, add that to data.hu_offset; data.window=[low,high] insists"
-        doubts = judge_values(values, dataset.root, mend)
+        doubts = judge_values(values, dataset.root, mend, AS_STORED)
     if values.lowest == values.highest:
         doubts = [Doubt(f"{dataset.root}: all values are {values.lowest:g}: nothing to learn", fatal=True)]
     return doubts + judge_window(values, intensity.window, dataset.root)

@@ -264,7 +264,7 @@ def write_results(cfg: Config, folder: Path, results: dict) -> None:
     """results.json, which marks the run as finished, and the tables made of it."""
     results = results | {
         "encoder": cfg.encoder,
-        "encoder_sha256": encoder_file.sha256(encoder_file.path_of(cfg)),
+        "encoder_sha256": encoder_file.sha256_of(cfg),
         "mode": cfg.mode,
         "seed": cfg.seed,
         "label_fraction": cfg.label_fraction,

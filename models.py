@@ -865,6 +865,11 @@ def weights_file(name: str | Path) -> Path:
     raise WeightsError(f"{path}: {found}; {there}")
 
 
+def initial_weights(name: str) -> Path | None:
+    """The file that a setting of weights names, as `weights_file` takes it; None for "random"."""
+    return None if name == "random" else weights_file(name)
+
+
 def architecture_of(path: str | Path) -> str | None:
     """The one of ARCHITECTURES that a file of weights holds (see `weights_file`); None for another ResNet.
 

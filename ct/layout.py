@@ -9,6 +9,7 @@ import os
 import re
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -96,12 +97,10 @@ def read_list(path, folder=None):
         raise DataError(f"{path}: {getattr(error, 'strerror', error)}") from None
     if not names:
         raise DataError(f"{path}: the list is empty")
-    above = (
-        tuple(f"{place}/" for place in {Path(folder).absolute(), Path(folder).resolve()}) if folder else ()
-    )
+    places = [f"{place}/" for place in (Path(folder).absolute(), Path(folder).resolve())] if folder else []
     for index, name in enumerate(names):
-        if name.startswith("/") and above and (place := next(filter(name.startswith, above), None)):
-            names[index] = name = name.removeprefix(place)
+        if name.startswith("/") and folder:
+            names[index] = name = relative_to(folder, name, places)
         if name.startswith("/") or (".." in name and ".." in name.split("/")):
             raise DataError(
                 f"{path}: {one_line(name)} leaves the data root; paths are relative to the images folder"
@@ -109,6 +108,16 @@ def read_list(path, folder=None):
         if "\\" in name or "\0" in name:
             raise DataError(f"{path}: {one_line(name)} has a backslash or a NUL; folders are separated by /")
     return names
+
+
+def relative_to(folder, name, places):
+    """An absolute path inside the folder, relative to it; others as they are. places: how lists call the
+    folder, each ending in /; a link that leads there is added to them."""
+    if not any(map(name.startswith, places)):
+        with suppress(OSError, ValueError):  # ValueError: a NUL in the name
+            above = (place for place in Path(name).parents if place.exists())
+            places += [f"{place}/" for place in above if place.samefile(folder)]
+    return name.removeprefix(next(filter(name.startswith, places), ""))
 
 
 def name_in(line):
@@ -198,6 +207,10 @@ def files_in(folder):
 
 def all_slices(folder):
     """Every .png and .npy below a folder, as names relative to it in natural order."""
+    if not os.path.isdir(folder):
+        raise DataError(
+            f"{folder}: no such folder; data.root (--root) holds it, data.images (--images) names it"
+        )
     if not (names := files_below(folder, SUFFIXES)):
         raise DataError(f"{folder}: no .png or .npy slices there")
     return names

@@ -12,6 +12,9 @@ from ct.slices import SUFFIXES, DataError
 
 VOLUMES = (".nii.gz", ".nii")
 MASKS = re.compile(r"masks?|labels?(tr|ts)?|segmentations?|seg|annotations?|ann_dir")
+# What files are called: kits/CASE/imaging.nii.gz, volume-0.nii and segmentation-0.nii, p1_ct and p1_seg.
+IMAGE_WORDS = {"image", "images", "imaging", "img", "ct", "volume", "vol", "scan"}
+LABEL_WORDS = {"label", "labels", "seg", "segmentation", "segmentations", "mask", "masks", "gt"}
 
 
 def files_below(folder, endings, deep=True):
@@ -62,17 +65,41 @@ def slices_and_volumes(source):
         for endings in (SUFFIXES, VOLUMES)
     ]
     if not any(found):
-        raise DataError(f"{source}: neither slices (.png, .npy) nor volumes (.nii, .nii.gz)")
+        kinds = "neither slices (.png, .npy) nor volumes (.nii, .nii.gz)"
+        raise DataError(f"{source}: {kinds}; give such a file or a folder of them")
     return found
 
 
 def without_masks(paths, source, masks):
     """The paths without those that a file's or a folder's name below `source` says to be masks, or that lie
-    in its folder `masks`, in which "{split}" may stand for a list's name."""
+    in its folder `masks`, in which "{split}" may stand for a list's name. Beside p1, p1_ct or p1_0000 also
+    p1_seg is one."""
     own = masks.partition("{split}")[0].strip("/")
+    names = [path.relative_to(source).as_posix() for path in paths]
+    stems = (re.sub(r"(\.nii)?\.\w+$", "", name.lower()) for name in names)
+    places = [stem.rpartition("/")[::2] for stem in stems]  # folder, what the file is called
+    images = {(folder, case_in(file)) for folder, file in places if not is_called_mask(file)}
 
-    def is_mask(name):
-        parts = [re.sub(r"(\.nii)?\.\w+$", "", part.lower()) for part in name.split("/")]
-        return any(map(MASKS.fullmatch, parts)) or (own and name.startswith(f"{own}/"))
+    def is_mask(name, folder, file):
+        beside = is_called_mask(file) and (folder, case_in(file)) in images
+        in_own = own and name.startswith(f"{own}/")
+        return beside or in_own or any(map(MASKS.fullmatch, [*folder.split("/"), file]))
 
-    return [path for path in paths if not is_mask(path.relative_to(source).as_posix())]
+    return [path for path, name, place in zip(paths, names, places) if not is_mask(name, *place)]
+
+
+def is_called_mask(name):
+    return bool({*words_in(name)} & LABEL_WORDS)
+
+
+def case_in(name):
+    return bare_name(name.removesuffix("_0000"))
+
+
+def bare_name(name):
+    """A name without words for images and labels: p1_ct and p1_seg are p1."""
+    return "_".join(word for word in words_in(name) if word not in IMAGE_WORDS | LABEL_WORDS) or name
+
+
+def words_in(name):
+    return re.split("[-_. ]+", name.lower())

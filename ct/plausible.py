@@ -5,7 +5,6 @@ judge_...    what is doubtful about values, a window, masks, lists, pixel spacin
 heed         says it, and raises DataError where nothing right can come out, unless somebody insists
 """
 
-import logging
 from collections import Counter
 from dataclasses import dataclass
 
@@ -16,15 +15,16 @@ from ct.properties import AXES, KINDS
 from ct.slices import IGNORE, DataError
 from engine.config import one_line
 
-log = logging.getLogger("med-moco")
-
 LIMIT = 70_000  # values beyond this are counted as this
 PADDING = -1500  # HU; what lies below is no air, but what scanners write outside their field of view
 OUTSIDE = -200  # HU; every scan has air or lung, which is below
 DENSE = 300  # HU; soft tissue is below
 BONE = 800  # HU; only thick bone and metal are above
-NARROW = 3  # HU; a range that no scan has, but values scaled to [0, 1] or [-1, 1] have
+SCALED = 20  # HU; no scan stays below, but values scaled to [0, 1], or to mean 0 and deviation 1, and ids do
+AIR = (-1200, -900)  # HU
 METAL = 10_000  # HU; nothing in a patient is beyond, metal on scanners with an extended range is
+AS_STORED = '"kind": "stored" in set.json with data.window=[low,high] takes them as they are'
+NAMED = 13  # so many absent classes are named, the organs of BTCV
 SPACING_TOLERANCE = 1.2  # pixels that are finer or coarser than in training by this factor are worth a word
 
 
@@ -36,8 +36,9 @@ class Doubt:
     fatal: bool = False
 
 
-def heed(doubts, insist, how="", say=lambda text: log.warning("warning: %s", text)):
-    """Say the doubts, each in one line; returns them as said. `how` insists, as "--ignore-values" does.
+def heed(doubts, insist, how, say):
+    """Say the doubts, each in one line; returns them as said. `how` insists, as "--ignore-values" does;
+    "" if nothing does.
 
     Raises DataError for the first fatal one, unless `insist`.
     """
@@ -105,9 +106,9 @@ def histogram(values):
     return first, counts, finite.min().item(), finite.max().item(), values.size - finite.size
 
 
-def judge_values(values, where, mend):
+def judge_values(values, where, mend, otherwise=""):
     """Whether values taken for HU can be HU. `mend` is what to do if not, "{offset}" in it being the value
-    that would have to be subtracted from them."""
+    that would have to be subtracted from them; `otherwise`, where subtracting does not make them so."""
     doubts = []
     if values.unfit:
         share = 100 * values.unfit / (values.unfit + values.total())
@@ -119,17 +120,22 @@ def judge_values(values, where, mend):
         return [*doubts, Doubt(f"{where}: all values are {values.lowest:g}, an empty image")]
     found = f"{where}: values from {values.lowest:g} to {values.highest:g}"
     offset = fitting_offset(values)
-    proposal = "" if offset is None else f"; {mend.format(offset=f'{offset:g}')}"
+    otherwise = otherwise and f"; {otherwise}"
+    proposal = otherwise if offset is None else f"; {mend.format(offset=f'{offset:g}')}"
     beyond = values.share(METAL + 1, LIMIT) + values.share(-LIMIT, -METAL - 1)
     if beyond:
         text = f"{found}, {100 * beyond:.3g} % of them beyond +-{METAL:,}: no HU"
-        far = proposal if (offset or 0) > METAL else ""
+        far = proposal if (offset or 0) > METAL else otherwise
         doubts.append(Doubt(text + far, fatal=beyond > 0.001))
-    if values.highest - values.lowest < NARROW:
-        return [*doubts, Doubt(f"{found}: no HU, which are whole numbers; scaled to that?", fatal=True)]
-    if values.share(OUTSIDE + 1, LIMIT) < 0.001 and values.share(-2300, -1700) > 0.05:
+    if values.lowest > -SCALED and values.highest < SCALED:
+        text = f"{found}: no HU, which are whole numbers; scaled to that, or labels?{otherwise}"
+        return [*doubts, Doubt(text, fatal=True)]
+    if values.share(OUTSIDE + 1, LIMIT) < 0.001:
         text = f"{found}, hardly any above {OUTSIDE} as tissue would be: no HU"
-        return [*doubts, Doubt(f"{text}; {mend.format(offset='-1024')}", fatal=True)]
+        if values.share(-2300, -1700) > 0.05:
+            return [*doubts, Doubt(f"{text}; {mend.format(offset='-1024')}", fatal=True)]
+        if values.share(*AIR) <= 0.5 * values.share(PADDING, LIMIT):  # else a slice of air
+            return [*doubts, Doubt(f"{text}; an offset too large?", fatal=True)]
     air = values.share(PADDING, OUTSIDE)
     if not air or (air < 0.001 and values.share(BONE, LIMIT) > 0.1):  # interpolation can leave a little
         text = f"{found}, {'hardly any' if air else 'none'} below {OUTSIDE} as air would be: no HU"
@@ -153,11 +159,11 @@ def fitting_offset(values):
 
 def judge_ranges(ranges, where):
     """Whether some cases of a set hold other values than the rest. ranges: {case: (lowest, highest) HU}."""
-    airless = [case for case, (lowest, _) in ranges.items() if lowest >= OUTSIDE]
-    if not 0 < len(airless) < len(ranges):
+    odd = [case for case, (lowest, highest) in ranges.items() if lowest >= OUTSIDE or highest <= OUTSIDE]
+    if not 0 < len(odd) < len(ranges):
         return []
-    first = airless[0]
-    text = f"{len(airless)} of {len(ranges)} cases, unlike the rest, have no air (below {OUTSIDE})"
+    first = odd[0]
+    text = f"{len(odd)} of {len(ranges)} cases, unlike the rest, have no air (below {OUTSIDE}) or no tissue"
     low, high = ranges[first]
     return [Doubt(f"{where}: {text}; the first: {one_line(first)}, from {low:g} to {high:g}")]
 
@@ -193,12 +199,23 @@ def judge_window(values, window, where):
 
 def judge_spacings(spacing, where):
     """Whether pixels of a set's cases differ in size. spacing: {case: (slice, row, column) mm}."""
-    sizes = {case: mm[1] for case, mm in spacing.items()}
-    if not sizes or max(sizes.values()) <= SPACING_TOLERANCE * min(sizes.values()):
+    doubts = []
+    for name, axis in (("rows", 1), ("columns", 2)):
+        sizes = {case: mm[axis] for case, mm in spacing.items()}
+        small, large = (end(sizes, key=sizes.get, default=None) for end in (min, max))
+        if sizes and sizes[large] > SPACING_TOLERANCE * sizes[small]:
+            text = f"{name} from {sizes[small]:.3g} mm ({small}) to {sizes[large]:.3g} mm ({large}) apart"
+            doubts.append(Doubt(f"{where}: {text}: organs differ in size by that"))
+    return doubts
+
+
+def judge_known_spacing(spacing, cases, where):
+    """Whether a set that knows the spacing of some of its cases knows that of all."""
+    unknown = [case for case in dict.fromkeys(cases) if case not in spacing]
+    if not spacing or not unknown:
         return []
-    small, large = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
-    text = f"pixels from {sizes[small]:.3g} mm ({small}) to {sizes[large]:.3g} mm ({large})"
-    return [Doubt(f"{where}: {text}: organs differ in size by that")]
+    found = f"{len(unknown)} of {len({*cases})} cases have no spacing in set.json, the first: {unknown[0]}"
+    return [Doubt(f"{where}: {found}: no Hausdorff distance there, and their pixels count as large as all")]
 
 
 # ---- What an encoder or a model was trained on ---------------------------------------------------
@@ -240,12 +257,23 @@ def judge_masks(pixels, names, where):
         doubts.append(Doubt(f"{where}: no pixel of class 0, {names[0]}; class 0 is the background"))
     absent = [name for label, name in enumerate(names) if label and not pixels[label]]
     if len(absent) < len(names) - 1:
-        text = f"{where}: no pixel of {', '.join(absent)} ({len(absent)} of {len(names) - 1} classes)"
+        some = ", ".join(absent[:NAMED]) + (", ..." if len(absent) > NAMED else "")
+        text = f"{where}: no pixel of {some} ({len(absent)} of {len(names) - 1} classes)"
         return [*doubts, Doubt(text)] if absent else doubts
     if IGNORE in seen:
         mend = "if 255 means a class, data.mask_map={255: 1}"
         return [Doubt(f"{where}: only the values {seen}, and 255 is ignored: nothing to learn; {mend}", True)]
     return [Doubt(f"{where}: only background, no pixel of any class: nothing to learn", True)]
+
+
+def judge_gaps_of_labels(pixels, where):
+    """Whether masks without class names number their classes one by one."""
+    seen = [label for label in np.flatnonzero(pixels).tolist() if label not in (0, IGNORE)]
+    if len(seen) == max(seen, default=0):
+        return []
+    numbered = ", ".join(f"{label}: {number}" for number, label in enumerate(seen, 1))
+    text = f"{where}: labels {one_line(', '.join(map(str, seen)))} leave classes without a pixel"
+    return [Doubt(f"{text}; data.mask_map={{{numbered}}} numbers them one by one")]
 
 
 # ---- Lists ---------------------------------------------------------------------------------------
@@ -260,3 +288,12 @@ def judge_lists(cases):
     several = " and ".join(split for split, own in cases.items() if {*shared} & {*own})
     first = f"{len(shared)}, the first: {one_line(shared[0])} (in {several})"
     return [Doubt(f"cases in several of {', '.join(cases)}: {first}; their scores flatter")]
+
+
+def judge_copies(copies):
+    """Whether val or test hold slices of another list under other names. copies: [(name, other name)]."""
+    if not copies:
+        return []
+    first = " and ".join(map(one_line, copies[0]))
+    text = f"{len(copies)} slices of val or test have the very pixels of slices in another list"
+    return [Doubt(f"{text}, the first: {first}; their scores flatter")]

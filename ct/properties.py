@@ -10,6 +10,7 @@ read where set.json does not say.
 import difflib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -172,14 +173,16 @@ def reading_of(properties, hu_offset=None):
     own = properties.hu_offset
     if properties.kind == "stored":
         if hu_offset:
-            raise DataError(f"data.hu_offset: {hu_offset:g}, but set.json says that values are no HU")
+            raise DataError(
+                f"data.hu_offset: {hu_offset:g}, but set.json says that values are no HU; leave it out"
+            )
         return Reading("stored", 0, "stored")
     if hu_offset in (None, own):
         return Reading("hu", HU_OFFSET if own is None else own)
     if hu_offset == 0:
         return Reading("stored", 0)
     if own is not None:
-        raise DataError(f"data.hu_offset: {hu_offset:g}, but set.json says {own:g}")
+        raise DataError(f"data.hu_offset: {hu_offset:g}, but set.json says {own:g}; correct either")
     return Reading("hu", hu_offset)
 
 
@@ -252,12 +255,21 @@ def checked_names(classes, path):
     return list(classes)
 
 
+def once_each(entries):
+    """A JSON object as a dict; ValueError where json alone would take the last of two entries of one name."""
+    content = dict(entries)
+    if len(content) < len(entries):
+        twice, _ = Counter(name for name, _ in entries).most_common(1)[0]
+        raise ValueError(f"{twice!r} stands there twice")
+    return content
+
+
 def read_json(path, kind):
     """The content of a JSON file, which must be of type `kind` (dict or list)."""
     if os.path.exists(path) and os.path.getsize(path) > MAX_JSON:
         raise DataError(f"{path}: too large, {os.path.getsize(path) >> 20} MB")
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_text(path), object_pairs_hook=once_each)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import os
 import re
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -178,6 +179,16 @@ STARTS += (yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken)
 ENDS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
+class OnceEach(yaml.SafeLoader):
+    """Two entries of one name, of which YAML would take the last, are an error."""
+
+    def construct_mapping(self, node, deep=False):
+        names = Counter(str(key.value) for key, _ in node.value)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise yaml.YAMLError(f"{twice[0]} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def from_yaml(text: str):
     """The content of a YAML text. YAMLError for whatever cannot be read, and for aliases (*name), since
     ten lines of them can stand for gigabytes."""
@@ -189,7 +200,7 @@ def from_yaml(text: str):
                 raise yaml.YAMLError("nested too deeply")
             if isinstance(token, yaml.AliasToken):
                 raise yaml.YAMLError("aliases (*name) are not taken")
-        return yaml.safe_load(text)
+        return yaml.load(text, OnceEach)
     except yaml.YAMLError:
         raise
     except Exception as error:

@@ -267,9 +267,7 @@ def load_checkpoint(folder: Path, checked, name: str = "checkpoint.pth"):
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except UNREADABLE as error:
             reason = f"cannot read {path} ({one_line(error, 100)})"
-            failures.append(
-                ConfigError(f"run.out: {reason}; remove it, or choose another run.out, to start anew")
-            )
+            failures.append(ConfigError(f"run.out: {reason}; {ANEW}"))
             continue
         try:
             with warnings.catch_warnings(action="ignore"):
@@ -280,9 +278,7 @@ def load_checkpoint(folder: Path, checked, name: str = "checkpoint.pth"):
             continue
         except UNFIT:
             reason = f"{path} is not a checkpoint of this program, or damaged"
-            failures.append(
-                ConfigError(f"run.out: {reason}; remove it, or choose another run.out, to start anew")
-            )
+            failures.append(ConfigError(f"run.out: {reason}; {ANEW}"))
             continue
         if failures:
             warn(f"{reason}; continuing from {path}")

@@ -55,6 +55,11 @@ class Process:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def warn(self, text: str) -> None:
+        """The same of a warning, on stderr."""
+        if self.is_main:
+            warn(text)
+
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()

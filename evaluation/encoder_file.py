@@ -1,17 +1,17 @@
 """The encoder that an evaluation is of: its file, and the normalisation that travels with it."""
 
-import hashlib
 from pathlib import Path
 
 from data import Intensity, default_window
 from engine.config import Config, ConfigError, config_errors
-from engine.process import Process, warn
-from models import Encoder, architecture_of, load_encoder_weights, weights_file
+from engine.ownership import sha256
+from engine.process import Process
+from models import Encoder, architecture_of, initial_weights, load_encoder_weights
 
 
 def path_of(cfg: Config) -> Path | None:
     """The weights file; None for a random encoder."""
-    return None if cfg.encoder == "random" else weights_file(cfg.encoder)
+    return initial_weights(cfg.encoder)
 
 
 def agreed(cfg: Config, name: str, card: dict):
@@ -50,20 +50,21 @@ def build_encoder(cfg: Config, card: dict, process: Process) -> Encoder:
         encoder.set_output_stride(cfg.model.output_stride)
     if path:
         process.say(str(load_encoder_weights(encoder, path)))
-        if process.is_main and card.get("sha256") not in (None, sha256(path)):
-            warn(f"encoder: {path.stem}.json beside {path} describes another file: its sha256 differs")
+        if card.get("sha256") not in (None, sha256(path)):
+            process.warn(
+                f"encoder: {path.stem}.json beside {path} describes another file: its sha256 differs"
+            )
     return encoder
 
 
 def check_same_encoder(cfg: Config, before: str | None) -> None:
-    if before != sha256(path_of(cfg)):
+    if before != sha256_of(cfg):
         raise ConfigError(
             f"encoder: {cfg.encoder} has changed since the run in {cfg.run.out}; remove that run"
         )
 
 
-def sha256(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(cfg: Config) -> str | None:
+    """Of the weights file; None for a random encoder."""
+    path = path_of(cfg)
+    return path and sha256(path)

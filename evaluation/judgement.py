@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ct.plausible import Doubt, heed, judge_facts, judge_lists, judge_masks
+from ct.plausible import Doubt, heed, judge_facts, judge_known_spacing, judge_lists, judge_masks
 from ct.slices import DataError, in_threads
 from data import Intensity, SegmentationDataset, judge
 from engine.config import Config
-from engine.process import Process, warn
+from engine.process import Process
 
 
 def heed_evaluation(
@@ -35,12 +35,13 @@ def heed_evaluation(
     doubts += judge_lists({split: dataset.cases for split, dataset in sets.items()})
     for dataset in sets.values():
         doubts += judge_spacing(dataset)
-    doubts += judge_known_spacing(sets)
+    train, cases = sets["train"], [case for dataset in sets.values() for case in dataset.cases]
+    doubts += judge_known_spacing(train.properties.spacing, cases, train.root)
     doubts += judge_gaps(sets["test"])
     doubts += judge_training_masks(sets["train"], positions, classes, process)
     if note := sets["train"].assumed():
         process.say(f"note: {note}")
-    return heed(doubts, cfg.data.insist, "data.insist=true", warn if process.is_main else lambda _: None)
+    return heed(doubts, cfg.data.insist, "data.insist=true", process.warn)
 
 
 def judge_encoder(path, card: dict, train: SegmentationDataset, intensity: Intensity) -> list[Doubt]:
@@ -54,23 +55,10 @@ def judge_encoder(path, card: dict, train: SegmentationDataset, intensity: Inten
 
 def judge_spacing(dataset: SegmentationDataset) -> list[Doubt]:
     """Cases whose pixels are finer or coarser than those of training."""
-    first = {}
-    for index, case in enumerate(dataset.cases if dataset.grid.pixel_mm else ()):
-        first.setdefault(case, index)
+    first = dataset.first_of_cases() if dataset.grid.pixel_mm else {}
     return dataset.grid.judge_cases(
         {case: (dataset.header(index)[0], dataset.mm_of(index)) for case, index in first.items()}
     )
-
-
-def judge_known_spacing(sets: dict[str, SegmentationDataset]) -> list[Doubt]:
-    """Cases that a set which knows the spacing of others says nothing about."""
-    known, root = sets["train"].properties.spacing, sets["train"].root
-    cases = dict.fromkeys(case for dataset in sets.values() for case in dataset.cases)
-    unknown = [case for case in cases if case not in known]
-    if not known or not unknown:
-        return []
-    found = f"{len(unknown)} of {len(cases)} cases have no spacing in set.json, the first: {unknown[0]}"
-    return [Doubt(f"{root}: {found}: no Hausdorff distance there, and their pixels count as large as all")]
 
 
 def judge_gaps(dataset: SegmentationDataset) -> list[Doubt]:

@@ -37,6 +37,8 @@ def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
     inputs = Inputs.of(source, out, cfg)
     if inputs.left_out:
         process.say(f"{out}: lies below {source}; {inputs.left_out} files there are not taken as input")
+    if inputs.images is not None and source.is_dir() and inputs.base != source:
+        process.say(f"note: {source}: a data set; what lies in its {inputs.base.name} is segmented")
     if inputs.masks:
         found = f"{len(inputs.masks)} files are masks by their names, the first {inputs.masks[0]}"
         process.say(f"note: {source}: {found}: not segmented; --predict FILE insists")
@@ -144,9 +146,10 @@ class Predictor:
         if inputs.volumes and self.facts.axis is None:
             self.process.say("note: the model does not say across which axis slices lie: axial")
         own = inputs.properties.axis
-        if self.process.is_main and own not in (None, self.axis):
-            warn(f"{inputs.images}: {AXES[own]} slices, the model was trained on {AXES[self.axis]} ones")
-        self.heed(self.judge_spacing(inputs), say=warn if self.process.is_main else lambda _: None)
+        if own not in (None, self.axis):
+            text = f"{AXES[own]} slices, the model was trained on {AXES[self.axis]} ones"
+            self.process.warn(f"{inputs.images}: {text}")
+        self.heed(self.judge_spacing(inputs), self.process.warn)
         values = Values()
         for path in inputs.slices[:: -(-len(inputs.slices) // LOOKED_AT) or 1]:
             with suppress(DataError):
@@ -157,7 +160,7 @@ class Predictor:
             doubts = judge_values(values, inputs.base, TAKES_HU) if self.facts.kind == "hu" else []
             unseen = judge_window(values, self.intensity.window, inputs.base)
             doubts += [replace(doubt, fatal=False) for doubt in unseen]  # a slice of air is nothing wrong
-            self.heed(doubts, say=warn if self.process.is_main else lambda _: None)
+            self.heed(doubts, self.process.warn)
 
     def judge_spacing(self, inputs: Inputs) -> list[Doubt]:
         """Whether the pixels of the slices' cases, where their set knows the spacing, are as in training."""

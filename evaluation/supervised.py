@@ -13,7 +13,7 @@ from engine.files import MetricsLog, checked_number, checked_optimizer, load_che
 from engine.process import Process, progress, warn
 from engine.stopping import StopRequest, leave
 from evaluation.batches import Batches
-from evaluation.encoder_file import check_same_encoder, path_of, sha256
+from evaluation.encoder_file import check_same_encoder, sha256_of
 from evaluation.report import percent
 from evaluation.segmenter import at_size, load_model
 from losses import segmentation_loss
@@ -130,7 +130,7 @@ def resume(cfg: Config, process: Process, trained: nn.Module, optimizer) -> tupl
 
 def save(cfg: Config, trained: nn.Module, optimizer, step: int, best: float | None) -> None:
     state = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"step": step, "best": best, "encoder_sha256": sha256(path_of(cfg))}
+    state |= {"step": step, "best": best, "encoder_sha256": sha256_of(cfg)}
     try:
         save_checkpoint(Path(cfg.run.out), state)
     except OSError as error:

@@ -1,6 +1,7 @@
 """`data.py check`: reads a whole data set and says what is in it, what to put into a config, and which
 files are bad."""
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -11,11 +12,15 @@ import numpy as np
 from ct import layout
 from ct.listing import files_below
 from ct.plausible import (
+    AS_STORED,
     LIMIT,
     Doubt,
     Values,
     histogram,
+    judge_copies,
+    judge_gaps_of_labels,
     judge_kinds,
+    judge_known_spacing,
     judge_lists,
     judge_masks,
     judge_ranges,
@@ -62,6 +67,7 @@ class Found:
     size: tuple = ()
     kind: str = ""
     counted: tuple = ()  # ct.plausible.histogram of the values
+    digest: bytes = b""  # of the values; b"" if they are all the same
     labels: np.ndarray = None  # histogram of the mask, (256,)
 
 
@@ -74,6 +80,8 @@ class Summary:
     values: Values = field(default_factory=Values)  # not of val, test
     held_out: Values = field(default_factory=Values)  # of these
     ranges: dict = field(default_factory=dict)  # {case: (lowest, highest value)}
+    first: dict = field(default_factory=dict)  # {digest: Slice}
+    copies: list = field(default_factory=list)  # [(name, name)] in two lists, val or test one of them
     training: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # mask pixels
     voxels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     slices: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
@@ -86,6 +94,9 @@ class Summary:
         case, (_, _, *ends, _) = layout.case_of(found.slice.name), found.counted
         lowest, highest = self.ranges.get(case, ends)
         self.ranges[case] = min(lowest, ends[0]), max(highest, ends[1])
+        one, first = found.slice, self.first.setdefault(found.digest or found.slice.image, found.slice)
+        if (one.held_out() or first.held_out()) and not one.splits & first.splits:
+            self.copies.append((first.name, one.name))
         if found.labels is not None:
             self.training += found.labels * found.slice.trains()
             self.voxels += found.labels
@@ -148,22 +159,29 @@ def doubts_of(root, properties, slices, summary, names):
     doubts = judge_kinds(summary.kinds, properties.kind, root)
     if not doubts:
         for values, where in ((summary.values, root), (summary.held_out, f"{root}, val and test")):
-            if kind == "hu":
-                doubts += judge_values(values, where, MEND)
-            if kind != "stored" and values.lowest < values.highest:
-                doubts += judge_window(values, default_window(kind), where)
+            own = judge_values(values, where, MEND, AS_STORED) if kind == "hu" else []
+            if kind != "stored" and not any(doubt.fatal for doubt in own):
+                own += judge_window(values, default_window(kind), where)
+            doubts += own
     if kind == "hu" and not any(doubt.fatal for doubt in doubts):
         doubts += judge_ranges(summary.ranges, root)
     if summary.training.any():
-        highest = max({1, *np.flatnonzero(summary.training).tolist()} - {IGNORE})
-        names = names or class_names("", 1 + highest)
-        doubts += judge_masks(summary.training, names, f"{root}: masks for training")
+        where = f"{root}: masks for training"
+        if not names:
+            highest = max({1, *np.flatnonzero(summary.training).tolist()} - {IGNORE})
+            names = class_names("", 1 + highest)
+            doubts += judge_gaps_of_labels(summary.training, where)
+        doubts += judge_masks(summary.training, names, where)
+    if properties.size and properties.size not in summary.sizes:
+        said = "{} x {} px, which no slice has; all are scaled to that".format(*properties.size)
+        doubts.append(Doubt(f"{root}: set.json says {said}"))
     if len(summary.sizes) > 1 and not properties.size:
         text = f"slices of different sizes; all are scaled to that of most, {height} x {width} px"
         doubts.append(Doubt(f"{root}: {text}"))
     doubts += judge_spacings(properties.spacing, root)
+    doubts += judge_known_spacing(properties.spacing, [layout.case_of(one.name) for one in slices], root)
     cases = {split: {layout.case_of(one.name) for one in slices if split in one.splits} for split in SPLITS}
-    return doubts + judge_lists(cases)
+    return doubts + judge_lists(cases) + judge_copies(summary.copies)
 
 
 def list_files(root, given):
@@ -171,10 +189,17 @@ def list_files(root, given):
     slices."""
     if given:
         return given
+    if layout.packed_at(root):
+        raise DataError(f"{root}: a packed set; check the folder that it was made of")
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    usual = [f"{split}.txt" for split in (*SPLITS, "unlabelled") if (root / f"{split}.txt").exists()]
-    return usual or files_below(root, ".txt", deep=False) or [None]
+    there = files_below(root, ".txt", deep=False)
+    usual = [name for split in (*SPLITS, "unlabelled") if (name := f"{split}.txt") in there]
+    if others := [name for name in there if name not in usual]:
+        named = one_line(", ".join(others))
+        what = f"not looked at: {named}; --list LIST ... checks it" if usual else f"taken for lists: {named}"
+        print(f"note: {root}: {what}")
+    return usual or others or [None]
 
 
 def collect(root, lists, args):
@@ -187,6 +212,9 @@ def collect(root, lists, args):
         found = layout.find_slices(images, names)
         missing = [name for name, there in zip(names, found) if there is None]
         bad += [f"{images / name}: in {list_name}, but missing" for name in missing]
+        if repeated := len(names) - len(missing) - len({*found} - {None}):
+            text = "slices are listed more than once; pretraining takes them as often, evaluation once"
+            print(f"warning: {list_name}: {repeated} {text}")
         needs_mask = masks.is_dir() and split != "unlabelled"
         for name in filter(None, found):
             new = Slice(name, images / name, layout.mask_path(masks, name), needs_mask, set())
@@ -214,7 +242,8 @@ def inspect(slice, reading, names, mapping):
             labels = inspect_mask(slice, image.shape, names, mapping)
     except (DataError, OSError) as error:
         return Found(slice, problem=str(error))
-    return Found(slice, "", image.shape, kind, histogram(image), labels)
+    digest = b"" if (image == image[0, 0]).all() else hashlib.blake2b(image.tobytes(), digest_size=8).digest()
+    return Found(slice, "", image.shape, kind, histogram(image), digest, labels)
 
 
 def inspect_mask(slice, size, names, mapping):
@@ -247,7 +276,7 @@ def print_values(summary, some_held_out):
     counts = summary.values.counts
     if not counts.any():
         return
-    kind = summary.kinds.most_common(1)[0][0]
+    _, kind = summary.most()
     unit = "HU" if kind == "hu" else "value"
     values = np.arange(-LIMIT, LIMIT + 1)
     mean, std = mean_std(values, counts)

@@ -65,13 +65,9 @@ def as_int16(image, path):
 
 def packed_properties(dataset, source):
     """Those of the set, with the size that all slices have now, and their spacing on it."""
-    own, facts, spacing = dataset.properties, dataset.facts(), {}
-    for index, case in enumerate(dataset.cases if own.spacing else ()):
-        if case in own.spacing and case not in spacing:
-            between, *mm = own.spacing[case]
-            spacing[case] = (between, *dataset.grid.spacing_on(dataset.header(index)[0], mm))
+    facts, spacing = dataset.facts(), dataset.spacing_on_grid()
     known = {"kind": facts.kind, "hu_offset": facts.hu_offset, "size": dataset.size, "spacing": spacing}
-    return replace(own, **known, source=source, made_by=PACK)
+    return replace(dataset.properties, **known, source=source, made_by=PACK)
 
 
 def files_read(dataset, args):
@@ -89,16 +85,17 @@ def files_read(dataset, args):
 
 def make_phantom(args):
     """The phantom command. phantom.json has the arguments; "complete" is true once everything is written."""
-    out = Path(args.out)
+    out, cases = Path(args.out), [f"phantom{index:03d}" for index in range(args.cases)]
+    names = {case: [f"{case}/{index:03d}.png" for index in range(args.slices)] for case in cases}
     about = {"cases": args.cases, "slices": args.slices, "size": args.size, "seed": args.seed}
     if (out / "phantom.json").exists():
         there = read_json(out / "phantom.json", dict)
-        if there == about | {"complete": True}:
+        files = (out / part / name for part in ("images", "masks") for own in names.values() for name in own)
+        if there == about | {"complete": True} and all(path.is_file() for path in files):
             print(f"{out}: this phantom is there already")
             return 0
         if there | {"complete": True} != about | {"complete": True}:
             raise DataError(f"{out}: holds a phantom with other arguments ({there}); choose another folder")
-    cases = [f"phantom{index:03d}" for index in range(args.cases)]
     refuse_other_folder(out, PHANTOM)
     folders = [out / part / case for part in ("images", "masks") for case in cases]
     existing = [path for folder in folders for path in contents(folder)]
@@ -109,7 +106,6 @@ def make_phantom(args):
     remove_lists(out, PHANTOM)
 
     list(in_threads(lambda case: write_phantom_case(out, case, args), cases, "phantom"))
-    names = {case: [f"{case}/{index:03d}.png" for index in range(args.slices)] for case in cases}
     lists = split_cases(cases)
     lists["unlabelled"] = [case for case in cases if case not in lists["val"] + lists["test"]]
     spacing = phantom_spacing(args.slices, args.size)

@@ -7,7 +7,7 @@ import numpy as np
 from ct.geometry import is_same_grid, judge_geometry, resampled, share_inside
 from ct.organs import BTCV_ORGANS
 from ct.plausible import Doubt, heed
-from ct.properties import class_names, read_json
+from ct.properties import checked_names, class_names, read_json
 from ct.slices import IGNORE, DataError
 from ct.volumes import read_geometry, read_volume
 from prepare.pairing import dataset_json, print_names
@@ -44,7 +44,7 @@ def heed_geometry(doubts, image, volume, say):
         heed(doubts, False, "--ignore-geometry", say)
         return
     mend = "; their shape is not the image's: they need the affine that says where in it they lie"
-    heed([Doubt(one.text + (mend if one.fatal else ""), one.fatal) for one in doubts], False, say=say)
+    heed([Doubt(one.text + (mend if one.fatal else ""), one.fatal) for one in doubts], False, "", say)
 
 
 def ids_of(array, path, label_map):
@@ -101,7 +101,9 @@ def mask_slices(volume, image, label_map):
 def names_and_map(args):
     """Class names (or None) and label map {source id: target} (or None) as the arguments say; without any
     those of nnU-Net's dataset.json above the images folder, if there is one."""
-    names = BTCV_ORGANS if args.classes == "btcv" else read_json(args.classes, list) if args.classes else None
+    names = BTCV_ORGANS if args.classes == "btcv" else None
+    if args.classes and names is None:
+        names = checked_names(read_json(args.classes, list), args.classes)
     label_map = read_label_map(args.label_map) if args.label_map else None
     about = dataset_json(args.images)
     if args.labels and names is None and label_map is None and about:
@@ -134,6 +136,8 @@ def read_label_map(path):
         label_map = {int(source): int(str(target)) for source, target in given.items()}  # 1.5 is not 1
     except ValueError:
         raise DataError(f'{path}: {{"source id": target id}} with whole numbers is expected') from None
+    if len(label_map) < len(given):
+        raise DataError(f"{path}: two entries for one id, such as 1 and 01")
     for source, target in label_map.items():
         if not (0 <= source <= 65535 and 0 <= target <= IGNORE):
             raise DataError(f"{path}: {source} -> {target}: ids from 0 to 65535 can become 0 to {IGNORE}")
@@ -170,16 +174,22 @@ def choose_classes(out, label_map, ids, given_names):
     if label_map:
         absent = [f"{id} ({named[label]})" for id, label in label_map.items() if id not in seen]
         print_names("ids of the label map that no volume holds", absent)
+        unlisted = [str(id) for id in sorted(seen - {0, *label_map})]
+        print_names("ids that the label map does not list (background now)", unlisted)
     else:
         absent = [f"{id} ({name})" for id, name in enumerate(names) if id not in seen]
         print_names("classes that no volume holds", absent)
     return names
 
 
+def targets_of(ids, label_map):
+    """What these ids become in a mask."""
+    return {label_map.get(id, 0) for id in ids} if label_map else {*ids}
+
+
 def refuse_nothing(label_map, seen, paths):
     """DataError if none of the ids that were seen in these files means a class."""
-    found = {label_map.get(id, 0) for id in seen} if label_map else seen
-    if found - {0, IGNORE}:
+    if targets_of(seen, label_map) - {0, IGNORE}:
         return
     if label_map:
         mend = "the label map makes classes of none of them"

@@ -9,7 +9,7 @@ from ct.properties import read_json
 from ct.slices import DataError
 from engine.files import write_whole
 from engine.ownership import remove_own
-from prepare.pairing import number_in
+from prepare.pairing import number_in, print_names
 
 SPLITS = ("train", "val", "test", "unlabelled")
 ABOUT = ("set.json",)  # what else lies beside the lists
@@ -76,6 +76,7 @@ def read_split(given, cases):
             taken[case] = name
     if not split["train"] or not split["test"]:
         raise DataError(f"{given}: train and test must name a case each")
+    print_names(f"not in {given} (for pretraining only)", [case for case in cases if case not in taken])
     return split
 
 

@@ -11,14 +11,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from ct.listing import VOLUMES, files_below, is_named, natural_order
+from ct.listing import IMAGE_WORDS, LABEL_WORDS, VOLUMES, bare_name, files_below, is_named, natural_order
 from ct.properties import read_json
 from ct.slices import DataError
 from engine.config import one_line
 
-# What files are called: kits/CASE/imaging.nii.gz, volume-0.nii and segmentation-0.nii, p1_ct and p1_seg.
-IMAGE_WORDS = {"image", "images", "imaging", "img", "ct", "volume", "vol", "scan"}
-LABEL_WORDS = {"label", "labels", "seg", "segmentation", "segmentations", "mask", "masks", "gt"}
 OTHER_VOLUMES = (".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".mgz", ".mgh", ".dcm")
 
 
@@ -124,9 +121,7 @@ def by_name(file):
 
 
 def by_bare_name(file):
-    """Without words for images and labels: p1_ct and p1_seg are p1."""
-    words = re.split("[-_. ]+", file.name.lower())
-    return "_".join(word for word in words if word not in IMAGE_WORDS | LABEL_WORDS) or file.name
+    return bare_name(file.name)
 
 
 def by_numbers(file):
@@ -261,7 +256,14 @@ def volume_files(given, words=IMAGE_WORDS):
         print_names("volumes that are not NIfTI (left out)", files_below(path, OTHER_VOLUMES, deep=False))
         return [File(path / name, stem_of(name)) for name in names]
     if found := files_of_cases(path, words):
+        further = [name for name in files_below(path, VOLUMES) if name.count("/") > 1]
+        print_names(f"volumes further below {path} (left out)", further)
         return found
+    if deep := files_below(path, VOLUMES):
+        likely = "/".join(["*"] * deep[0].count("/") + [Path(deep[0]).name])
+        raise DataError(
+            f"{path}: volumes only far below, such as {deep[0]}; give a pattern: '{path}/{likely}'"
+        )
     dicom = "; DICOM has to be converted first, see docs/COMPATIBILITY.md" if holds_dicom(path) else ""
     raise DataError(f"{path}: no .nii or .nii.gz files there{dicom}")
 

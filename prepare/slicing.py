@@ -7,7 +7,6 @@ Folders as they are published: BTCV (img/img0001.nii.gz, label/label0001.nii.gz)
 
 import json
 import signal
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from ct.plausible import Doubt, Values, heed, judge_values
 from ct.properties import HU_OFFSET, Properties, read_json, write_properties
 from ct.slices import DataError, whole_hu, write_png
 from ct.volumes import import_nibabel, read_volume
+from data import most_frequent
 from engine.config import ConfigError
 from engine.files import write_whole
 from engine.ownership import claim, contents, refuse_foreign, refuse_other_folder, remove_own
@@ -30,9 +30,10 @@ from prepare.labels import (
     names_and_map,
     read_labels,
     scan_labels,
+    targets_of,
 )
 from prepare.lists import files_beside_images, make_lists, read_split, remove_lists, write_lists
-from prepare.pairing import pair_volumes
+from prepare.pairing import pair_volumes, print_names
 
 SLICE = "data.py slice"  # by which its files are known, see engine/ownership.py
 PARTS = ("images", "masks")
@@ -74,7 +75,10 @@ def slice_volumes(args):
     records = all_cases(pairs, failed, ids, options, out, args.workers)
 
     print(f"{out}: {sum(record['slices'] for record in records.values())} slices; cases: {len(records)}")
-    known = {"kind": "hu", "hu_offset": HU_OFFSET, "axis": args.axis, "size": common_size(records)}
+    former = [path.name for path in contents(out / "images") if path.name not in records]
+    print_names("in images, but of former calls and in no list (delete them in images and masks)", former)
+    size = most_frequent(tuple(record["size"]) for record in records.values())
+    known = {"kind": "hu", "hu_offset": HU_OFFSET, "axis": args.axis, "size": size}
     known |= {"spacing": {case: record["spacing"] for case, record in records.items()}, "classes": classes}
     write_properties(out, Properties(**known, source=str(args.images), made_by=SLICE))
     lists = make_lists(records, split)
@@ -101,11 +105,6 @@ def check_out(args, pairs, options, out):
             targets = [path for part in PARTS for path in contents(out / part / pair.case)]
             refuse_foreign(targets, sources, SLICE, record=record_folder(out, pair.case))
             refuse_foreign([out / "sliced" / f"{pair.case}.json"], sources, SLICE)
-
-
-def common_size(records):
-    """The most frequent (rows, columns) of the cases."""
-    return Counter(tuple(record["size"]) for record in records.values()).most_common(1)[0][0]
 
 
 # ---- Cases ---------------------------------------------------------------------------------------
@@ -213,6 +212,9 @@ def slice_case(pair, ids, options, out):
         record["labelled"] = []
         masks = noting(mask_slices(labels, geometry, options.label_map), record["labelled"])
         write_slices(out, "masks", pair.case, masks)
+        if not record["labelled"] and targets_of(ids, options.label_map) - {0}:
+            text = f"none of its labelled voxels is the nearest one of a voxel of {pair.image}"
+            raise DataError(f"{pair.labels}: {text}; is the spacing in its header wrong?")
     else:
         remove_own(contents(out / "masks" / pair.case), SLICE, record_folder(out, pair.case))
     write_whole(path, json.dumps(record), SLICE)
@@ -249,12 +251,16 @@ def noting(masks, labelled):
 
 
 def up_to_date(pair, options, out):
-    """The record of a case that is there, made from these files in this way; else None."""
+    """The record of a case that is there, all of it, made from these files in this way; else None."""
     path = out / "sliced" / f"{pair.case}.json"
-    if not path.is_file() or not (out / "images" / pair.case).is_dir():
+    record = read_json(path, dict) if path.is_file() else {}
+    if record.get("made_of") != made_of(pair, options):
         return None
-    record = read_json(path, dict)
-    return record if record.get("made_of") == made_of(pair, options) else None
+    for part in PARTS if pair.labels else PARTS[:1]:
+        there = {path.name for path in contents(out / part / pair.case) if path.stat().st_size}
+        if not {slice_name(index) for index in range(record["slices"])} <= there:
+            return None
+    return record
 
 
 def made_of(pair, options):
@@ -288,7 +294,11 @@ def write_slices(out, part, case, slices):
         needed.mkdir(parents=True, exist_ok=True)
     remove_own(contents(folder), SLICE, record)  # of a former image, which may have had more of them
     for index, one in enumerate(slices):
-        write_png(folder / f"{index:04d}.png", one, SLICE, record)
+        write_png(folder / slice_name(index), one, SLICE, record)
+
+
+def slice_name(index):
+    return f"{index:04d}.png"
 
 
 def record_folder(out, case):

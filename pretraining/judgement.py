@@ -6,22 +6,22 @@ from ct.layout import case_of, find_slices, read_list, split_folder
 from ct.plausible import Doubt, heed, judge_facts
 from data import Intensity, SliceDataset, encoder_card, judge
 from engine.config import Config
-from engine.process import Process, warn
-from models import weights_file
+from engine.process import Process
+from models import initial_weights
 
 
 def heed_data(cfg: Config, process: Process, dataset: SliceDataset, intensity: Intensity) -> None:
     """Say it; raises DataError where nothing right can come out, unless data.insist."""
     doubts = judge(dataset, cfg.data.window, intensity)
     doubts += judge_start(cfg, dataset, intensity) + judge_held_out(cfg, dataset)
-    heed(doubts, cfg.data.insist, "data.insist=true", warn if process.is_main else lambda _: None)
+    heed(doubts, cfg.data.insist, "data.insist=true", process.warn)
     if note := dataset.assumed():
         process.say(f"note: {note}")
 
 
 def judge_start(cfg: Config, dataset: SliceDataset, intensity: Intensity) -> list[Doubt]:
     """Whether the weights to start from were trained on such slices, in such a normalisation."""
-    card = encoder_card(None if cfg.model.init == "random" else weights_file(cfg.model.init))
+    card = encoder_card(initial_weights(cfg.model.init))
     if not card:
         return []
     doubts = judge_facts(card["facts"], dataset.facts(), f"model.init: {cfg.model.init}")

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from engine.config import Config
 from engine.files import make_run_folder, refuse_other_run, written_whole
 from engine.process import Process, Readback, only_warning
 from engine.stopping import StopRequest, batch_loader, begin, leave
-from models import Method, whole_slices
+from models import Method, initial_weights, whole_slices
 from pretraining.guard import Guard, NotFinite, bad_steps_text
 from pretraining.journal import Journal
 from pretraining.judgement import heed_data
@@ -33,12 +32,7 @@ SCRIPT = "train_moco.py"  # whose folders these are, see engine/ownership.py
 
 def check_folder(cfg: Config) -> None:
     """Raise a ConfigError if run.out is not a folder that this run may write into."""
-    refuse_other_run(cfg, SCRIPT, first_weights(cfg))
-
-
-def first_weights(cfg: Config) -> Path:
-    """The file that model.init names, if it names one."""
-    return Path(cfg.model.init.removeprefix("torchvision:")).expanduser()
+    refuse_other_run(cfg, SCRIPT, initial_weights(cfg.model.init))
 
 
 @dataclass
@@ -63,7 +57,7 @@ class Run:
         heed_data(cfg, process, self.dataset, self.intensity)
         self.steps_per_epoch, self.total_steps = count_steps(cfg, len(self.dataset), process)
         self.guard = Guard(self.model, self.optimizer, cfg.run.max_bad_steps)
-        self.folder = make_run_folder(cfg, process, SCRIPT, first_weights(cfg))
+        self.folder = make_run_folder(cfg, process, SCRIPT, initial_weights(cfg.model.init))
         self.step, complete = resume(self)
         self.finished = self.step >= self.total_steps and complete
         if self.finished:

@@ -1,6 +1,5 @@
 """What a pretraining run keeps on disk: its checkpoint, to resume from, and the encoders it is for."""
 
-import hashlib
 import json
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from engine.files import (
     write_whole,
     written_whole,
 )
+from engine.ownership import sha256
 from engine.process import Process, warn
 from losses import gather
 from models import Method, fits, is_sound
@@ -127,7 +127,7 @@ def export(run, name: str, metrics: dict) -> None:
         "metrics": {key: value for key, value in metrics.items() if not isinstance(value, list)},
         "config": cfg.plain(),
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": sha256(path),
     }
     write_whole(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
 

@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -127,10 +127,7 @@ def test_no_circles():
         names = [name for name, _, as_script in imports if not as_script and top(name) in OURS]
         graph[module] = {name if name in MODULES else name.rpartition(".")[0] for name in names}
     graph = {module: imported & {*MODULES} for module, imported in graph.items()}
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        pytest.fail(" <- ".join(error.args[1]))
+    assert {*TopologicalSorter(graph).static_order()} == {*MODULES}  # a CycleError names the circle
 
 
 def test_the_pretraining_script_takes_a_handful_from_the_project():

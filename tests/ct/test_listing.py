@@ -66,6 +66,9 @@ def test_absolute_paths_inside_the_folder_are_accepted(tmp_path):
     (tmp_path / "list.txt").write_text(f"{tmp_path}/images/a/1.png 3\nimages/a/2.png\n")
     found = find_slices(tmp_path / "images", read_list(tmp_path / "list.txt", tmp_path / "images"))
     assert found == ["a/1.png", "a/2.png"]
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/images/a/1.png\n{tmp_path}/link/a/2.png\n")
+    assert read_list(tmp_path / "list.txt", tmp_path / "images") == ["a/1.png", "a/2.png"]
     (tmp_path / "list.txt").write_text("/etc/passwd\n")
     with pytest.raises(DataError, match="leaves the data root"):
         read_list(tmp_path / "list.txt", tmp_path / "images")
@@ -86,8 +89,18 @@ def test_two_links_to_one_folder_are_two_cases_in_any_order(tmp_path):
 
 
 def test_masks_are_known_by_their_names(tmp_path):
-    images = ["a/1.png", "mask_patients/1.png", "KiTS/case/imaging.nii.gz"]
-    masks = ["masks/a/1.png", "labelsTr/1.nii.gz", "KiTS/case/segmentation.NII.gz", "gt/train/1.png"]
+    images = ["a/1.png", "mask_patients/1.png", "KiTS/case/imaging.nii.gz", "b/lone_seg.nii.gz"]
+    images += ["b/x_0000.nii.gz", "b/y.PNG", "b/p1_ct.nii", "b/volume-0.nii", "b/gt_2.png"]
+    masks = [
+        "masks/a/1.png",
+        "b/x_seg.nii.gz",
+        "b/y-label.png",
+        "b/p1_seg.nii",
+        "b/segmentation-0.nii",
+        "labelsTr/1.nii.gz",
+        "KiTS/case/segmentation.NII.gz",
+        "gt/train/1.png",
+    ]
     paths = [tmp_path / name for name in images + masks]
     assert without_masks(paths, tmp_path, "gt/{split}") == paths[: len(images)]
     assert without_masks(paths, tmp_path, "{split}/masks") == paths[: len(images)] + paths[-1:]

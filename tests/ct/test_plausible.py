@@ -42,6 +42,24 @@ def test_values_that_are_not_hu_are_named_with_what_mends_them():
     assert not doubt.fatal and "subtract" not in doubt.text
 
 
+def test_values_of_another_scale_or_after_another_offset_are_no_hu():
+    hu = scan()
+    for values in (hu / 1000, (hu + 1024) / 2000, (hu - hu.mean()) / hu.std(), np.arange(14)):
+        [doubt] = judged(values)  # whole numbers of them are few
+        assert doubt.fatal and "scaled to that, or labels" in doubt.text
+    for offset in (1000, 2000, 5000, 9000):
+        doubts = judged(hu - offset)
+        assert any(doubt.fatal and "as tissue would be" in doubt.text for doubt in doubts), offset
+    for air in (hu[:500], np.append(hu[:500], np.full(900, -3024)), np.array([-1024, -1023])):
+        assert judged(air) == []
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.int32])
+def test_numbers_of_any_width_are_judged(dtype):
+    high = np.iinfo(dtype).max
+    assert "no HU" in judged(np.arange(high - 100, high).astype(dtype))[0].text
+
+
 @pytest.mark.parametrize("offset, lowest", [(1024, -1000), (1024, -1207), (32768, -1000), (5024, -1024)])
 def test_the_offset_that_mends_values(offset, lowest):
     """The usual ones whatever a scanner gives for air; others by the lowest value, as -1024."""

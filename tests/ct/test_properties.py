@@ -10,6 +10,7 @@ from ct.properties import (
     Properties,
     Reading,
     class_names,
+    read_json,
     read_properties,
     reading_of,
     write_properties,
@@ -45,6 +46,13 @@ def test_files_that_sets_had_before_are_read_where_set_json_does_not_say(tmp_pat
     write_properties(tmp_path, WHOLE)
     with pytest.raises(DataError, match="set.json: its classes are not those in classes.json"):
         class_names(tmp_path)
+
+
+@pytest.mark.parametrize("twice", ['"a": 1, "a": 2', '"b": {"a": 1, "a": 1}'])
+def test_an_entry_that_stands_twice_is_named(tmp_path, twice):
+    (tmp_path / "x.json").write_text(f'{{{twice}, "c": [1, 1], "d": {{"a": 3}}}}')
+    with pytest.raises(DataError, match="x.json: not valid JSON \\('a' stands there twice"):
+        read_json(tmp_path / "x.json", dict)
 
 
 def test_a_misspelt_entry_is_named(tmp_path):

@@ -13,6 +13,8 @@ from train_moco import DEFAULTS, NULLABLE
         ("a: [", "not a YAML file"),
         ("- 1\n- 2\n", "expected sections"),
         ("optim:\n  lr: {a: 1}\n", "optim.lr"),
+        ("optim:\n  lr: 0.1\n  lr: 0.2\n", "bad.yaml: .*lr stands there twice"),
+        ("optim:\n  lr: 0.1\nrun:\n  out: x\noptim:\n  epochs: 3\n", "bad.yaml: .*optim stands there twice"),
     ],
 )
 def test_unreadable_configs(tmp_path, content, message):

@@ -238,12 +238,19 @@ def test_masks_are_never_taken_for_images(mixed, tmp_path, capsys):
     root, out = mixed, mixed.parent / "forth"
     slice, mask = next((root / "images").rglob("*.png")), next((root / "masks").rglob("*.png"))
     files = {"img/1.PNG": slice, "labelsTr/1.png": mask, "case/image.png": slice, "case/mask.png": mask}
+    files |= {"b.png": slice, "b_seg.png": mask}
     for name, source in files.items():
         put(tmp_path / "set" / name, source.read_bytes())
     run(f"run.out={out}", "--predict", tmp_path / "set", "--out", tmp_path / "pred")
     written = sorted(p.relative_to(tmp_path / "pred").as_posix() for p in (tmp_path / "pred").rglob("*.png"))
-    assert written == ["case/image.png", "img/1.png"]
-    assert "2 files are masks by their names" in capsys.readouterr().out
+    assert written == ["b.png", "case/image.png", "img/1.png"]
+    assert "3 files are masks by their names" in capsys.readouterr().out
+    put(tmp_path / "whole/images/1.png", slice.read_bytes())
+    put(tmp_path / "whole/masks/1.png", mask.read_bytes())
+    put(tmp_path / "whole/more/1.png", slice.read_bytes())
+    run(f"run.out={out}", "--predict", tmp_path / "whole", "--out", tmp_path / "one")
+    assert "a data set; what lies in its images is segmented" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "one").rglob("*.png")] == ["1.png"]
     put(tmp_path / "only/masks/1.png", mask.read_bytes())
     with pytest.raises(DataError, match="only masks there"):
         run(f"run.out={out}", "--predict", tmp_path / "only", "--out", tmp_path / "other")

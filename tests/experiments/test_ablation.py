@@ -18,7 +18,7 @@ import eval_seg
 import train_moco
 from engine import config
 from engine.config import ConfigError
-from engine.ownership import refuse_foreign
+from engine.ownership import foreign_files
 from experiments import ablation, figures, findings
 from experiments.cells import Cell, Cells, cell_of, evaluation_record, pretraining_record, thinned
 from experiments.position import local_task, noise, set_borders
@@ -308,7 +308,7 @@ def test_committed_results_are_small_and_give_the_tables_of_the_readme():
 def test_committed_figures_may_be_drawn_again():
     docs = RESULTS.parents[1] / "docs"
     drawn = ("spectra", "training", "dice", "labels", "measures", "segmentations")
-    refuse_foreign([docs / f"{name}.png" for name in drawn], [], figures.FIGURES)
+    assert foreign_files([docs / f"{name}.png" for name in drawn], figures.FIGURES) == []
 
 
 # ---- Options and protocols ----

@@ -1,6 +1,7 @@
 """prepare/check.py: what it counts, and that it names every bad file."""
 
 import numpy as np
+import pytest
 from handmade import png_bytes, put, random_set, run
 
 from ct.properties import Properties, write_properties
@@ -101,7 +102,7 @@ def test_check_says_what_is_odd(tmp_path, capsys):
     text = "\n".join(said)
     assert code == 0
     assert "no pixel of y (1 of 2 classes)" in text and "slices of different sizes" in text
-    assert "pixels from 0.6 mm (a) to 0.9 mm (b)" in text
+    assert "rows from 0.6 mm (a) to 0.9 mm (b) apart" in text
     assert "1, the first: a (in train and test)" in text and "granted: size: 12 x 10 px" in text
 
 
@@ -125,6 +126,25 @@ def test_check_finds_a_case_and_a_test_list_of_another_offset(tmp_path, capsys):
     assert code == 1 and any("val and test: values from 24" in line for line in said)
 
 
+def test_check_finds_a_case_without_tissue(tmp_path, capsys):
+    names, rng = labelled(tmp_path), np.random.default_rng(0)
+    for name in names:
+        air = rng.integers(0, 30, (12, 10)).astype(np.uint16)
+        put(tmp_path / "images" / name, air if name[0] == "b" else air_and_tissue(rng))
+    code, said = checked(capsys, tmp_path)
+    [odd] = [line for line in said if "1 of 3 cases, unlike the rest, have no air (below -200) or no" in line]
+    assert code == 0 and "the first: b, from -1024 to -99" in odd
+
+
+@pytest.mark.parametrize("size, said", [((12, 10), False), ((10, 12), True), ((24, 20), True)])
+def test_check_says_a_size_that_no_slice_has(tmp_path, capsys, size, said):
+    labelled(tmp_path)
+    write_properties(tmp_path, Properties(size=size))
+    code, lines = checked(capsys, tmp_path)
+    found = f"set.json says {size[0]} x {size[1]} px, which no slice has; all are scaled to that"
+    assert code == 0 and any(found in line for line in lines) == said
+
+
 def test_check_judges_masks_without_a_train_list(tmp_path, capsys):
     names = labelled(tmp_path, pixel=255)
     for lists in ((), ("mine.txt",)):
@@ -145,6 +165,66 @@ def test_check_counts_slices_of_two_kinds_as_bad(tmp_path, capsys):
     write_properties(tmp_path, Properties("hu"))
     code, said = checked(capsys, tmp_path)
     assert code == 1 and any("holds 8-bit values, but its set.json says HU" in line for line in said)
+
+
+def test_check_says_what_a_list_repeats_and_which_it_leaves_out(tmp_path, capsys):
+    names = labelled(tmp_path)
+    (tmp_path / "train.txt").write_text("\n".join(names + names[:2]))
+    (tmp_path / "extra.txt").write_text(names[0])
+    _, said = checked(capsys, tmp_path)
+    assert any("train.txt: 2 slices are listed more than once" in line for line in said)
+    assert any("not looked at: extra.txt; --list" in line for line in said)
+
+
+def test_check_finds_a_test_case_that_is_a_copy_of_a_training_case(tmp_path, capsys):
+    names = labelled(tmp_path)
+    (tmp_path / "train.txt").write_text("\n".join(names[:6]))
+    (tmp_path / "test.txt").write_text("\n".join(names[6:]))
+    assert not any("very pixels" in line for line in checked(capsys, tmp_path)[1])
+    for name, copy in zip(names[:2], names[6:]):
+        put(tmp_path / "images" / copy, (tmp_path / "images" / name).read_bytes())
+    _, said = checked(capsys, tmp_path)
+    [line] = [line for line in said if "very pixels" in line]
+    assert "2 slices of val or test" in line and f"the first: {names[0]} and {names[6]}" in line
+
+
+def test_check_looks_at_rows_and_columns_and_at_cases_without_spacing(tmp_path, capsys):
+    labelled(tmp_path)
+    write_properties(tmp_path, Properties(spacing={"a": (5, 0.6, 0.6), "b": (5, 0.6, 0.9)}))
+    _, said = checked(capsys, tmp_path)
+    assert any("columns from 0.6 mm (a) to 0.9 mm (b) apart" in line for line in said)
+    assert any("1 of 3 cases have no spacing in set.json, the first: c" in line for line in said)
+    assert not any("rows from" in line for line in said)
+
+
+def test_check_numbers_labels_without_names(tmp_path, capsys):
+    names = labelled(tmp_path, pixel=38)
+    mask = np.zeros((12, 10), np.uint8)
+    mask[4] = 200
+    put(tmp_path / "masks" / names[0], mask)
+    code, said = checked(capsys, tmp_path)
+    assert code == 0 and any("data.mask_map={38: 1, 200: 2}" in line for line in said)
+    assert any("class 13, ... (198 of 200 classes)" in line for line in said)
+
+
+def test_check_says_how_values_that_are_no_hu_can_be_taken(tmp_path, capsys):
+    names, rng = labelled(tmp_path), np.random.default_rng(0)
+    for name in names:
+        put(tmp_path / "images" / name, rng.integers(0, 65536, (12, 10)).astype(np.uint16))
+    code, said = checked(capsys, tmp_path)
+    assert code == 1 and any('no HU; "kind": "stored" in set.json' in line for line in said)
+    write_properties(tmp_path, Properties("stored"))
+    assert checked(capsys, tmp_path)[0] == 0
+
+
+def test_check_of_what_is_no_folder_of_a_set(tmp_path, capsys):
+    labelled(tmp_path / "set")
+    packed = "pack", "--root", tmp_path / "set", "--list", "train.txt", "--out", tmp_path / "packed"
+    assert run(capsys, *packed)[0] == 0
+    code, _, error = run(capsys, "check", "--root", tmp_path / "packed")
+    assert code == 2 and "a packed set; check the folder that it was made of" in error
+    code, _, error = run(capsys, "check", "--root", tmp_path / "set/images")
+    assert code == 2 and "images/images: no such folder; data.root (--root) holds it" in error
 
 
 def test_hidden_files_are_no_lists(tmp_path, capsys):

@@ -169,6 +169,21 @@ def test_labels_of_another_shape_that_lie_nowhere_near_are_told_what_they_lack(b
         assert bench.refuses("--ignore-geometry") == error
 
 
+def test_labels_that_no_voxel_of_the_image_meets_are_refused(tmp_path, nibabel, capsys):
+    """A header in metres: the whole label volume lies between two voxels of the image."""
+    small = np.diag([0.001, 0.001, 0.001, 1]) @ NEGATIVE
+    small[:3, 3] = NEGATIVE[:3, 3] + (-0.3, -0.3, 1)
+    for case in "abc":
+        save_volume(nibabel, tmp_path / f"img/{case}.nii.gz", random_hu(), NEGATIVE)
+        labels = two_organs() * np.uint8(case != "b")  # all background is no mistake
+        save_volume(nibabel, tmp_path / f"lab/{case}.nii.gz", labels, small if case == "c" else NEGATIVE)
+    argv = ("slice", "--images", tmp_path / "img", "--labels", tmp_path / "lab", "--out", tmp_path / "out")
+    for _ in range(2):  # what failed is not taken as done
+        code, output, error = run(capsys, *argv)
+        assert code == 2 and "c.nii.gz: none of its labelled voxels is the nearest" in error, error
+        assert "cases that failed: 1 of 3" in error and not list((tmp_path / "out").glob("*.txt"))
+
+
 def test_an_image_without_affine_is_said_to_have_none(bench):
     bench.nibabel.save(bench.nibabel.Nifti1Image(random_hu(), None), bench.root / "ct.nii.gz")
     assert "which side is left is taken for granted" in bench.succeeds(labels=False)
@@ -257,10 +272,12 @@ def test_voxels_that_are_no_numbers_become_air_and_are_counted(bench):
     assert "3 values" in bench.succeeds(labels=False)  # said again
 
 
-def test_an_offset_that_is_no_number_is_refused(bench):
+def test_an_offset_that_is_no_number_or_leaves_no_tissue_is_refused(bench):
     bench.image(random_hu())
     for offset in ("nan", "inf"):
         assert f"{offset} is no number" in bench.refuses("--hu-offset", offset, labels=False)
+    for offset in (5000, -5000, 1e9):
+        assert "no HU" in bench.refuses("--hu-offset", offset, labels=False)
 
 
 @pytest.mark.filterwarnings("error")
@@ -417,6 +434,31 @@ def test_labels_without_any_class_are_refused(bench, labels, label_map, words):
     (bench.root / "map.json").write_text(json.dumps(label_map))
     error = bench.refuses(*(["--label-map", bench.root / "map.json"] if label_map else []))
     assert words in error and "seg.nii.gz" in error
+
+
+@pytest.mark.parametrize("twice", ['{"1": 1, "1": 2}', '{"1": 1, "01": 2}'])
+def test_a_label_map_with_two_entries_for_one_id_is_refused(bench, twice):
+    bench.labels(two_organs())
+    (bench.root / "map.json").write_text(twice)
+    assert "map.json: " in (error := bench.refuses("--label-map", bench.root / "map.json"))
+    assert "twice" in error or "two entries" in error
+
+
+def test_ids_that_a_label_map_leaves_out_are_said(bench):
+    bench.labels(two_organs())
+    (bench.root / "map.json").write_text('{"2": 1}')
+    output = bench.succeeds("--label-map", bench.root / "map.json")
+    assert "ids that the label map does not list (background now): 1: 1\n" in output
+    assert np.array_equal(bench.masks(), two_organs() == 2)
+
+
+@pytest.mark.parametrize("names", ['["background", "a", "a"]', '["background"]', '["background", 1]'])
+def test_class_names_that_cannot_be_meant_name_their_file(bench, names):
+    bench.labels(two_organs())
+    (bench.root / "names.json").write_text(names)
+    assert "names.json: 2 to 255 different class names" in bench.refuses(
+        "--classes", bench.root / "names.json"
+    )
 
 
 def test_binary_masks_of_0_and_255_can_be_mapped(bench):

@@ -1,6 +1,12 @@
 """prepare/lists.py: cases divided into lists."""
 
-from prepare.lists import split_cases
+from prepare.lists import read_split, split_cases
+
+
+def test_cases_that_a_split_leaves_out_are_said(tmp_path, capsys):
+    (tmp_path / "split.json").write_text('{"train": ["a"], "test": ["b"]}')
+    read_split(str(tmp_path / "split.json"), ["a", "b", "c"])
+    assert capsys.readouterr().out.endswith("split.json (for pretraining only): 1: c\n")
 
 
 def test_split_cases():

@@ -245,6 +245,19 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     assert "not NIfTI (left out): 2: e.NRRD, f.mha\n" in output
 
 
+def test_volumes_far_below_are_said_or_asked_about(tmp_path, capsys):
+    files(tmp_path / "deep", "p1/day1/ct", "p2/day1/ct")
+    with pytest.raises(
+        DataError, match=r"such as p1/day1/ct.nii.gz; give a pattern: '.*/deep/\*/\*/ct.nii.gz'"
+    ):
+        pair_volumes(tmp_path / "deep", None)
+    pairs = pair_volumes(f"{tmp_path}/deep/*/*/ct.nii.gz", None)
+    assert [*found(pairs, tmp_path)] == ["p1", "p2"]
+    files(tmp_path / "mixed", "p1/ct", "p2/ct", "p2/day2/ct")
+    assert [*found(pair_volumes(tmp_path / "mixed", None), tmp_path)] == ["p1", "p2"]
+    assert "(left out): 1: p2/day2/ct.nii.gz\n" in capsys.readouterr().out
+
+
 def test_the_only_labels_of_a_folder_are_printed_with_their_image(tmp_path, capsys):
     files(tmp_path, "a/patient", "b/other")
     [pair] = pair_volumes(tmp_path / "a/patient.nii.gz", tmp_path / "b")

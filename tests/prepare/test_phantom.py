@@ -194,6 +194,10 @@ def test_phantom_is_reused_redone_or_refused(phantom, tmp_path, capsys):
     code, _, error = run(capsys, *same[:-1], 8)
     assert code == 2 and one_line_of(error) and "other arguments" in error
     content = image.read_bytes()
+    shutil.rmtree(own / "images/phantom000")
+    (own / "masks/phantom001/005.png").unlink()
+    assert run(capsys, *same)[0] == 0 and image.read_bytes() == content
+    assert (own / "masks/phantom001/005.png").exists()
     about = json.loads((own / "phantom.json").read_text())
     (own / "phantom.json").write_text(json.dumps(about | {"complete": False}))  # as an interruption leaves it
     image.write_bytes(b"")

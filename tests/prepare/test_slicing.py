@@ -1,6 +1,7 @@
 """prepare/slicing.py: volumes and labels as others lay them out, to slices, lists and class names."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -179,6 +180,58 @@ def test_slicing_goes_on_where_it_was_and_past_a_bad_volume(tmp_path, nibabel, c
     save_volume(nibabel, tmp_path / "labelsTr/ct_001.nii.gz", np.zeros((6, 5, 4), np.int16))
     assert run(capsys, *argv)[0] == 0
     assert not read_mask(tmp_path / "out/masks/ct_001/0000.png").any()
+
+
+def small_volumes(nibabel, folder, names):
+    rng = np.random.default_rng(0)
+    for name in names:
+        save_volume(nibabel, folder / "img" / name, rng.normal(-300, 400, (6, 5, 4)).astype(np.int16))
+        save_volume(nibabel, folder / "lab" / name, rng.integers(0, 3, (6, 5, 4)).astype(np.uint8))
+    return ("slice", "--images", folder / "img", "--labels", folder / "lab", "--out", folder / "out")
+
+
+@pytest.mark.parametrize(
+    "gone", ["masks", "images", "masks/a", "images/b", "masks/b/0001.png", "images/c/0003.png"]
+)
+def test_slices_and_masks_that_are_gone_are_made_again(tmp_path, nibabel, capsys, gone):
+    argv, out = small_volumes(nibabel, tmp_path, ("a.nii", "b.nii", "c.nii")), tmp_path / "out"
+    assert run(capsys, *argv)[0] == 0
+    there = {path: path.read_bytes() for path in out.rglob("*.png")}
+    assert len(there) == 24
+    if (out / gone).is_dir():
+        shutil.rmtree(out / gone)
+    else:
+        (out / gone).unlink()
+    code, _, error = run(capsys, *argv)
+    assert code == 0 and {path: path.read_bytes() for path in out.rglob("*.png")} == there, error
+
+
+def test_an_empty_slice_is_made_again_and_an_edited_mask_is_never_written_over(tmp_path, nibabel, capsys):
+    argv, out = small_volumes(nibabel, tmp_path, ("a.nii", "b.nii", "c.nii")), tmp_path / "out"
+    assert run(capsys, *argv)[0] == 0
+    before = (out / "images/b/0002.png").read_bytes()
+    (out / "images/b/0002.png").write_bytes(b"")  # as the power can leave it
+    assert run(capsys, *argv)[0] == 0 and (out / "images/b/0002.png").read_bytes() == before
+    (out / "masks/a/0000.png").unlink()
+    put(out / "masks/a/0001.png", np.ones((5, 6), np.uint8))
+    edited = (out / "masks/a/0001.png").read_bytes()
+    code, _, error = run(capsys, *argv)
+    assert code == 2 and one_line_of(error) and "masks/a/0001.png: would be written over" in error
+    assert (out / "masks/a/0001.png").read_bytes() == edited and not (out / "masks/a/0000.png").exists()
+
+
+def test_cases_of_former_calls_are_named(tmp_path, nibabel, capsys):
+    argv = small_volumes(nibabel, tmp_path, ("a.nii", "b.nii", "c.nii", "d.nii"))
+    assert "of former calls" not in run(capsys, *argv)[1]
+    for folder in ("img", "lab"):
+        (tmp_path / folder / "d.nii").unlink()
+    code, output, error = run(capsys, *argv)
+    assert code == 0 and "of former calls and in no list (delete them in images and masks): 1: d" in output, (
+        error
+    )
+    for folder in ("images", "masks"):
+        shutil.rmtree(tmp_path / "out" / folder / "d")
+    assert "of former calls" not in run(capsys, *argv)[1]
 
 
 def test_one_case_is_divided_into_blocks(tmp_path, nibabel, capsys):
