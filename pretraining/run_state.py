@@ -38,7 +38,7 @@ def resume(run) -> tuple[int, bool]:
 
     def read() -> tuple[dict | None, bool]:
         state = load_checkpoint(folder, lambda content: checked(content, run))
-        return state, (folder / "encoder.json").exists()
+        return state, all((folder / name).exists() for name in ("encoder.pth", "encoder.json"))
 
     state, complete = process.from_main(read)
     if state is None:

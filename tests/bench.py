@@ -2,6 +2,7 @@
 
     python tests/bench.py step      # the bare compute over our MoCo v2 step
     python tests/bench.py method    # cost of each part of the method
+    python tests/bench.py methods   # time and memory of a step of each of methods.METHODS
     python tests/bench.py run       # train_moco.py on a packed set over the step on data in memory
     python tests/bench.py peers --moco DIR --solo DIR    # other implementations, as shipped and at their best
     python tests/bench.py augment   # two views against torchvision.transforms.v2
@@ -38,9 +39,11 @@ import bench_data  # noqa: E402
 import bench_peers  # noqa: E402
 from bench_timing import WARM_UP, device, interleaved, machine, over, synchronise  # noqa: E402
 
+from methods import METHODS  # noqa: E402
 from models import Branch, Encoder, MoCo  # noqa: E402
+from pretraining.method_settings import defaults_of  # noqa: E402
 
-METHODS = {
+PARTS = {
     "moco": {},
     "local, overlap": {"local": {}},
     "zca at output": {"decorrelation": {"method": "zca"}},
@@ -149,10 +152,48 @@ def step(args) -> tuple[str, dict]:
 
 def method(args) -> tuple[str, dict]:
     """The step of each method over that of MoCo v2."""
-    chosen = {name: options for name, options in METHODS.items() if name in (args.only or METHODS)}
+    chosen = {name: options for name, options in PARTS.items() if name in (args.only or PARTS)}
     steps = {name: moco_step(args, **options) for name, options in ({"moco": {}} | chosen).items()}
     row = over(interleaved(steps, args.rounds, args.busy), "moco")
     return ", ".join(f"{name} {cost:.3f}" for name, cost in row["ratios"].items()) + " of moco's step", row
+
+
+def method_step(args):
+    """One step of train_moco.py's loop with args.method, with its class's own values."""
+    encoder = Encoder(args.arch, 1, output_stride=args.output_stride)
+    own = {"queue_size": args.queue} if "queue_size" in defaults_of(METHODS[args.method]) else {}
+    model = METHODS[args.method](encoder, bn_split=args.split, **own)
+    model.to(device(), memory_format=torch.channels_last)
+    optimizer = make_optimizer(model)
+    views = list(make_views(args))
+    boxes = [torch.tensor([[0.1, 0.1, 0.8, 0.9, 0.0]], device=device()).expand(args.batch, 5)] * 2
+
+    def step() -> None:
+        with precision(args):
+            targets = model.targets(views, boxes)
+            loss = model(views, boxes, targets)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.after_step(targets)
+
+    return step
+
+
+def methods(args) -> tuple[str, dict]:
+    """The steps of all methods over that of MoCo v2, and their peaks of memory."""
+    names = ["moco", *(name for name in METHODS if name != "moco" and name in (args.only or METHODS))]
+    each = {name: argparse.Namespace(**{**vars(args), "method": name}) for name in names}
+    row = over(
+        interleaved({name: method_step(own) for name, own in each.items()}, args.rounds, args.busy), "moco"
+    )
+    mib = {name: peak_of(method_step, own) for name, own in each.items()}
+    row |= {
+        "mebibytes": mib,
+        "memory_ratios": {name: round(own / mib["moco"], 3) for name, own in mib.items()},
+    }
+    shown = (f"{name} {cost:.2f} ({row['memory_ratios'][name]:.2f})" for name, cost in row["ratios"].items())
+    return ", ".join(shown) + " of moco's time (memory)", row
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -249,18 +290,21 @@ def seconds_until(command: list[str], text: str | None = None) -> float:
 
 def memory(args) -> tuple[str, dict]:
     """The peak of two steps in a process of their own, above what it held before the model was made."""
-    spawn = multiprocessing.get_context("spawn")
-    mib = {}
-    for name, make in (("bare", bare_step), ("moco", moco_step), ("full", full_step)):
-        with spawn.Pool(1) as pool:
-            mib[name] = round(pool.apply(peak, (make, args)) / 2**20, 1)
+    makers = {"bare": bare_step, "moco": moco_step, "full": full_step}
+    mib = {name: peak_of(make, args) for name, make in makers.items()}
     ratios = {name: round(own / mib["bare"], 3) for name, own in mib.items()}
     text = f"bare {mib['bare']} MiB, MoCo v2 {ratios['moco']} of it, full method {ratios['full']} of it"
     return text, {"mebibytes": mib, "ratios": ratios}
 
 
 def full_step(args):
-    return moco_step(args, **METHODS["full"])
+    return moco_step(args, **PARTS["full"])
+
+
+def peak_of(make, args) -> float:
+    """MiB."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return round(pool.apply(peak, (make, args)) / 2**20, 1)
 
 
 def peak(make, args) -> int:
@@ -283,6 +327,7 @@ def peak_resident() -> int:
 BENCHMARKS = {
     "step": step,
     "method": method,
+    "methods": methods,
     "run": run,
     "peers": lambda args: bench_peers.peers(args, moco_step),
     "augment": bench_data.augment,

@@ -12,6 +12,8 @@ import yaml
 import eval_seg
 import train_moco
 from engine import config
+from methods import METHODS
+from pretraining.method_settings import settle
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,14 +53,31 @@ print(*(tuple(part.shape) for part in found))
 """
 
 
-CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "ablation" not in path.name]
+def test_the_example_of_a_new_method_trains(train, monkeypatch):
+    """docs/METHODS.md: one class and one line."""
+    monkeypatch.setattr(train_moco, "METHODS", dict(METHODS))  # a copy, which is gone after the test
+    example = re.search(r"```python\n(.*?)```", (ROOT / "docs/METHODS.md").read_text(), re.DOTALL)[1]
+    monkeypatch.setattr("methods.METHODS", train_moco.METHODS)
+    exec(compile(example, "docs/METHODS.md", "exec"), {})
+    rows = train("run", "method=alignment", "model.dim=16", "local.weight=0.5", "optim.max_steps=3")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 3 and losses[0] != losses[1]
+
+
+CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "ablation" not in path.name]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_is_valid_and_opens_with_its_purpose(path):
     text = path.read_text()
     script = eval_seg if "mode" in yaml.safe_load(text) else train_moco
-    script.check_config(config.load_config(script.DEFAULTS, path, [], script.NULLABLE))
+    root = (
+        [] if path.parent.name == "configs" else ["data.root=data"]
+    )  # those of a method go over another file
+    cfg = config.load_config(script.DEFAULTS, path, root, script.NULLABLE)
+    if script is train_moco:
+        assert settle(cfg, METHODS, []) == []
+    script.check_config(cfg)
     assert text.startswith("# ") and len(text.splitlines()) <= 30
 
 
