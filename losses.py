@@ -251,12 +251,13 @@ def vicreg(
 
 
 def nearest_pairs(distances: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` positions with the nearest partners, and those partners (VICRegL, arXiv 2210.01571, 3.2).
+    """The `count` positions with the nearest partners, in order, and those partners (VICRegL,
+    arXiv 2210.01571, section 3.2).
 
     distances: (N, P, Q) of P positions of one view and Q of the other -> indices (N, count) and (N, count).
     """
     nearest, partner = distances.min(dim=2)  # (N, P)
-    chosen = nearest.topk(min(count, nearest.shape[1]), dim=1, largest=False).indices
+    chosen = nearest.topk(min(count, nearest.shape[1]), dim=1, largest=False).indices.sort(dim=1).values
     return chosen, partner.gather(1, chosen)
 
 

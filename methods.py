@@ -348,6 +348,7 @@ class VICRegL(Method):
     """VICRegL (arXiv 2210.01571): VICReg of whole images, and of pairs of positions that lie nearest to each
     other in the slice, or in feature space; equations 3 to 5, `matches` pairs of each kind and direction. The
     covariance term is the mean of both views', as the variance term is (in VICReg's own code it is the sum).
+    (Their code, unlike the paper, pairs all positions in feature space, and takes no notice of flips.)
     """
 
     whole_batch = True
@@ -390,7 +391,7 @@ class VICRegL(Method):
         for own, other, from_own in ((x1, x2, distances), (x2, x1, distances.mT)):
             chosen, partner = nearest_pairs(from_own, self.matches)  # (n, K) each
             pairs = positions_at(own, chosen), positions_at(other, partner)  # (n, K, D) each
-            pairs = (gather(x).transpose(0, 1) for x in pairs)  # (K, N, D): of each rank over the batch
+            pairs = (gather(x).transpose(0, 1) for x in pairs)  # (K, N, D)
             losses.append(vicreg(*pairs, covariance=0.5))
         return sum(losses) / 2
 

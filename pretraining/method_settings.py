@@ -3,7 +3,7 @@
 import inspect
 
 from engine.config import Config, ConfigError
-from models import LAYERS, Method
+from models import LAYERS, Method, SplitBatchNorm1d
 
 # Of the section model; null in a config stands for the value that the method's class has.
 SETTINGS = ("weight", "dim", "hidden", "queue_size", "momentum", "temperature", "prototypes", "mask")
@@ -107,3 +107,13 @@ def check_method(cfg: Config, method: type[Method]) -> None:
             cfg.data.size % cell == 0 and cfg.data.size >= 2 * cell,
             f"a multiple of {cell}, {2 * cell} or more: {name} hides cells of {cell} px",
         )
+
+
+def check_heads(cfg: Config, model: Method, world: int) -> None:
+    """Raise a ConfigError if a BatchNorm of vectors would see one of them at a time."""
+    samples = cfg.optim.batch_size // (world * cfg.optim.accumulate)  # of a forward pass
+    split = cfg.model.bn_split
+    together = min(samples, split) if split else samples * world
+    if together < 2 and any(isinstance(module, SplitBatchNorm1d) for module in model.modules()):
+        key = "model.bn_split" if split == 1 else "optim.batch_size"
+        raise ConfigError(f"{key}: BatchNorm in the heads of {cfg.method} would see one sample at a time")
