@@ -497,10 +497,11 @@ class PixPro(WithMomentumEncoder):
         return self.terms(own, local, keys1.mean(dim=1), positives=positive.sum(dim=(1, 2)).float().mean())
 
     def propagate(self, maps: Tensor) -> Tensor:
-        """The pixel propagation module: (n, D, h, w) -> (n, P, D)."""
+        """The pixel propagation module: (n, D, h, w) -> (n, P, D). It propagates unit vectors, as in the
+        authors' code."""
         units = F.normalize(rows_of(maps), dim=2)
         likeness = (units @ units.mT).clamp(min=0) ** self.sharpness  # (n, P, P)
-        return likeness @ rows_of(self.transform(maps))
+        return likeness @ F.normalize(rows_of(self.transform(maps)), dim=2)
 
     def near(self, box1: Tensor, box2: Tensor, grid: tuple[int, int]) -> Tensor:
         """Which pixels of the two maps are positive pairs, (n, P, P)."""
