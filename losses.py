@@ -187,6 +187,12 @@ def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(prediction, target, dim=1).mean()
 
 
+@full_precision
+def prototype_scores(z: Tensor, prototypes: Tensor) -> Tensor:
+    """Cosines of samples (N, D), any scale, and prototypes (K, D), unit vectors: (N, K)."""
+    return F.normalize(z, dim=1) @ prototypes.T
+
+
 @torch.no_grad()
 @full_precision
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:

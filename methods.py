@@ -29,6 +29,7 @@ from losses import (
     own_rows,
     pixel_agreement,
     positions_at,
+    prototype_scores,
     queue_nce,
     sinkhorn,
     swapped_prediction,
@@ -49,7 +50,6 @@ from models import (
     push,
     row_ranges,
     split_batch_norms,
-    whole_slices,
 )
 from spark import SparK
 
@@ -80,13 +80,13 @@ def normed_mlp(
 class MoCoV2(MoCo):
     """`models.MoCo`, with the face of all methods."""
 
+    forward = Method.forward
+
     def targets(self, views, boxes=None, parts=1) -> Targets:
         return self.encode_keys(views[1], *(boxes or (None, None)), parts=parts)
 
-    def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
-        """Two views (n, C, H, W) and their boxes (n, 5), see Method -> the terms of MoCo.forward."""
-        targets = self.targets(views, boxes) if targets is None else targets
-        return self.losses(*self.query(views[0], targets.query_points), targets)
+    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
+        return self.contrast(*self.query(views[0], targets.query_points), targets)
 
     def after_step(self, targets, ok=None) -> None:
         self.update_momentum_encoder(ok)
@@ -103,8 +103,7 @@ class SimCLR(Method):
         super().__init__(encoder, GlobalHead(*mlp(channels, channels, dim)), **common)
         self.temperature = temperature
 
-    def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
-        targets = self.targets(views, boxes) if targets is None else targets
+    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         z1, z2, local = self.both_views(views, targets)  # (n, D) each
         return self.terms(nt_xent(gather(z1), gather(z2), self.temperature), local, z1)
 
@@ -167,13 +166,11 @@ class BYOL(WithMomentumEncoder):
         self.predictor = nn.Sequential(*normed_mlp(dim, hidden, dim))
         split_batch_norms(self.predictor, self.bn_split)
 
-    def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
-        targets = self.targets(views, boxes) if targets is None else targets
+    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         z1, z2, local = self.query_views(views, targets)
-        distances = cosine_distance(self.predictor(z1), targets.z2) + cosine_distance(
-            self.predictor(z2), targets.z1
-        )
-        return self.terms(2 * distances, local, targets.z1)
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        own = 2 * (cosine_distance(p1, targets.z2) + cosine_distance(p2, targets.z1))
+        return self.terms(own, local, targets.z1)
 
 
 class SimSiam(Method):
@@ -191,14 +188,11 @@ class SimSiam(Method):
         self.predictor = nn.Sequential(*normed_mlp(dim, hidden, dim))
         split_batch_norms(self.predictor, self.bn_split)
 
-    def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
-        targets = self.targets(views, boxes) if targets is None else targets
+    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         z1, z2, local = self.both_views(views, targets)
-        distances = (
-            cosine_distance(self.predictor(z1), z2.detach()),
-            cosine_distance(self.predictor(z2), z1.detach()),
-        )
-        return self.terms(sum(distances) / 2, local, z1)
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        own = (cosine_distance(p1, z2.detach()) + cosine_distance(p2, z1.detach())) / 2
+        return self.terms(own, local, z1)
 
 
 class SwAV(Method):
@@ -229,13 +223,14 @@ class SwAV(Method):
         self.temperature, self.resting = temperature, resting
         self.epsilon, self.iterations = epsilon, iterations
 
-    def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
-        targets = self.targets(views, boxes) if targets is None else targets
+    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         z1, z2, local = self.both_views(views, targets)
         projections = [z1, z2, *(self.query(view)[0] for view in views[2:])]  # (n, D) each
-        resting = self.progress < self.resting
-        prototypes = torch.where(torch.tensor(resting), self.prototypes.detach(), self.prototypes)  # (K, D)
-        scores = [F.normalize(at_least_float32(z), dim=1) @ prototypes.T for z in projections]  # (n, K)
+        held = self.prototypes.detach()  # (K, D)
+        prototypes = held + (self.prototypes - held) * float(
+            self.progress >= self.resting
+        )  # else no gradient
+        scores = [prototype_scores(z, prototypes) for z in projections]  # (n, K) each
         own = own_rows(len(z1))
         codes = [sinkhorn(gather(s.detach()), self.epsilon, self.iterations)[own] for s in scores[:2]]
         swapped = [
@@ -281,8 +276,7 @@ class BarlowTwins(Method):
         super().__init__(encoder, head, weight=1 / dim if weight is None else weight, **common)
         self.off_diagonal = off_diagonal
 
-    def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
-        targets = self.targets(views, boxes) if targets is None else targets
+    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         z1, z2, local = self.both_views(views, targets)
         return self.terms(barlow_twins(gather(z1), gather(z2), self.off_diagonal), local)
 
@@ -310,8 +304,7 @@ class VICReg(Method):
         super().__init__(encoder, head, weight=weight, **common)
         self.weights = (invariance, variance, covariance)
 
-    def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
-        targets = self.targets(views, boxes) if targets is None else targets
+    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         z1, z2, local = self.both_views(views, targets)
         terms = vicreg_terms(gather(z1), gather(z2))
         own = sum(weight * term for weight, term in zip(self.weights, terms))
@@ -338,9 +331,11 @@ def rows_of(maps: Tensor) -> Tensor:
     return at_least_float32(maps.flatten(2).mT)
 
 
-def centre_distances(box1: Tensor, box2: Tensor, grid: tuple[int, int]) -> Tensor:
+def centre_distances(boxes: list[Tensor] | None, grid: tuple[int, int]) -> Tensor:
     """Between the positions of two views' maps, in the slice: (n, P, P), in units of its sides."""
-    centres1, centres2 = cell_centres(box1, grid), cell_centres(box2, grid)
+    if boxes is None:
+        raise ValueError("where the views lie in the slice is needed: the crop boxes of both")
+    centres1, centres2 = (cell_centres(box, grid) for box in boxes)
     return torch.cdist(centres1, centres2, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -372,13 +367,11 @@ class VICRegL(Method):
         super().__init__(encoder, TwoHeads(whole, dense), weight=weight, **common)
         self.alpha, self.matches = alpha, matches
 
-    def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
-        targets = self.targets(views, boxes) if targets is None else targets
+    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         (z1, maps1), (z2, maps2), local = self.both_views(views, targets)
         whole = vicreg(gather(z1), gather(z2), covariance=0.5)
         x1, x2 = rows_of(maps1), rows_of(maps2)  # (n, P, D)
-        in_slice = centre_distances(*(boxes or [whole_slices(views[0])] * 2), maps1.shape[2:])
-        by_place = self.matched(x1, x2, in_slice)
+        by_place = self.matched(x1, x2, centre_distances(boxes, maps1.shape[2:]))
         by_feature = self.matched(x1, x2, torch.cdist(x1.detach(), x2.detach()))
         own = self.alpha * whole + (1 - self.alpha) * (by_place + by_feature)
         return self.terms(
@@ -436,7 +429,7 @@ class DenseCL(MoCoV2):
         keys["features"] = F.normalize(rows_of(keys.features), dim=2)
         return keys
 
-    def losses(self, query, regions, keys) -> dict[str, Tensor]:
+    def contrast(self, query, regions, keys) -> dict[str, Tensor]:
         projection, dense, features = query
         per_query, nearest = queue_nce(projection, keys.projection, self.queue, self.temperature)
         features = F.normalize(rows_of(features.detach()), dim=2)  # (n, P, C)
@@ -487,10 +480,9 @@ class PixPro(WithMomentumEncoder):
         self.transform = nn.Conv2d(dim, dim, 1)
         self.radius, self.sharpness = radius, sharpness
 
-    def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
-        targets = self.targets(views, boxes) if targets is None else targets
+    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         maps1, maps2, local = self.query_views(views, targets)
-        positive = self.near(*(boxes or [whole_slices(views[0])] * 2), maps1.shape[2:])  # (n, P, P)
+        positive = self.near(boxes, maps1.shape[2:])  # (n, P, P)
         keys1, keys2 = rows_of(targets.z1), rows_of(targets.z2)  # (n, P, D)
         own = pixel_agreement(self.propagate(maps1), keys2, positive)
         own = own + pixel_agreement(self.propagate(maps2), keys1, positive.mT)
@@ -503,13 +495,12 @@ class PixPro(WithMomentumEncoder):
         likeness = (units @ units.mT).clamp(min=0) ** self.sharpness  # (n, P, P)
         return likeness @ F.normalize(rows_of(self.transform(maps)), dim=2)
 
-    def near(self, box1: Tensor, box2: Tensor, grid: tuple[int, int]) -> Tensor:
+    def near(self, boxes: list[Tensor] | None, grid: tuple[int, int]) -> Tensor:
         """Which pixels of the two maps are positive pairs, (n, P, P)."""
-        distances = centre_distances(box1, box2, grid)
-        height, width = grid
-        bins = torch.stack([box1, box2])
-        diagonals = torch.hypot((bins[..., 2] - bins[..., 0]) / width, (bins[..., 3] - bins[..., 1]) / height)
-        return distances < self.radius * diagonals.amax(dim=0)[:, None, None]
+        distances = centre_distances(boxes, grid)
+        bins = [(box[:, 2:4] - box[:, :2]) / box.new_tensor(grid[::-1]) for box in boxes]  # width, height
+        diagonal = torch.maximum(*(torch.linalg.vector_norm(one, dim=1) for one in bins))
+        return distances < self.radius * diagonal[:, None, None]
 
 
 METHODS = {

@@ -327,6 +327,7 @@ class Method(nn.Module):
     whole_batch = False  # whether the loss compares samples of a batch, so that its parts do not add up to it
     dense = False  # whether it compares positions of a map, which needs more than one of them
     small_crops = False  # whether it uses views after the first two
+    cell = 0  # px, side of the cells that it hides; such a method sees one view
     at_constant_rate = ()  # modules by name whose learning rate stays as it is given
 
     def __init__(
@@ -356,6 +357,16 @@ class Method(nn.Module):
         self.step = 0  # global batches seen
         self.progress = 0.0
         split_batch_norms(self, bn_split)
+
+    def forward(
+        self, views: list[Tensor], boxes: list[Tensor] | None = None, targets: Targets | None = None
+    ) -> dict[str, Tensor]:
+        """The terms of a step, see `terms`; without `targets` they are computed here."""
+        return self.losses(views, boxes, self.targets(views, boxes) if targets is None else targets)
+
+    def losses(self, views: list[Tensor], boxes: list[Tensor] | None, targets: Targets) -> dict[str, Tensor]:
+        """What makes a method: the terms of these samples."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def targets(self, views: list[Tensor], boxes: list[Tensor] | None = None, parts: int = 1) -> Targets:
@@ -521,12 +532,12 @@ class MoCo(Method):
             keys = self.encode_keys(key_view, query_box, key_box)
 
         query, regions = self.query(query_view, keys.query_points)  # (n, D), (n, R, 128)
-        terms = self.losses(query, regions, keys)
+        terms = self.contrast(query, regions, keys)
         if whole_step:
             self.enqueue(keys)
         return terms
 
-    def losses(self, query: Tensor, regions: Tensor | None, keys: Targets) -> dict[str, Tensor]:
+    def contrast(self, query: Tensor, regions: Tensor | None, keys: Targets) -> dict[str, Tensor]:
         """Of queries (n, D) and regions (n, R, 128): what forward returns."""
         per_query, nearest = queue_nce(query, keys.projection, self.queue, self.temperature)  # (n,) each
         local = self.local_loss(regions, keys.regions, keys.local_weight, keys.all_regions)

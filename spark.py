@@ -32,7 +32,7 @@ class SparK(Method):
         ValueError: an addition that cannot be combined.
     """
 
-    cell = 32  # px
+    cell = 32
 
     def __init__(self, encoder: Encoder, mask: float = 0.6, hidden: int = 128, **common):
         if common.get("local"):
@@ -62,8 +62,7 @@ class SparK(Method):
         visible = draw[own_rows(n)].argsort(dim=1)[:, :count].sort(dim=1).values
         return Targets(visible=visible.to(views[0].device))
 
-    def forward(self, views, boxes=None, targets=None) -> dict[str, Tensor]:
-        targets = self.targets(views, boxes) if targets is None else targets
+    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         view = views[0]  # (n, C, H, W)
         seen = Visible(targets.visible, view.shape[2] // self.cell, view.shape[3] // self.cell)
         with only_visible(self, seen):
