@@ -251,11 +251,11 @@ class Branch(nn.Module):
 
     def forward(self, view: Tensor, points: Tensor | None = None) -> tuple:
         """View (N, C, H, W) and region points (N, R, 2) -> what the projector makes of it, (N, D) for MoCo,
-        and regions (N, R, 128) or None."""
+        and regions (N, R, 128), or None without points or without a local loss."""
         maps = self.encoder(view, ("layer4", self.local_layer or "layer4"))
         maps["layer4"] = self.decorrelation(maps["layer4"])
         projection = self.projector(maps["layer4"])
-        if self.local_projector is None:
+        if self.local_projector is None or points is None:
             return projection, None
         return projection, self.local_projector(sample_regions(maps[self.local_layer], points))
 

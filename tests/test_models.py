@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from ranks import train_on_rank, training_batches
+from every_method import training_batches
 from torch import nn
 
 from losses import matched_points
@@ -306,38 +306,6 @@ def test_output_whitening_stays_outside_the_encoder():
     assert set(terms) == {"loss", "global", "local", "accuracy", "similarity"}
     assert set(moco.query.encoder.state_dict()) == names == set(encoder.export_state_dict())
     assert moco.query.decorrelation.running_cov.shape == (16, 32, 32)
-
-
-@pytest.mark.parametrize(
-    ("world", "dtype", "steps", "tolerance"),
-    [
-        (2, torch.float64, 5, 1e-10),
-        pytest.param(4, torch.float64, 5, 1e-10, marks=pytest.mark.long),
-        (2, torch.float32, 1, 1e-5),
-        pytest.param(4, torch.float32, 1, 1e-5, marks=pytest.mark.long),
-    ],
-)
-def test_many_ranks_compute_what_one_does(server, tmp_path, free_port, world, dtype, steps, tolerance):
-    train_on_rank(0, 1, 0, tmp_path, dtype, steps)
-    losses, state, gradients = torch.load(tmp_path / "0.pth", weights_only=True)
-    command = ["tests/ranks.py", tmp_path, world, free_port, str(dtype), steps]
-    ranks = [server.start([*command, rank], tmp_path / f"{rank}.log") for rank in range(world)]
-    assert [rank.wait() for rank in ranks] == [0] * world
-    scale = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    for rank in range(world):
-        rank_losses, rank_state, rank_gradients = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
-        assert rank_losses == pytest.approx(losses, rel=tolerance)
-        assert rank_state.pop("_extra_state") == state["_extra_state"]
-        for name, value in rank_state.items():
-            torch.testing.assert_close(value, state[name], rtol=10 * tolerance, atol=tolerance)
-        errors = [(ours - one).norm() / scale for ours, one in zip(rank_gradients, gradients)]
-        assert max(errors) < tolerance
-
-
-def test_ranks_of_the_test_above_keep_different_numbers_of_images():
-    """Else the mean over the images of all ranks would not be tested."""
-    kept = [matched_points(*boxes, 2)[2] for _, _, *boxes in training_batches(5)]
-    assert any(keep[:4].sum() != keep[4:].sum() for keep in kept)
 
 
 # ---- Decoders ----

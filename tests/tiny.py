@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -17,6 +18,13 @@ class TinyResNet(ResNet):
 
     def _make_layer(self, block, planes, *args, **kwargs):
         return super()._make_layer(block, planes // 4, *args, **kwargs)
+
+
+def tiny_resnet():
+    """One as its weights are exported: of one channel, ending in its pooled features."""
+    model = TinyResNet(BasicBlock, [2, 2, 2, 2])
+    model.conv1, model.fc = nn.Conv2d(1, 64, 7, 2, 3, bias=False), nn.Identity()
+    return model
 
 
 def register():
