@@ -341,10 +341,9 @@ def centre_distances(boxes: list[Tensor] | None, grid: tuple[int, int]) -> Tenso
 
 class VICRegL(Method):
     """VICRegL (arXiv 2210.01571): VICReg of whole images, and of pairs of positions that lie nearest to each
-    other in the slice, or in feature space; equations 3 to 5, `matches` pairs of each kind and direction. The
-    covariance term is the mean of both views', as the variance term is (in VICReg's own code it is the sum).
-    (Their code, unlike the paper, pairs all positions in feature space, and takes no notice of flips.)
-    """
+    other in the slice, or in feature space; equations 3 to 5, `matches` pairs of each kind and direction.
+    Covariances are the mean of both views, where VICReg's code has the sum. (Their code, by default,
+    pairs all positions in feature space, has 4 pairs of the second view, and takes no notice of flips.)"""
 
     whole_batch = True
     dense = True
@@ -384,8 +383,7 @@ class VICRegL(Method):
         for own, other, from_own in ((x1, x2, distances), (x2, x1, distances.mT)):
             chosen, partner = nearest_pairs(from_own, self.matches)  # (n, K) each
             pairs = positions_at(own, chosen), positions_at(other, partner)  # (n, K, D) each
-            pairs = (gather(x).transpose(0, 1) for x in pairs)  # (K, N, D)
-            losses.append(vicreg(*pairs, covariance=0.5))
+            losses.append(vicreg(*(gather(x).transpose(0, 1) for x in pairs), covariance=0.5))  # (K, N, D)
         return sum(losses) / 2
 
 
@@ -489,8 +487,7 @@ class PixPro(WithMomentumEncoder):
         return self.terms(own, local, keys1.mean(dim=1), positives=positive.sum(dim=(1, 2)).float().mean())
 
     def propagate(self, maps: Tensor) -> Tensor:
-        """The pixel propagation module: (n, D, h, w) -> (n, P, D). It propagates unit vectors, as in the
-        authors' code."""
+        """Pixel propagation, of unit vectors as in the authors' code: (n, D, h, w) -> (n, P, D)."""
         units = F.normalize(rows_of(maps), dim=2)
         likeness = (units @ units.mT).clamp(min=0) ** self.sharpness  # (n, P, P)
         return likeness @ F.normalize(rows_of(self.transform(maps)), dim=2)
