@@ -220,10 +220,11 @@ def barlow_twins(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
     """Barlow Twins (arXiv 2103.03230, equations 1 and 2): the cross-correlation matrix of the features of two
     views is pulled towards the identity; off the diagonal squares count `weight`.
 
-    z1, z2: (N, D), any scale and mean -> scalar sum over the matrix. A constant feature correlates with none.
+    z1, z2: (N, D), any scale and mean -> scalar sum over the matrix. Variances get 1e-5, as by the authors'
+    BatchNorm: a constant feature, whose variance is that of rounding, correlates with none.
     """
-    z1, z2 = (F.normalize(z - z.mean(dim=0), dim=0) for z in (z1, z2))  # columns of unit length
-    correlation = z1.T @ z2  # (D, D)
+    z1, z2 = ((z - z.mean(dim=0)) * (z.var(dim=0, correction=0) + 1e-5).rsqrt() for z in (z1, z2))
+    correlation = z1.T @ z2 / len(z1)  # (D, D)
     diagonal = correlation.diagonal()
     off_diagonal = correlation.square().sum() - diagonal.square().sum()
     return (diagonal - 1).square().sum() + weight * off_diagonal

@@ -35,13 +35,12 @@ class SparK(Method):
     cell = 32
 
     def __init__(self, encoder: Encoder, mask: float = 0.6, hidden: int = 128, **common):
-        if common.get("local"):
+        if common.get("local") is not None:
             raise ValueError(
                 "local.weight: masked reconstruction sees one view, so no regions can be matched"
             )
-        if common.get("decorrelation") or not isinstance(
-            encoder.get_submodule(encoder.last_norm), nn.BatchNorm2d
-        ):
+        plain = isinstance(encoder.get_submodule(encoder.last_norm), nn.BatchNorm2d)
+        if common.get("decorrelation") is not None or not plain:
             raise ValueError(
                 "decorrelation.method: whitening would count the hidden positions; spark needs none"
             )
