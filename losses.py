@@ -220,10 +220,10 @@ def barlow_twins(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
     """Barlow Twins (arXiv 2103.03230, equations 1 and 2): the cross-correlation matrix of the features of two
     views is pulled towards the identity; off the diagonal squares count `weight`.
 
-    z1, z2: (N, D), any scale and mean -> scalar sum over the matrix. Variances get 1e-5, as by the authors'
-    BatchNorm: a constant feature, whose variance is that of rounding, correlates with none.
+    z1, z2: (N, D), any scale and mean -> scalar sum over the matrix. A constant feature, whose variance is
+    that of rounding, correlates with none. (The authors' BatchNorm adds 1e-5 to all variances.)
     """
-    z1, z2 = ((z - z.mean(dim=0)) * (z.var(dim=0, correction=0) + 1e-5).rsqrt() for z in (z1, z2))
+    z1, z2 = ((z - z.mean(dim=0)) * z.var(dim=0, correction=0).clamp(min=1e-8).rsqrt() for z in (z1, z2))
     correlation = z1.T @ z2 / len(z1)  # (D, D)
     diagonal = correlation.diagonal()
     off_diagonal = correlation.square().sum() - diagonal.square().sum()

@@ -63,9 +63,8 @@ def normed_mlp(
     for inputs, outputs in zip(widths, widths[1:]):
         last = len(layers) == 3 * (len(widths) - 2)
         with_bias = bias and last and not last_norm  # before a BatchNorm it would change nothing
-        layers.append(
-            nn.Conv2d(inputs, outputs, 1, bias=with_bias) if dense else nn.Linear(inputs, outputs, with_bias)
-        )
+        shape = (inputs, outputs, 1) if dense else (inputs, outputs)
+        layers.append((nn.Conv2d if dense else nn.Linear)(*shape, bias=with_bias))
         if not last or last_norm:
             norm = SplitBatchNorm2d if dense else SplitBatchNorm1d
             layers.append(norm(outputs, affine=not last))
@@ -204,6 +203,8 @@ class SwAV(Method):
 
     whole_batch = True
     small_crops = True
+    epsilon, iterations = 0.05, 3  # of Sinkhorn
+    resting = 0.01  # of the run
 
     def __init__(
         self,
@@ -212,16 +213,12 @@ class SwAV(Method):
         hidden: int | None = None,
         prototypes: int = 300,
         temperature: float = 0.1,
-        epsilon: float = 0.05,
-        iterations: int = 3,
-        resting: float = 0.01,
         **common,
     ):
         channels = encoder.channels["layer4"]
         super().__init__(encoder, GlobalHead(*normed_mlp(channels, hidden or channels, dim)), **common)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, dim), dim=1))
-        self.temperature, self.resting = temperature, resting
-        self.epsilon, self.iterations = epsilon, iterations
+        self.temperature = temperature
 
     def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         z1, z2, local = self.both_views(views, targets)
@@ -260,21 +257,15 @@ class BarlowTwins(Method):
     """
 
     whole_batch = True
+    off_diagonal = 0.0051
 
     def __init__(
-        self,
-        encoder: Encoder,
-        dim: int | None = None,
-        hidden: int | None = None,
-        off_diagonal: float = 0.0051,
-        weight: float | None = None,
-        **common,
+        self, encoder: Encoder, dim: int | None = None, hidden: int | None = None, weight=None, **common
     ):
         channels = encoder.channels["layer4"]
         dim, hidden = dim or channels, hidden or channels
         head = GlobalHead(*normed_mlp(channels, hidden, hidden, dim, bias=False))
         super().__init__(encoder, head, weight=1 / dim if weight is None else weight, **common)
-        self.off_diagonal = off_diagonal
 
     def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         z1, z2, local = self.both_views(views, targets)
@@ -286,15 +277,13 @@ class VICReg(Method):
     LARS; here `weight` is by default one over their 25, so that SGD takes steps as with other losses."""
 
     whole_batch = True
+    coefficients = (25.0, 25.0, 1.0)
 
     def __init__(
         self,
         encoder: Encoder,
         dim: int | None = None,
         hidden: int | None = None,
-        invariance: float = 25.0,
-        variance: float = 25.0,
-        covariance: float = 1.0,
         weight: float = 0.04,
         **common,
     ):
@@ -302,12 +291,11 @@ class VICReg(Method):
         dim, hidden = dim or channels, hidden or channels
         head = GlobalHead(*normed_mlp(channels, hidden, hidden, dim, bias=False))
         super().__init__(encoder, head, weight=weight, **common)
-        self.weights = (invariance, variance, covariance)
 
     def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         z1, z2, local = self.both_views(views, targets)
         terms = vicreg_terms(gather(z1), gather(z2))
-        own = sum(weight * term for weight, term in zip(self.weights, terms))
+        own = sum(weight * term for weight, term in zip(self.coefficients, terms))
         logged = {name: term.detach() for name, term in zip(("invariance", "variance", "covariance"), terms)}
         return self.terms(own, local, **logged)
 
@@ -347,6 +335,7 @@ class VICRegL(Method):
 
     whole_batch = True
     dense = True
+    alpha = 0.75
 
     def __init__(
         self,
@@ -354,7 +343,6 @@ class VICRegL(Method):
         dim: int | None = None,
         hidden: int | None = None,
         local_dim: int = 512,
-        alpha: float = 0.75,
         matches: int = 20,
         weight: float = 0.04,
         **common,
@@ -364,7 +352,7 @@ class VICRegL(Method):
         whole = GlobalHead(*normed_mlp(channels, hidden, hidden, dim, bias=False))
         dense = nn.Sequential(*normed_mlp(channels, local_dim, local_dim, local_dim, dense=True, bias=False))
         super().__init__(encoder, TwoHeads(whole, dense), weight=weight, **common)
-        self.alpha, self.matches = alpha, matches
+        self.matches = matches
 
     def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         (z1, maps1), (z2, maps2), local = self.both_views(views, targets)
@@ -405,10 +393,8 @@ class DenseCL(MoCoV2):
     ):
         channels = encoder.channels["layer4"]
         hidden = hidden or channels
-        dense = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, dim, 1)
-        )
-        heads = DenseHeads(GlobalHead(*mlp(channels, hidden, dim)), dense)
+        dense = [nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, dim, 1)]
+        heads = DenseHeads(GlobalHead(*mlp(channels, hidden, dim)), nn.Sequential(*dense))
         super().__init__(encoder, dim, queue_size, projector=heads, **more)
         self.balance = balance
         self.register_buffer("dense_queue", F.normalize(torch.randn(dim, queue_size), dim=0))
@@ -461,22 +447,15 @@ class PixPro(WithMomentumEncoder):
     of the larger bin, in the slice; both directions. Where no two pixels are so near, an image counts 0."""
 
     dense = True
+    radius, sharpness = 0.7, 2.0
 
     def __init__(
-        self,
-        encoder: Encoder,
-        dim: int = 256,
-        hidden: int | None = None,
-        momentum: float = 0.99,
-        radius: float = 0.7,
-        sharpness: float = 2.0,
-        **common,
+        self, encoder: Encoder, dim: int = 256, hidden: int | None = None, momentum: float = 0.99, **common
     ):
         channels = encoder.channels["layer4"]
         head = nn.Sequential(*normed_mlp(channels, hidden or channels, dim, dense=True))
         super().__init__(encoder, head, momentum, **common)
         self.transform = nn.Conv2d(dim, dim, 1)
-        self.radius, self.sharpness = radius, sharpness
 
     def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         maps1, maps2, local = self.query_views(views, targets)

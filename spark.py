@@ -87,9 +87,12 @@ class Visible:
 
     def only(self, x: Tensor) -> Tensor:
         """x (n, C, h, w) with 0 at the hidden positions, whatever is there."""
-        steps = [side // cells for side, cells in zip(x.shape[2:], self.grid)]
-        hidden = self.hidden().repeat_interleave(steps[0], 1).repeat_interleave(steps[1], 2)
-        return x.masked_fill(hidden[:, None], 0)
+        return x.masked_fill(self.hidden_at(x), 0)
+
+    def hidden_at(self, x: Tensor) -> Tensor:
+        """Which positions of a map (n, C, h, w) are hidden: (n, 1, h, w) bool."""
+        rows, columns = (side // cells for side, cells in zip(x.shape[2:], self.grid))
+        return self.hidden().repeat_interleave(rows, 1).repeat_interleave(columns, 2)[:, None]
 
     def positions(self, height: int, width: int) -> Tensor:
         """Of maps (n, C, height, width) the visible positions, counted through all images: (n k p,) for p
@@ -137,8 +140,7 @@ def see_only_what_is_visible(encoder: Encoder) -> None:
     for module in encoder.modules():
         if type(module) is SplitBatchNorm2d:
             module.__class__ = VisibleBatchNorm2d
-    pool = encoder.maxpool
-    encoder.maxpool = VisibleMaxPool2d(pool.kernel_size, pool.stride, pool.padding)
+    encoder.maxpool.__class__ = VisibleMaxPool2d
 
 
 @contextmanager
@@ -189,9 +191,8 @@ class Decoder(nn.Module):
     def filled(self, name: str, features: Tensor, seen: Visible) -> Tensor:
         """A map (n, C, h, w), normed, with the learnt vector at its hidden positions."""
         features = self.norms[name](features)
-        steps = [side // cells for side, cells in zip(features.shape[2:], seen.grid)]
-        hidden = seen.hidden().repeat_interleave(steps[0], 1).repeat_interleave(steps[1], 2)
-        return torch.where(hidden[:, None], self.tokens[name][:, None, None].to(features.dtype), features)
+        token = self.tokens[name][:, None, None].to(features.dtype)
+        return torch.where(seen.hidden_at(features), token, features)
 
 
 def enlarging(inputs: int, outputs: int, factor: int) -> nn.Sequential:
