@@ -5,10 +5,8 @@
     SparK                                                        reconstructs what is masked (spark.py)
 
 All have the face of `models.Method` and its two additions: whitening before the heads, and the local loss
-between matched regions. METHODS names them for train_moco.py. Heads are by default as wide as the encoder's
-features (`hidden` None), which for most methods is what was published with a ResNet-50. The arguments that
-are settings (pretraining/method_settings.py) stand under model.* in train_moco.py. One more method is one
-more class and its line in METHODS (docs/METHODS.md).
+between matched regions. Heads are by default as wide as the encoder's features (`hidden` None), for most
+methods what was published with a ResNet-50. One more method is one more class and its line in METHODS.
 """
 
 import copy
