@@ -3,7 +3,8 @@
 import inspect
 
 from engine.config import Config, ConfigError
-from models import LAYERS, Method
+from engine.process import Process
+from models import LAYERS, Method, SplitBatchNorm1d
 
 # Of the section model; null in a config stands for the value that the method's class has.
 SETTINGS = ("dim", "hidden", "queue_size", "momentum", "temperature", "prototypes", "mask")
@@ -86,8 +87,7 @@ def check_method(cfg: Config, method: type[Method]) -> None:
         f"0: {name} has no use for them",
     )
 
-    natural = dict(zip(LAYERS, (4, 8, 16, 32)))
-    sides = {layer: -(-cfg.data.size // min(natural[layer], model.output_stride)) for layer in LAYERS}
+    sides = map_sides(cfg)
     more = "a larger data.size, or a smaller model.output_stride"
     if method.dense and sides["layer4"] < 2:
         raise ConfigError(
@@ -105,3 +105,23 @@ def check_method(cfg: Config, method: type[Method]) -> None:
             cfg.data.size % cell == 0 and cfg.data.size >= 2 * cell,
             f"a multiple of {cell}, {2 * cell} or more: {name} hides cells of {cell} px",
         )
+
+
+def map_sides(cfg: Config) -> dict[str, int]:
+    """Of each layer's map of a view."""
+    strides = {layer: min(stride, cfg.model.output_stride) for layer, stride in zip(LAYERS, (4, 8, 16, 32))}
+    return {layer: -(-cfg.data.size // stride) for layer, stride in strides.items()}
+
+
+def check_norms(cfg: Config, model: Method, process: Process) -> None:
+    """Raise a ConfigError where a BatchNorm would have to normalise a single value."""
+    share, split = cfg.optim.batch_size // process.world // cfg.optim.accumulate, cfg.model.bn_split
+    together = min(split, share) if split else share * process.world
+    vectors = map_sides(cfg)["layer4"] == 1 or any(isinstance(m, SplitBatchNorm1d) for m in model.modules())
+    if together > 1 or not vectors:
+        return
+    name, found = ("model.bn_split", split) if split == 1 else ("optim.batch_size", cfg.optim.batch_size)
+    raise ConfigError(
+        f"{name}: {found} leaves one sample to BatchNorm, but {cfg.method} normalises vectors, and one "
+        "alone has no variance; 2 or more are needed"
+    )

@@ -214,7 +214,8 @@ def draw(folder: Path, process: Process) -> None:
                 axis.plot(*zip(*points), "o-" if title == "effective rank" else "-", label=label)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:  # without projections there is no similarity
+            axis.legend()
     figures = {"curves.png": figure}
     if ranks:
         figures["spectrum.png"] = spectrum_figure(ranks[0], ranks[-1])
