@@ -132,7 +132,7 @@ from models import (
     row_ranges,
     seeded,
 )
-from pretraining.method_settings import check_heads, check_method, own_settings, settle
+from pretraining.method_settings import check_method, own_settings, settle
 from pretraining.optimizers import make_optimizer
 from pretraining.run import NotFinite, Run, check_folder
 
@@ -293,7 +293,6 @@ def build_model(cfg: Config, process: Process) -> Method:
             bn_split=cfg.model.bn_split,
             seed=cfg.seed,
         )
-    check_heads(cfg, model, process.world)
     if cfg.run.compile:
         for module in model.modules():
             if isinstance(module, Encoder):

@@ -93,7 +93,7 @@ class Config(dict):
     def check_choice(self, name: str, *choices: str) -> None:
         value = self.flat()[name]
         if value not in choices:
-            near = difflib.get_close_matches(value[:100], choices, n=1)
+            near = difflib.get_close_matches(value[:100].lower(), choices, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name}: {shown(value)} is not one of {', '.join(choices)}{hint}")
 

@@ -3,6 +3,7 @@
 import inspect
 
 from engine.config import Config, ConfigError
+from engine.process import Process
 from models import LAYERS, Method, SplitBatchNorm1d
 
 # Of the section model; null in a config stands for the value that the method's class has.
@@ -88,8 +89,7 @@ def check_method(cfg: Config, method: type[Method]) -> None:
         f"0: {name} has no use for them",
     )
 
-    natural = dict(zip(LAYERS, (4, 8, 16, 32)))
-    sides = {layer: -(-cfg.data.size // min(natural[layer], model.output_stride)) for layer in LAYERS}
+    sides = map_sides(cfg)
     more = "a larger data.size, or a smaller model.output_stride"
     if method.dense and sides["layer4"] < 2:
         raise ConfigError(
@@ -109,11 +109,21 @@ def check_method(cfg: Config, method: type[Method]) -> None:
         )
 
 
-def check_heads(cfg: Config, model: Method, world: int) -> None:
-    """Raise a ConfigError if a BatchNorm of vectors would see one of them at a time."""
-    samples = cfg.optim.batch_size // (world * cfg.optim.accumulate)  # of a forward pass
-    split = cfg.model.bn_split
-    together = min(samples, split) if split else samples * world
-    if together < 2 and any(isinstance(module, SplitBatchNorm1d) for module in model.modules()):
-        key = "model.bn_split" if split == 1 else "optim.batch_size"
-        raise ConfigError(f"{key}: BatchNorm in the heads of {cfg.method} would see one sample at a time")
+def map_sides(cfg: Config) -> dict[str, int]:
+    """Of each layer's map of a view."""
+    strides = {layer: min(stride, cfg.model.output_stride) for layer, stride in zip(LAYERS, (4, 8, 16, 32))}
+    return {layer: -(-cfg.data.size // stride) for layer, stride in strides.items()}
+
+
+def check_norms(cfg: Config, model: Method, process: Process) -> None:
+    """Raise a ConfigError where a BatchNorm would have to normalise a single value."""
+    share, split = cfg.optim.batch_size // process.world // cfg.optim.accumulate, cfg.model.bn_split
+    together = min(split, share) if split else share * process.world
+    vectors = map_sides(cfg)["layer4"] == 1 or any(isinstance(m, SplitBatchNorm1d) for m in model.modules())
+    if together > 1 or not vectors:
+        return
+    name, found = ("model.bn_split", split) if split == 1 else ("optim.batch_size", cfg.optim.batch_size)
+    raise ConfigError(
+        f"{name}: {found} leaves one sample to BatchNorm, but {cfg.method} normalises vectors, and one "
+        "alone has no variance; 2 or more are needed"
+    )

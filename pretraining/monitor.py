@@ -214,7 +214,7 @@ def draw(folder: Path, process: Process) -> None:
                 axis.plot(*zip(*points), "o-" if title == "effective rank" else "-", label=label)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if axis.lines:  # without projections there is no similarity
             axis.legend()
     figures = {"curves.png": figure}
     if ranks:

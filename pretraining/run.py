@@ -23,6 +23,7 @@ from models import Method, initial_weights, whole_slices
 from pretraining.guard import Guard, NotFinite, bad_steps_text
 from pretraining.journal import Journal
 from pretraining.judgement import heed_data
+from pretraining.method_settings import check_norms
 from pretraining.monitor import CollapseMonitor, draw, show
 from pretraining.run_state import average_running_statistics, averaged_statistics, export, resume, save
 from pretraining.schedule import Due, StepBatches, count_steps, learning_rate
@@ -56,6 +57,7 @@ class Run:
         cfg, process, self.dataset = self.cfg, self.process, self.reader.dataset
         heed_data(cfg, process, self.dataset, self.intensity)
         self.steps_per_epoch, self.total_steps = count_steps(cfg, len(self.dataset), process)
+        check_norms(cfg, self.model, process)
         self.guard = Guard(self.model, self.optimizer, cfg.run.max_bad_steps)
         self.folder = make_run_folder(cfg, process, SCRIPT, initial_weights(cfg.model.init))
         self.step, complete = resume(self)
