@@ -297,7 +297,7 @@ def checked_number(value, low, high, kind: type = int):
 
 def is_plain(value) -> bool:
     """Whether it is a setting, or a list of such: tensors, compared with one, may take all memory."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):  # AdamW's betas are a tuple
         return all(map(is_plain, value))
     return value is None or type(value) in (bool, int, float, str)
 

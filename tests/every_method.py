@@ -4,7 +4,7 @@ import torch
 
 from methods import METHODS
 from models import Encoder
-from pretraining.method_settings import defaults_of
+from pretraining.method_settings import SETTINGS, defaults_of
 
 # Whatever of these a class has as an argument, its small instance gets.
 SMALL = dict(dim=8, hidden=16, local_dim=8, queue_size=20, momentum=0.9, prototypes=12, matches=3)
@@ -24,6 +24,17 @@ def small_with_additions(name, **common):
     if name in ALONE:
         return small(name, **common)
     return small(name, local={**LOCAL, "negatives": "batch"}, decorrelation=ZCA, **common)
+
+
+def small_settings(name):
+    """Overrides for train_moco.py that make the same of a run on the tiny phantom."""
+    own = defaults_of(METHODS[name])
+    settings = [f"model.{k}={v}" for k, v in SMALL.items() if k in own and k in SETTINGS]
+    if name not in ALONE:
+        settings += ["local.weight=0.5", "decorrelation.method=zca"]
+    if METHODS[name].small_crops:
+        settings += ["augment.small_crops=1", "augment.small_size=32"]
+    return [f"method={name}", "data.size=64", *settings]
 
 
 def random_boxes(n, generator):

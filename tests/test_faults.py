@@ -7,6 +7,7 @@ short ones often, and under torchrun, with its restarts and with two nodes.
 import errno
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -20,10 +21,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from every_method import small_settings
 
 import train_moco
 from ct.slices import DataError
 from data import BatchReader
+from methods import METHODS
 from pretraining.guard import NotFinite
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +90,7 @@ def history(out):
     """Everything that a run has computed, but no times: its metrics and its last checkpoint's tensors."""
     state = torch.load(out / "checkpoint.pth", weights_only=True)
     numbers = [{name: v for name, v in row.items() if name != "images_per_second"} for row in rows(out)]
-    momentum = [s["momentum_buffer"] for s in state["optimizer"]["state"].values()]
+    momentum = [value for averages in state["optimizer"]["state"].values() for value in averages.values()]
     return numbers, {**state["model"], "statistics": state["running_statistics"]}, momentum
 
 
@@ -136,6 +139,26 @@ def test_a_killed_run_goes_on_bitwise(start, whole, tmp_path, kills, steps):
     assert start(out, *often).end() == 0
     assert_same(out, whole)
     assert not [*out.glob("*.part"), *out.glob("*.new")]
+
+
+OPTIMIZERS = ("sgd", "lars", "adamw")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "optimizer"), [(name, OPTIMIZERS[i % 3]) for i, name in enumerate(METHODS)])
+def test_every_method_goes_on_bitwise_after_kills(start, tmp_path, name, optimizer):
+    chance = random.Random(name)
+    settings = (*small_settings(name), f"optim.name={optimizer}", "run.save_steps=1")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert start(whole, *settings).end() == 0
+    for _ in range(3):
+        run = start(out, *settings, pauses=(f"step {STEPS}/",))
+        assert run.wait_for(r"slices of")
+        time.sleep(chance.uniform(0, 0.8))
+        run.process.kill()
+        assert run.end() == -signal.SIGKILL, run.log.read_text()
+    assert start(out, *settings).end() == 0
+    assert_same(out, whole)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +217,36 @@ def test_two_ranks_stop_at_the_same_step_and_go_on_bitwise(start, tmp_path, free
     assert json.loads((out / "stopped.json").read_text())["reason"] == "SIGUSR1"
     assert [rank.end() for rank in start_two(start, out, free_port)] == [0, 0]
     assert_same(out, whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["swav", *(pytest.param(name, marks=pytest.mark.long) for name in METHODS if name != "swav")]
+)
+def test_two_ranks_of_a_method_begin_as_one_does_and_go_on_bitwise(start, tmp_path, free_port, name):
+    settings = (*small_settings(name), "run.save_steps=2", "model.bn_split=0", "optim.max_steps=4")
+    one, whole, out = (tmp_path / folder for folder in ("one", "two", "run"))
+    assert start(one, *settings).end() == 0
+    ranks = start_two(start, whole, free_port, *settings)
+    assert [rank.end() for rank in ranks] == [0, 0], logs(ranks)
+    first, same = ([row for row in rows(path) if "loss" in row][0] for path in (one, whole))
+    for term in same.keys() - {"images_per_second", "gradient_norm"}:
+        assert same[term] == pytest.approx(first[term], rel=1e-3, abs=1e-5), term
+    ranks = start_two(start, out, free_port, *settings, pauses=("step 3/",))
+    ranks[0].process.wait_for_pause()
+    for rank in ranks:
+        rank.process.kill()
+    assert [rank.end() for rank in ranks] == [-signal.SIGKILL] * 2
+    assert [rank.end() for rank in start_two(start, out, free_port, *settings)] == [0, 0]
+    assert_same(out, whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["byol", "spark"])
+def test_two_ranks_of_torchrun_train_a_method(start, tmp_path, name):
+    run = start(tmp_path / "run", *small_settings(name), torchrun=(*IN_TORCHRUN, "--nproc-per-node=2"))
+    assert run.end(300) == 0, run.log.read_text()
+    losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert len(losses) == STEPS and all(map(math.isfinite, losses))
 
 
 @pytest.mark.long

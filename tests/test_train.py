@@ -6,10 +6,13 @@ import json
 import pytest
 import torch
 import torchvision
+from every_method import ALONE, small_settings
 from PIL import Image
+from tiny import tiny_resnet
 
 from ct.slices import DataError
 from engine.config import ConfigError
+from methods import METHODS
 from models import Encoder, WeightsError
 from pretraining.run import Run
 
@@ -58,6 +61,54 @@ def test_a_run_leaves_what_it_promises(train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("method", "optimizer"), [*((name, "sgd") for name in METHODS), ("byol", "lars"), ("spark", "adamw")]
+)
+def test_every_method_trains_and_goes_on_after_a_stop_with_the_same_losses(
+    train, monkeypatch, tmp_path, capsys, method, optimizer
+):
+    """Three steps, and the same three with a stop after the second: all metrics, and the encoder, which goes
+    into torchvision's ResNet. With regions and whitening where the method takes them."""
+    monkeypatch.setattr("pretraining.run.draw", lambda *_: None)  # curves take longer than the steps
+    settings = (*small_settings(method), f"optim.name={optimizer}", "optim.max_steps=3")
+    whole = train("whole", *settings)
+    losses = losses_of(whole)
+    assert sorted(losses) == [1, 2, 3] and torch.tensor(list(losses.values())).isfinite().all()
+    assert losses[1] != losses[2] != losses[3]
+    assert (whole[1]["local"] > 0) == (method not in ALONE)
+
+    stop_before(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped", "run.save_steps=2", *settings)
+    monkeypatch.undo()
+    monkeypatch.setattr("pretraining.run.draw", lambda *_: None)
+    capsys.readouterr()
+    stopped = train("stopped", *settings)
+    assert "resuming from step 2" in capsys.readouterr().out
+    assert [without_times(row) for row in stopped] == [without_times(row) for row in whole]
+    encoders = [
+        torch.load(tmp_path / f"{run}/encoder.pth", weights_only=True) for run in ("whole", "stopped")
+    ]
+    assert all(torch.equal(encoders[1][name], value) for name, value in encoders[0].items())
+    tiny_resnet().load_state_dict(encoders[0], strict=True)
+
+
+def without_times(row):
+    return {name: value for name, value in row.items() if name != "images_per_second"}
+
+
+def stop_before(step, monkeypatch):
+    """The next run is interrupted where it would begin the step after so many."""
+    set_schedule = Run.set_schedule
+
+    def stop_or_go_on(run):
+        if run.step == step:
+            raise KeyboardInterrupt
+        set_schedule(run)
+
+    monkeypatch.setattr(Run, "set_schedule", stop_or_go_on)
+
+
+@pytest.mark.parametrize(
     "setting",
     [
         "decorrelation.position=bn3",
@@ -73,12 +124,7 @@ def test_the_variants_run(train, setting):
 
 def test_a_stopped_run_goes_on_with_the_same_losses(train, monkeypatch):
     whole = losses_of(train("whole"))
-
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    set_schedule = Run.set_schedule
-    monkeypatch.setattr(Run, "set_schedule", lambda run: stop() if run.step == 4 else set_schedule(run))
+    stop_before(4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train("stopped", "run.save_steps=3")
     monkeypatch.undo()
@@ -118,6 +164,18 @@ def test_accumulation_changes_memory_only(train):
         ("run.device=cuda", "run.device"),
         ("seed", "expected section.key=value"),
         ("data.root=null", "data.root: is missing"),
+        ("method=bylo", "method: 'bylo' is not one of.*did you mean 'byol'"),
+        ("method=byol model.queue_size=9", "model.queue_size: byol has no such setting; it has model.dim"),
+        ("method=simclr optim.batch_size=1", "optim.batch_size: 1 is impossible; wanted 2 or more: simclr"),
+        (
+            "method=simclr optim.accumulate=2",
+            "optim.accumulate: 2 is impossible; wanted 1: the loss",
+        ),
+        ("method=byol optim.batch_size=1", "optim.batch_size: 1 leaves one sample to BatchNorm, but byol"),
+        ("method=spark data.size=48", "data.size: 48 is impossible; wanted a multiple of 32, 64 or more"),
+        ("method=spark data.size=64 local.weight=1", "local.weight: masked reconstruction sees one view"),
+        ("method=densecl model.output_stride=32", "data.size: views of 32 px have one position in layer4"),
+        ("optim.name=adam", "optim.name: 'adam' is not one of.*did you mean 'adamw'"),
         ("decorrelation.position=bn3 decorrelation.group_size=0 model.arch=resnet50", "iternorm"),
     ],
 )
