@@ -54,7 +54,7 @@ def call(script, root, out, config, *settings):
 
 def pretrain(root, out, config):
     tiny = [
-        "data.size=32",
+        "data.size=64",
         "optim.batch_size=4",
         "optim.max_steps=2",
         "model.queue_size=8",
