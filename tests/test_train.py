@@ -165,7 +165,10 @@ def test_accumulation_changes_memory_only(train):
         ("seed", "expected section.key=value"),
         ("data.root=null", "data.root: is missing"),
         ("method=bylo", "method: 'bylo' is not one of.*did you mean 'byol'"),
-        ("method=byol model.queue_size=9", "model.queue_size: byol has no such setting; it has model.dim"),
+        (
+            "method=byol model.queue_size=9",
+            "model.queue_size: byol has no such setting; it has model.weight, model.dim",
+        ),
         ("method=simclr optim.batch_size=1", "optim.batch_size: 1 is impossible; wanted 2 or more: simclr"),
         (
             "method=simclr optim.accumulate=2",
