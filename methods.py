@@ -461,7 +461,7 @@ class PixPro(WithMomentumEncoder):
         keys1, keys2 = rows_of(targets.z1), rows_of(targets.z2)  # (n, P, D)
         own = pixel_agreement(self.propagate(maps1), keys2, positive)
         own = own + pixel_agreement(self.propagate(maps2), keys1, positive.mT)
-        return self.terms(own, local, keys1.mean(dim=1), positives=positive.sum(dim=(1, 2)).float().mean())
+        return self.terms(own, local, keys1.mean(dim=1))
 
     def propagate(self, maps: Tensor) -> Tensor:
         """Pixel propagation, of unit vectors as in the authors' code: (n, D, h, w) -> (n, P, D)."""

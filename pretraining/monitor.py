@@ -33,6 +33,8 @@ KINDS = {  # of features, as their columns in metrics.jsonl end
     "_whitened": "pooled, whitened",
     "_whitened_dense": "dense, whitened",
 }
+BESIDE_LOSSES = ("step", "epoch", "loss", "lr", "gradient_norm", "images_per_second")
+BESIDE_LOSSES += ("skipped_steps", "unreadable_slices")  # columns of a line of metrics with a loss
 PANEL = 8  # slices whose features are drawn
 TILE = 256  # px, longer side of a slice there
 
@@ -193,29 +195,25 @@ def draw(folder: Path, process: Process) -> None:
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     ranks = [row for row in rows if "effective_rank" in row]
-    logged = next((row for row in rows if "loss" in row), {})
-    beside = ("step", "epoch", "loss", "accuracy", "similarity", "lr", "images_per_second", "gradient_norm")
-    beside += ("skipped_steps", "unreadable_slices") + (
-        () if any(row.get("local") for row in rows) else ("local",)
-    )
-    panels = {
-        "loss terms": {name: name for name in logged if name not in beside},
-        "accuracy and similarity": {
-            "accuracy": "queries nearest to their own key",
-            "similarity": "cosine of keys",
-        },
-        "effective rank": {f"effective_rank{name}": label for name, label in KINDS.items()},
-    }
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    for axis, (title, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    kinds = {f"effective_rank{name}": label for name, label in KINDS.items()}
+    alike = {"accuracy": "queries nearest to their own key", "similarity": "cosine of different images"}
+    terms = [name for row in rows if "loss" in row for name in row if name not in (*BESIDE_LOSSES, *alike)]
+    panels = {"loss terms": {name: name for name in terms}, "accuracy and similarity": alike}
+    panels["effective rank"] = kinds
+    curves = {}  # {title: {label: points}} of what there is: not every method has all of it
+    for title, columns in panels.items():
         for column, label in columns.items():
             points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
-            if points:
-                axis.plot(*zip(*points), "o-" if title == "effective rank" else "-", label=label)
+            if points and (column != "local" or any(value for _, value in points)):
+                curves.setdefault(title, {})[label] = points
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)[0] if curves else []
+    for axis, (title, lines) in zip(axes, curves.items(), strict=True):
+        for label, points in lines.items():
+            axis.plot(*zip(*points), "o-" if title == "effective rank" else "-", label=label)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        if axis.lines:  # without projections there is no similarity
-            axis.legend()
+        axis.legend()
     figures = {"curves.png": figure}
     if ranks:
         figures["spectrum.png"] = spectrum_figure(ranks[0], ranks[-1])
