@@ -22,6 +22,7 @@ from losses import (
     barlow_twins,
     cell_centres,
     cosine_distance,
+    cosines,
     gather,
     nearest_pairs,
     nt_xent,
@@ -227,7 +228,7 @@ class SwAV(Method):
         projections = [z1, z2, *(self.query(view)[0] for view in views[2:])]  # (n, D) each
         resting = self.progress < self.resting
         prototypes = torch.where(torch.tensor(resting), self.prototypes.detach(), self.prototypes)  # (K, D)
-        scores = [F.normalize(at_least_float32(z), dim=1) @ prototypes.T for z in projections]  # (n, K)
+        scores = [cosines(z, prototypes) for z in projections]  # (n, K)
         own = own_rows(len(z1))
         codes = [sinkhorn(gather(s.detach()), self.epsilon, self.iterations)[own] for s in scores[:2]]
         swapped = [
@@ -408,8 +409,7 @@ class DenseCL(MoCoV2):
     def losses(self, query, regions, keys) -> dict[str, Tensor]:
         projection, dense, features = query
         per_query, nearest = queue_nce(projection, keys.projection, self.queue, self.temperature)
-        features = F.normalize(rows_of(features.detach()), dim=2)  # (n, P, C)
-        partner = (features @ keys.features.mT).argmax(dim=2)  # (n, P)
+        partner = cosines(rows_of(features.detach()), keys.features).argmax(dim=2)  # (n, P)
         positive = positions_at(keys.dense, partner)  # (n, P, D)
         per_position, _ = queue_nce(
             rows_of(dense).flatten(0, 1), positive.flatten(0, 1), self.dense_queue, self.temperature
@@ -466,8 +466,8 @@ class PixPro(WithMomentumEncoder):
 
     def propagate(self, maps: Tensor) -> Tensor:
         """The pixel propagation module: (n, D, h, w) -> (n, P, D)."""
-        units = F.normalize(rows_of(maps), dim=2)
-        likeness = (units @ units.mT).clamp(min=0) ** self.sharpness  # (n, P, P)
+        pixels = rows_of(maps)
+        likeness = cosines(pixels, F.normalize(pixels, dim=2)).clamp(min=0) ** self.sharpness  # (n, P, P)
         return likeness @ rows_of(self.transform(maps))
 
     def near(self, box1: Tensor, box2: Tensor, grid: tuple[int, int]) -> Tensor:
