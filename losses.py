@@ -4,7 +4,7 @@ Everything here is plain tensors in, tensors out, and needs only torch, so the f
 
     info_nce, local_info_nce        MoCo's loss and its version for the regions of an image, in plain form
     queue_nce, local_nce_per_image  the same as training uses them: of unit vectors, and for each image
-    nt_xent, cosine_distance, sinkhorn, swapped_prediction, barlow_twins, vicreg, nearest_pairs,
+    cosines, nt_xent, cosine_distance, sinkhorn, swapped_prediction, barlow_twins, vicreg, nearest_pairs,
     pixel_agreement, patch_reconstruction    the losses of the other methods (methods.py)
     matched_points, sample_regions  where the regions of two crops lie, and their feature vectors
     ZCAWhitening, IterNorm          feature decorrelation (built on inverse_sqrt)
@@ -170,6 +170,12 @@ def is_float(x) -> bool:
 
 
 @full_precision
+def cosines(x: Tensor, units: Tensor) -> Tensor:
+    """Of vectors (..., P, D), any scale, and unit vectors (..., Q, D): (..., P, Q)."""
+    return F.normalize(x, dim=-1) @ units.mT
+
+
+@full_precision
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     """NT-Xent (SimCLR, arXiv 2002.05709, equation 1): of 2N samples, each has one positive, its other view,
     and 2N - 2 negatives. z1, z2: (N, D), any scale -> scalar, the mean over all 2N."""
@@ -185,12 +191,6 @@ def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean of 1 - cosine over the rows of (N, D) and (N, D): half of BYOL's loss of unit vectors
     (arXiv 2006.07733, equation 2), SimSiam's plus 1 (arXiv 2011.10566, equation 1)."""
     return 1 - F.cosine_similarity(prediction, target, dim=1).mean()
-
-
-@full_precision
-def prototype_scores(z: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosines of samples (N, D), any scale, and prototypes (K, D), unit vectors: (N, K)."""
-    return F.normalize(z, dim=1) @ prototypes.T
 
 
 @torch.no_grad()
@@ -280,9 +280,9 @@ def pixel_agreement(y: Tensor, x: Tensor, positive: Tensor) -> Tensor:
 
     y: (N, P, D) propagated pixels of a view; x: (N, Q, D) of the other one; positive: (N, P, Q) bool.
     """
-    cosines = F.normalize(y, dim=2) @ F.normalize(x, dim=2).mT  # (N, P, Q)
+    distances = 1 - cosines(y, F.normalize(x, dim=2))  # (N, P, Q)
     return (
-        torch.where(positive, 1 - cosines, 0).sum(dim=(1, 2)) / positive.sum(dim=(1, 2)).clamp(min=1)
+        torch.where(positive, distances, 0).sum(dim=(1, 2)) / positive.sum(dim=(1, 2)).clamp(min=1)
     ).mean()
 
 

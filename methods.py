@@ -21,13 +21,13 @@ from losses import (
     barlow_twins,
     cell_centres,
     cosine_distance,
+    cosines,
     gather,
     nearest_pairs,
     nt_xent,
     own_rows,
     pixel_agreement,
     positions_at,
-    prototype_scores,
     queue_nce,
     sinkhorn,
     swapped_prediction,
@@ -222,10 +222,9 @@ class SwAV(Method):
         z1, z2, local = self.both_views(views, targets)
         projections = [z1, z2, *(self.query(view)[0] for view in views[2:])]  # (n, D) each
         held = self.prototypes.detach()  # (K, D)
-        prototypes = held + (self.prototypes - held) * float(
-            self.progress >= self.resting
-        )  # else no gradient
-        scores = [prototype_scores(z, prototypes) for z in projections]  # (n, K) each
+        moving = float(self.progress >= self.resting)  # else they get no gradient
+        prototypes = held + moving * (self.prototypes - held)
+        scores = [cosines(z, prototypes) for z in projections]  # (n, K) each
         own = own_rows(len(z1))
         codes = [sinkhorn(gather(s.detach()), self.epsilon, self.iterations)[own] for s in scores[:2]]
         swapped = [
@@ -414,8 +413,7 @@ class DenseCL(MoCoV2):
     def contrast(self, query, regions, keys) -> dict[str, Tensor]:
         projection, dense, features = query
         per_query, nearest = queue_nce(projection, keys.projection, self.queue, self.temperature)
-        features = F.normalize(rows_of(features.detach()), dim=2)  # (n, P, C)
-        partner = (features @ keys.features.mT).argmax(dim=2)  # (n, P)
+        partner = cosines(rows_of(features.detach()), keys.features).argmax(dim=2)  # (n, P)
         positive = positions_at(keys.dense, partner)  # (n, P, D)
         per_position, _ = queue_nce(
             rows_of(dense).flatten(0, 1), positive.flatten(0, 1), self.dense_queue, self.temperature
@@ -466,7 +464,7 @@ class PixPro(WithMomentumEncoder):
     def propagate(self, maps: Tensor) -> Tensor:
         """Pixel propagation, of unit vectors as in the authors' code: (n, D, h, w) -> (n, P, D)."""
         units = F.normalize(rows_of(maps), dim=2)
-        likeness = (units @ units.mT).clamp(min=0) ** self.sharpness  # (n, P, P)
+        likeness = cosines(units, units).clamp(min=0) ** self.sharpness  # (n, P, P)
         return likeness @ F.normalize(rows_of(self.transform(maps)), dim=2)
 
     def near(self, boxes: list[Tensor] | None, grid: tuple[int, int]) -> Tensor:

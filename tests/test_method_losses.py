@@ -12,6 +12,7 @@ from losses import (
     barlow_twins,
     cell_centres,
     cosine_distance,
+    cosines,
     nearest_pairs,
     nt_xent,
     patch_reconstruction,
@@ -23,6 +24,7 @@ from losses import (
     vicreg_terms,
 )
 from methods import centre_distances
+from models import GlobalHead
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -67,6 +69,13 @@ def test_cosine_distance_equals_a_loop():
     units = F.normalize(prediction, dim=1) - F.normalize(target, dim=1)
     assert units.square().sum(dim=1).mean().item() == pytest.approx(2 * expected, rel=1e-12)  # BYOL's
     assert float(cosine_distance(prediction, 5 * prediction)) == pytest.approx(0, abs=1e-12)
+
+
+def test_cosines_are_those_of_all_pairs():
+    x, units = 3 * randn(2, 4, 6), F.normalize(randn(2, 5, 6, seed=1), dim=2)
+    found = cosines(x, units)
+    pairs = [(n, p, q) for n in range(2) for p in range(4) for q in range(5)]
+    assert all(float(found[n, p, q]) == pytest.approx(cosine(x[n, p], units[n, q])) for n, p, q in pairs)
 
 
 def slow_sinkhorn(scores, epsilon, iterations):
@@ -389,6 +398,22 @@ def test_densecl_equals_a_loop_over_positions():
     torch.testing.assert_close(model.dense_queue[:, :3], entered)
     torch.testing.assert_close(model.queue[:, :3], entered)
     assert torch.equal(model.dense_queue[:, 3:], queues[1][:, 3:])
+
+
+@pytest.mark.parametrize("name", ["swav", "densecl"])
+def test_cosines_that_decide_are_float32_under_autocast(name):
+    """Codes and partners: bfloat16 has three digits, and positions of an image differ in the fourth."""
+    model = small(name, bn_split=0)
+    branches = [model.query, model.key] if name == "densecl" else [model.query]
+    for branch in branches:
+        branch.encoder = Maps()
+        branch.projector = ThreeIdentities() if name == "densecl" else GlobalHead()
+    views = [1 + 0.02 * randn(6, 8, 4, 4, seed=seed, dtype=torch.float32) for seed in range(3)]
+    targets = model.targets(views)
+    expected = model(views, targets=targets)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(views, targets=targets)["loss"]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def nce(query, key, queue):
