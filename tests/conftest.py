@@ -70,6 +70,11 @@ def nibabel():
 
 @pytest.fixture
 def free_port():
+    return unused_port()
+
+
+def unused_port() -> int:
+    """One that nobody listens on; a process that was killed may keep its own for a while."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import unused_port
 from every_method import small_settings
 
 import train_moco
@@ -222,21 +223,21 @@ def test_two_ranks_stop_at_the_same_step_and_go_on_bitwise(start, tmp_path, free
 @pytest.mark.parametrize(
     "name", ["swav", *(pytest.param(name, marks=pytest.mark.long) for name in METHODS if name != "swav")]
 )
-def test_two_ranks_of_a_method_begin_as_one_does_and_go_on_bitwise(start, tmp_path, free_port, name):
+def test_two_ranks_of_a_method_begin_as_one_does_and_go_on_bitwise(start, tmp_path, name):
     settings = (*small_settings(name), "run.save_steps=2", "model.bn_split=0", "optim.max_steps=4")
     one, whole, out = (tmp_path / folder for folder in ("one", "two", "run"))
     assert start(one, *settings).end() == 0
-    ranks = start_two(start, whole, free_port, *settings)
+    ranks = start_two(start, whole, unused_port(), *settings)
     assert [rank.end() for rank in ranks] == [0, 0], logs(ranks)
     first, same = ([row for row in rows(path) if "loss" in row][0] for path in (one, whole))
     for term in same.keys() - {"images_per_second", "gradient_norm"}:
         assert same[term] == pytest.approx(first[term], rel=1e-3, abs=1e-5), term
-    ranks = start_two(start, out, free_port, *settings, pauses=("step 3/",))
+    ranks = start_two(start, out, unused_port(), *settings, pauses=("step 3/",))
     ranks[0].process.wait_for_pause()
     for rank in ranks:
         rank.process.kill()
     assert [rank.end() for rank in ranks] == [-signal.SIGKILL] * 2
-    assert [rank.end() for rank in start_two(start, out, free_port, *settings)] == [0, 0]
+    assert [rank.end() for rank in start_two(start, out, unused_port(), *settings)] == [0, 0]
     assert_same(out, whole)
 
 
