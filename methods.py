@@ -5,8 +5,7 @@
     SparK                                                        reconstructs what is masked (spark.py)
 
 All have the face of `models.Method` and its two additions: whitening before the heads, and the local loss
-between matched regions. Heads are by default as wide as the encoder's features (`hidden` None), for most
-methods what was published with a ResNet-50. One more method is one more class and its line in METHODS.
+between matched regions. Heads are by default as wide as the encoder's features (`hidden` None).
 """
 
 import copy
@@ -195,9 +194,7 @@ class SimSiam(Method):
 class SwAV(Method):
     """SwAV (arXiv 2006.09882): predict the code of one view, its Sinkhorn assignment to prototypes, from the
     other views, equation 1. Views after the first two are small crops, which are never the source of a code.
-    The prototypes rest during the first hundredth of the run (theirs: an epoch of 100). No queue of features.
-    Theirs: 3000 prototypes for ImageNet.
-    """
+    The prototypes rest during the first hundredth of the run. Theirs: 3000 of them, for ImageNet."""
 
     whole_batch = True
     small_crops = True
@@ -301,14 +298,14 @@ class VICReg(Method):
 
 
 class TwoHeads(nn.Module):
-    """A head on the mean vector and one on every position: (N, C, h, w) -> (N, D) and (N, D, h, w)."""
+    """A head on the mean vector, one on every position, and the map: (N, D), (N, D, h, w), (N, C, h, w)."""
 
     def __init__(self, whole: GlobalHead, dense: nn.Sequential):
         super().__init__()
         self.whole, self.dense = whole, dense
 
-    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        return self.whole(maps), self.dense(maps)
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.whole(maps), self.dense(maps), maps
 
 
 def rows_of(maps: Tensor) -> Tensor:
@@ -325,10 +322,9 @@ def centre_distances(boxes: list[Tensor] | None, grid: tuple[int, int]) -> Tenso
 
 
 class VICRegL(Method):
-    """VICRegL (arXiv 2210.01571): VICReg of whole images, and of pairs of positions that lie nearest to each
-    other in the slice, or in feature space; equations 3 to 5, `matches` pairs of each kind and direction.
-    Covariances are the mean of both views, where VICReg's code has the sum. (Their code, by default,
-    pairs all positions in feature space, has 4 pairs of the second view, and takes no notice of flips.)"""
+    """VICRegL (arXiv 2210.01571): VICReg of whole images, and of pairs of positions nearest to each other in
+    the slice, or in feature space; equations 3 to 5, `matches` pairs of each kind and direction.
+    Covariances are the mean of both views, where VICReg's code has the sum."""
 
     whole_batch = True
     dense = True
@@ -352,7 +348,7 @@ class VICRegL(Method):
         self.matches = matches
 
     def losses(self, views, boxes, targets) -> dict[str, Tensor]:
-        (z1, maps1), (z2, maps2), local = self.both_views(views, targets)
+        (z1, maps1, _), (z2, maps2, _), local = self.both_views(views, targets)
         whole = vicreg(gather(z1), gather(z2), covariance=0.5)
         x1, x2 = rows_of(maps1), rows_of(maps2)  # (n, P, D)
         by_place = self.matched(x1, x2, centre_distances(boxes, maps1.shape[2:]))
@@ -391,7 +387,7 @@ class DenseCL(MoCoV2):
         channels = encoder.channels["layer4"]
         hidden = hidden or channels
         dense = [nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, dim, 1)]
-        heads = DenseHeads(GlobalHead(*mlp(channels, hidden, dim)), nn.Sequential(*dense))
+        heads = TwoHeads(GlobalHead(*mlp(channels, hidden, dim)), nn.Sequential(*dense))
         super().__init__(encoder, dim, queue_size, projector=heads, **more)
         self.balance = balance
         self.register_buffer("dense_queue", F.normalize(torch.randn(dim, queue_size), dim=0))
@@ -428,13 +424,6 @@ class DenseCL(MoCoV2):
         super().enqueue(keys, ok)
         if self.training:
             push(self.dense_queue, self.dense_queue_pointer, keys.all_dense, ok)
-
-
-class DenseHeads(TwoHeads):
-    """TwoHeads, and the map itself."""
-
-    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return *super().forward(maps), maps
 
 
 class PixPro(WithMomentumEncoder):

@@ -1,12 +1,8 @@
 """SparK: masked reconstruction with a convolutional network (arXiv 2301.03580).
 
-Cells of 32 px of a view are hidden, and a light decoder fills them in from the maps of what is visible. An
-ordinary convolution would smear the edge of the hidden area into the visible one and shift the statistics of
-its norms. Here a ResNet computes what a sparse one would: every convolution is followed by a norm, which
-takes its statistics from visible positions only and leaves 0 at the others, so that the next convolution sees
-nothing there.
-
-Needs losses.py and models.py. `methods.METHODS` has it beside the other methods.
+Cells of 32 px of a view are hidden, and a light decoder fills them in. The ResNet computes what a sparse one
+would, so that nothing leaks from the hidden area: each norm, which follows each convolution, takes its
+statistics from visible positions only and leaves 0 at the others. Needs losses.py and models.py.
 """
 
 from contextlib import contextmanager
@@ -116,13 +112,30 @@ class VisibleBatchNorm2d(SplitBatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.visible is None:
             return super().forward(x)
-        n, channels, height, width = x.shape
-        places = self.visible.positions(height, width)
-        rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a view of a channels_last tensor
-        seen = rows.index_select(0, places).view(n, -1, 1, channels).permute(0, 3, 1, 2)  # (n, C, k p, 1)
-        normed = super().forward(seen).permute(0, 2, 3, 1).reshape(-1, channels)
-        rows = torch.zeros_like(rows, dtype=normed.dtype).index_copy(0, places, normed)
-        return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+        places = self.visible.positions(*x.shape[2:])
+        seen = rows(x).index_select(0, places)  # (n k p, C)
+        samples = seen.view(len(x), -1, 1, x.shape[1]).permute(0, 3, 1, 2)  # (n, C, k p, 1)
+        return InPlace.apply(rows(super().forward(samples)), places, x.shape)
+
+
+def rows(x: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N h w, C), a view of a channels_last tensor."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+class InPlace(torch.autograd.Function):
+    """Vectors (M, C) at places (M,) of empty maps (N, C, h, w); no view, which ReLU in place would copy."""
+
+    @staticmethod
+    def forward(ctx, vectors: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(places)
+        maps = vectors.new_empty(shape).to(memory_format=torch.channels_last).zero_()
+        rows(maps).index_copy_(0, places, vectors)
+        return maps
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return rows(grad).index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class VisibleMaxPool2d(nn.MaxPool2d):

@@ -359,24 +359,17 @@ def test_vicregl_equals_a_loop_over_pairs_of_positions():
 
 
 class IdentityHeads(nn.Module):
-    """Mean vector and map, as they are."""
+    """Mean vector and map, as they are, and the map of features."""
 
     def forward(self, maps):
-        return maps.mean(dim=(2, 3)), maps
-
-
-class ThreeIdentities(IdentityHeads):
-    """The same with the map of features."""
-
-    def forward(self, maps):
-        return *super().forward(maps), maps
+        return maps.mean(dim=(2, 3)), maps, maps
 
 
 def test_densecl_equals_a_loop_over_positions():
     """Partner by the features' similarity; negatives from the second queue; the mean of both contrasts."""
     model = small("densecl", bn_split=0, temperature=0.3).double()
     for branch in (model.query, model.key):
-        branch.encoder, branch.projector = Maps(), ThreeIdentities()
+        branch.encoder, branch.projector = Maps(), IdentityHeads()
     model.queue, model.dense_queue = (F.normalize(randn(8, 20, seed=s), dim=0) for s in (5, 6))
     query, key = randn(3, 8, 2, 3), randn(3, 8, 2, 3, seed=1)
     queues = [model.queue.clone(), model.dense_queue.clone()]
@@ -407,7 +400,7 @@ def test_cosines_that_decide_are_float32_under_autocast(name):
     branches = [model.query, model.key] if name == "densecl" else [model.query]
     for branch in branches:
         branch.encoder = Maps()
-        branch.projector = ThreeIdentities() if name == "densecl" else GlobalHead()
+        branch.projector = IdentityHeads() if name == "densecl" else GlobalHead()
     views = [1 + 0.02 * randn(6, 8, 4, 4, seed=seed, dtype=torch.float32) for seed in range(3)]
     targets = model.targets(views)
     expected = model(views, targets=targets)["loss"]

@@ -330,7 +330,7 @@ def test_it_learns_to_fill_in_what_is_hidden():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     x = torch.arange(64) * 2 * torch.pi / 16
     losses = []
-    for step in range(40):
+    for step in range(60):
         phase = torch.rand(8, 1, generator=torch.Generator().manual_seed(step)) * 2 * torch.pi
         view = torch.sin(x + phase)[:, None, None].expand(8, 1, 64, 64).contiguous()
         loss = model([view])["loss"]
