@@ -129,7 +129,7 @@ class InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, vectors: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
         ctx.save_for_backward(places)
-        maps = vectors.new_empty(shape).to(memory_format=torch.channels_last).zero_()
+        maps = torch.zeros_like(vectors.new_empty(1).expand(shape), memory_format=torch.channels_last)
         rows(maps).index_copy_(0, places, vectors)
         return maps
 
