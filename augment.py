@@ -66,12 +66,16 @@ class TwoViews:
         bits in whatever part of the batch it is computed, but for the last one of gamma where several
         threads divide an odd number of pixels.
         """
-        table1, table2 = draw_tables(2, len(batch), generator, offset, total)
+        (view1, view2), boxes = self.views(2, batch, generator, offset, total)
+        return view1, view2, *(to_device(box, batch.device) for box in boxes)
+
+    def views(self, count, batch, generator, offset, total):
+        """`count` views and, on the CPU, their boxes."""
+        tables = draw_tables(count, len(batch), generator, offset, total)
         field = self.photometric.noise_field(self.size, generator, batch.device)
-        box1, box2 = (self.boxes(table, *batch.shape[-2:]) for table in (table1, table2))
-        view1 = self.photometric(crop(batch, box1, self.size), table1, field)
-        view2 = self.photometric(crop(batch, box2, self.size), table2, field)
-        return view1, view2, to_device(box1, batch.device), to_device(box2, batch.device)
+        boxes = [self.boxes(table, *batch.shape[-2:]) for table in tables]
+        cropped = (crop(batch, box, self.size) for box in boxes)
+        return [self.photometric(view, table, field) for view, table in zip(cropped, tables)], boxes
 
     def boxes(self, table, height, width):
         """One box for each row of the table, (N, 5), in slices of height x width px."""
@@ -91,14 +95,7 @@ class SmallCrops(TwoViews):
 
     def __call__(self, batch, generator, offset=0, total=None):
         """As TwoViews, called after it with the same generator -> a list of `count` views."""
-        if not self.count:
-            return []
-        tables = draw_tables(self.count, len(batch), generator, offset, total)
-        field = self.photometric.noise_field(self.size, generator, batch.device)
-        boxes = [self.boxes(table, *batch.shape[-2:]) for table in tables]
-        return [
-            self.photometric(crop(batch, box, self.size), table, field) for box, table in zip(boxes, tables)
-        ]
+        return self.views(self.count, batch, generator, offset, total)[0] if self.count else []
 
 
 class SegmentationAugment:

@@ -329,10 +329,7 @@ def matched_points(
             R = grid * grid, row by row of the source slice ("grid": of the query view).
         keep: (N,) bool.
     """
-    centres = (torch.arange(grid, device=query_box.device, dtype=query_box.dtype) + 0.5) / grid
-    y, x = torch.meshgrid(centres, centres, indexing="ij")
-    cells = torch.stack([x.flatten(), y.flatten()], dim=1)  # (R, 2)
-    cells = cells.expand(len(query_box), -1, -1)  # (N, R, 2)
+    cells = grid_cells(query_box, (grid, grid))  # (N, R, 2)
 
     if match == "grid":
         keep = torch.ones(len(query_box), dtype=torch.bool, device=query_box.device)
@@ -357,12 +354,15 @@ def to_view(points: Tensor, box: Tensor) -> Tensor:
 def cell_centres(box: Tensor, grid: tuple[int, int]) -> Tensor:
     """Where the positions of a view's feature map lie in the source slice: crop boxes (N, 5) and the map's
     (h, w) -> (N, h w, 2), x and y in [0, 1], row by row of the view."""
-    y, x = (torch.arange(n, device=box.device, dtype=box.dtype).add(0.5).div(n) for n in grid)
-    x = torch.where(box[:, 4:] > 0.5, 1 - x, x)  # (N, w): a mirrored view runs from right to left
-    x = box[:, 0:1] + x * (box[:, 2:3] - box[:, 0:1])
-    y = box[:, 1:2] + y * (box[:, 3:4] - box[:, 1:2])  # (N, h)
-    x, y = x[:, None, :].expand(-1, grid[0], -1), y[:, :, None].expand(-1, -1, grid[1])
-    return torch.stack([x, y], dim=3).flatten(1, 2)
+    inside = mirror(grid_cells(box, grid), box[:, 4])  # a mirrored view runs from right to left
+    return box[:, None, :2] + inside * box_side(box)[:, None]
+
+
+def grid_cells(box: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Centres of (rows, columns) cells of a view, row by row, for each box: (N, R, 2), x and y in [0, 1]."""
+    y, x = ((torch.arange(n, device=box.device, dtype=box.dtype) + 0.5) / n for n in grid)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], dim=1).expand(len(box), -1, -1)
 
 
 def box_side(box: Tensor) -> Tensor:

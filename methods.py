@@ -128,9 +128,7 @@ class WithMomentumEncoder(Method):
             z, regions = zip(*pieces)
             targets[f"z{number + 1}"] = at_least_float32(torch.cat(z))
             targets[f"regions{number + 1}"] = None if self.local is None else torch.cat(regions)
-            targets[f"all_regions{number + 1}"] = None
-            if self.local is not None and self.local["negatives"] == "batch":
-                targets[f"all_regions{number + 1}"] = gather(targets[f"regions{number + 1}"])
+            targets[f"all_regions{number + 1}"] = self.regions_of_batch(targets[f"regions{number + 1}"])
         return targets
 
     def query_views(self, views, targets) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,6 +45,11 @@ from losses import (
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
+def layer_strides(output_stride: int) -> dict[str, int]:
+    """Input pixels per pixel of each layer's map, of an encoder of this output stride."""
+    return {layer: min(stride, output_stride) for layer, stride in zip(LAYERS, (4, 8, 16, 32))}
+
+
 class WeightsError(ValueError):
     """A weights file that cannot be used; the message is one line that names it."""
 
@@ -201,6 +206,9 @@ class Encoder(nn.Module):
                     if strided:
                         conv.stride = block.downsample[0].stride = (stride, stride)
         self.output_stride = output_stride
+
+    def strides(self) -> dict[str, int]:
+        return layer_strides(self.output_stride)
 
     def forward(self, x: Tensor, layers: tuple[str, ...] = ("layer4",)) -> dict[str, Tensor]:
         """Images (N, in_channels, H, W) -> the maps of `layers` by name, each (N, C, h, w)."""
@@ -421,10 +429,13 @@ class Method(nn.Module):
         """
         if self.local is None:
             return next(self.parameters()).new_zeros(())
-        if everyone is None and self.local["negatives"] == "batch":
-            everyone = gather(key)
+        everyone = self.regions_of_batch(key) if everyone is None else everyone
         per_image = local_nce_per_image(query, key, self.local["temperature"], everyone)  # (n,)
         return torch.where(weight > 0, per_image * weight, 0).mean()
+
+    def regions_of_batch(self, regions: Tensor | None) -> Tensor | None:
+        """Those of the global batch, (N, R, 128), if the regions of other images are negatives."""
+        return gather(regions) if self.local is not None and self.local["negatives"] == "batch" else None
 
     def after_step(self, targets: Targets, ok: Tensor | None = None) -> None:
         """What changes once per global batch, after the optimiser (training only).
@@ -555,8 +566,7 @@ class MoCo(Method):
         keys |= self.shuffled(key_view, keys.key_points, parts)
         keys["projection"] = F.normalize(keys.projection, dim=1)
         keys["all_projections"] = gather(keys.projection)
-        of_batch = self.local is not None and self.local["negatives"] == "batch"
-        keys["all_regions"] = gather(keys.regions) if of_batch else None
+        keys["all_regions"] = self.regions_of_batch(keys.regions)
         return keys
 
     def shuffled(self, view: Tensor, points: Tensor | None, parts: int) -> dict[str, Tensor | None]:

@@ -176,8 +176,7 @@ class Decoder(nn.Module):
     def __init__(self, encoder: Encoder, hidden: int):
         super().__init__()
         self.layers = LAYERS[::-1]
-        natural = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
-        self.strides = {name: min(stride, encoder.output_stride) for name, stride in natural.items()}
+        strides = encoder.strides()
         widths = [max(hidden // 2**stage, 8) for stage in range(6)]
         self.norms, self.tokens = nn.ModuleDict(), nn.ParameterDict()
         self.inward, self.stages = nn.ModuleDict(), nn.ModuleList()
@@ -187,8 +186,8 @@ class Decoder(nn.Module):
             self.tokens[name] = nn.Parameter(0.02 * torch.randn(channels))
             kernel = 1 if name == "layer4" else 3
             self.inward[name] = nn.Conv2d(channels, widths[stage], kernel, padding=kernel // 2)
-        after = [self.strides[name] for name in self.layers[1:]] + [2, 1]  # the stride after each stage
-        for stage, (before, stride) in enumerate(zip([self.strides["layer4"], *after], after)):
+        after = [strides[name] for name in self.layers[1:]] + [2, 1]  # the stride after each stage
+        for stage, (before, stride) in enumerate(zip([strides["layer4"], *after], after)):
             self.stages.append(enlarging(widths[stage], widths[stage + 1], before // stride))
         self.image = nn.Conv2d(widths[5], encoder.in_channels, 1)
 

@@ -26,7 +26,7 @@ class Guard:
     def __init__(self, model: Method, optimizer: torch.optim.Optimizer, most: int):
         self.optimizer, self.most = optimizer, most
         counters = [b for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
-        self.moved = [running_statistics(model), *([counters] if counters else [])]  # by a forward pass
+        self.moved = [running_statistics(model), counters]  # by a forward pass
         device = next(model.parameters()).device
         self.in_row, self.skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 

@@ -49,7 +49,7 @@ class Journal:
             self.say(step, f"{loss_text(found)}{self.rank_text} {rate:.0f} images/s")
             if not self.warned and found.get("similarity", 0) > ONE_POINT and self.warmed_up(step):
                 self.warned = True
-                self.process.say(f"step {step}: {one_point_text(found, self.cfg.method)}")
+                self.process.say(f"step {step}: {one_point_text(found, bool(self.cfg.model.queue_size))}")
         return found
 
     def warmed_up(self, step: int) -> bool:
@@ -113,12 +113,12 @@ def loss_text(found: dict) -> str:
     return f"loss {found['loss']:.3f}" + (f" local {found['local']:.3f}" if found["local"] else "")
 
 
-def one_point_text(found: dict, method: str) -> str:
-    what = "keys" if method in ("moco", "densecl") else "projections"
+def one_point_text(found: dict, has_queue: bool) -> str:
+    what = "keys" if has_queue else "projections"
     start = (
         f"the {what} of different images have a mean cosine of {found['similarity']:.4f}: all images are one "
     )
-    if what == "projections":
+    if not has_queue:
         return start + "point; a lower optim.lr, or decorrelation at output, can help"
     return start + (
         "point, and the global loss only tells new keys from old ones; a shorter model.queue_size, a "

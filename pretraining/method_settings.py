@@ -4,7 +4,7 @@ import inspect
 
 from engine.config import Config, ConfigError
 from engine.process import Process
-from models import LAYERS, Method, SplitBatchNorm1d
+from models import Method, SplitBatchNorm1d, layer_strides
 
 # Of the section model; null in a config stands for the value that the method's class has.
 SETTINGS = ("weight", "dim", "hidden", "queue_size", "momentum", "temperature", "prototypes", "mask")
@@ -111,7 +111,7 @@ def check_method(cfg: Config, method: type[Method]) -> None:
 
 def map_sides(cfg: Config) -> dict[str, int]:
     """Of each layer's map of a view."""
-    strides = {layer: min(stride, cfg.model.output_stride) for layer, stride in zip(LAYERS, (4, 8, 16, 32))}
+    strides = layer_strides(cfg.model.output_stride)
     return {layer: -(-cfg.data.size // stride) for layer, stride in strides.items()}
 
 

@@ -120,9 +120,9 @@ class Run:
 
     def set_schedule(self) -> None:
         """The step's learning rate, and the share of the run that is done, on which momenta depend."""
+        rate = learning_rate(self.step, self.steps_per_epoch, self.total_steps, self.cfg.optim)
         for group in self.optimizer.param_groups:
             if not group["constant"]:
-                rate = learning_rate(self.step, self.steps_per_epoch, self.total_steps, self.cfg.optim)
                 group["lr"] = rate
         self.model.progress = self.step / self.total_steps
 
