@@ -29,7 +29,6 @@ class Batches:
     def __init__(self, dataset, positions: list[int], prepare, cfg: Config, process: Process):
         self.dataset, self.positions, self.prepare, self.process = dataset, positions, prepare, process
         self.workers, self.batch_size = cfg.data.workers, cfg.optim.batch_size
-        self.window, self.overlap = cfg.eval.window, cfg.eval.overlap
         self.inputs = self.masks = None
 
     def __len__(self) -> int:

@@ -70,6 +70,20 @@ def mean_over_cases(cases: dict[str, dict[str, float | None]]) -> dict[str, floa
     return {organ: mean_or_none(case[organ] for case in cases.values()) for organ in organs}
 
 
+def interval_over_cases(cases: dict[str, dict[str, float | None]], draws: int = 2000) -> list[float] | None:
+    """95 % interval of the mean over cases, then over organs: how it varies if cases are drawn anew, with
+    replacement (percentile bootstrap, fixed seed). None with fewer than two cases that have a value."""
+    rows = [[torch.nan if value is None else value for value in case.values()] for case in cases.values()]
+    values = torch.tensor(rows, dtype=torch.float64)  # (cases, organs)
+    values = values[~values.isnan().all(1)]
+    if len(values) < 2:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    drawn = values[torch.randint(len(values), (draws, len(values)), generator=generator)]
+    means = drawn.nanmean(1).nanmean(1)
+    return [percentile(means[~means.isnan()], q) for q in (0.025, 0.975)]
+
+
 def dataset_dice(counts: Tensor) -> dict[str, float | list[float | None] | None]:
     """Dice of the whole dataset as if it were one image, from (K, 3) counts summed over all cases.
 

@@ -6,11 +6,9 @@ undefined.
 
 import csv
 import io
-import json
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 import torch
@@ -22,12 +20,26 @@ from ct.listing import natural_order
 from ct.organs import ORGAN_COLORS, class_colors
 from ct.pictures import contact_sheet, gray_tile, tile_size
 from data import Intensity
-from engine.config import ConfigError, one_line
+from engine.config import ConfigError
 from engine.files import written_whole
 from engine.process import Process, progress
-from evaluation import metrics
+from evaluation import metrics, results
 from evaluation.batches import Batches, chunks
 from evaluation.metrics import mean_or_none
+from evaluation.results import (
+    averaged_over_settings,
+    by_encoder,
+    defined,
+    deviation,
+    encoder_label,
+    is_number,
+    is_score,
+    is_text,
+    percent,
+    refuse_twice,
+    spread,
+    table,
+)
 from evaluation.segmenter import segmentation_logits
 
 PICTURE_CASES = 4
@@ -44,10 +56,13 @@ class CaseScore:
 
 
 @torch.no_grad()
-def score(model, batches: Batches, process: Process, desc: str, full=False) -> dict[str, CaseScore]:
+def score(
+    model, batches: Batches, window: tuple, process: Process, desc: str, full=False
+) -> dict[str, CaseScore]:
     """Segment all slices of all cases and compare with the masks, each on its own grid.
 
-    Cases are divided among the processes; every process gets all results. `full`: HD95 and pictures too.
+    Cases are divided among the processes; every process gets all results. window: side and overlap, see
+    segmenter.segmentation_logits. `full`: HD95 and pictures too.
     """
     dataset = batches.dataset
     own = sorted(set(dataset.cases), key=natural_order)[process.rank :: process.world]
@@ -66,7 +81,7 @@ def score(model, batches: Batches, process: Process, desc: str, full=False) -> d
             for inputs, masks in batches.of(plan):
                 with process.autocast():
                     size = tuple(masks.shape[1:])
-                    logits = segmentation_logits(model, inputs, size, batches.window, batches.overlap)
+                    logits = segmentation_logits(model, inputs, size, *window)
                 predictions.append(logits.argmax(1).to(torch.uint8).cpu())
                 bar.update(len(inputs))
             positions = [batches.positions[i] for i in rows]
@@ -116,8 +131,11 @@ def summary(scores: dict[str, CaseScore], classes: list[str]) -> dict:
     distances = {case: dict(zip(organs, one.hd95[1:])) for case, one in scores.items()}
     dice, hd95 = metrics.mean_over_cases(cases), metrics.mean_over_cases(distances)
     whole = metrics.dataset_dice(sum(one.counts for one in scores.values()))
+    interval = metrics.interval_over_cases(cases)
+    metric = {"value": mean_or_none(dice.values()), "interval": interval, "classes": dice}
     return {
-        "mean_dice": mean_or_none(dice.values()),
+        "metrics": {"Dice": metric},
+        "mean_dice": metric["value"],
         "dice": dice,
         "cases": cases,
         "dataset_dice": whole | {"classes": dict(zip(classes, whole["classes"]))},
@@ -140,10 +158,6 @@ def measured_text(counts: dict[str, list[int]]) -> str:
 
 
 # ---- What is shown of them -----------------------------------------------------------------------
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def millimetres(value: float | None) -> str:
@@ -173,25 +187,6 @@ def organ_table(results: dict) -> str:
     below += f"all slices as one image (mmseg): {percent(whole['mean'])} %"
     below += f", with background {percent(whole['mean_with_background'])} %"
     return f"{table(rows)}\n\n{below}"
-
-
-def defined(values) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def deviation(values: list[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None
-
-
-def table(rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table that reads well as text, too: a heading and rows, the first column to the left."""
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        for row in (rows[0], rule, *rows[1:])
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def cases_csv(results: dict) -> str:
@@ -249,54 +244,27 @@ def painted(unit: np.ndarray, mask: np.ndarray, colors: np.ndarray = ORGAN_COLOR
 
 def read_results(folder: str | Path, whole: bool = True) -> dict:
     """The content of results.json, in which all that organ_table needs is there and of its kind; with `whole`
-    false only what `compare` needs.
-
-    Raises:
-        ConfigError: there is none, or a damaged one.
-    """
-    path = Path(folder) / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if is_comparable(results) and (not whole or has_organs(results)):
-            return results
-    except FileNotFoundError:
-        raise ConfigError(f"{folder}: holds no results.json; evaluate there first") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, NotADirectoryError):
-        pass
-    raise ConfigError(f"{path}: not the results of an evaluation, or damaged")
+    false only what `compare` needs. Raises ConfigError."""
+    return results.read_results(folder, has_organs if whole else is_comparable)
 
 
-def is_comparable(results: dict) -> bool:
-    texts = [results["mode"], results["encoder"], results["config"]["data"]["root"], *results["cases"]]
-    texts += [organ for case in results["cases"].values() for organ in case]
-    numbers = [results["label_fraction"], *(results["effective_rank"][kind] for kind in ("pooled", "dense"))]
-    scores = [results["mean_dice"], *(dice for case in results["cases"].values() for dice in case.values())]
+def is_comparable(found: dict) -> bool:
+    texts = [*found["cases"], *(organ for case in found["cases"].values() for organ in case)]
+    numbers = [found["effective_rank"][kind] for kind in ("pooled", "dense")]
+    scores = [found["mean_dice"], *(dice for case in found["cases"].values() for dice in case.values())]
     return all(map(is_text, texts)) and all(map(is_number, numbers)) and all(map(is_score, scores))
 
 
-def has_organs(results: dict) -> bool:
-    organs = results["dice"]
-    cases = [*results["cases"].values(), *results["hd95_cases"].values()]
-    columns = [organs, results["hd95_organs"], *cases]
-    if not all(isinstance(column, dict) for column in columns):
+def has_organs(found: dict) -> bool:
+    organs = found["dice"]
+    cases = [*found["cases"].values(), *found["hd95_cases"].values()]
+    columns = [organs, found["hd95_organs"], *cases]
+    if not is_comparable(found) or not all(isinstance(column, dict) for column in columns):
         return False
     scores = [column[organ] for column in columns for organ in organs]
     scores += [value for case in cases for value in case.values()]
-    scores += [results["hd95"], *(results["dataset_dice"][kind] for kind in ("mean", "mean_with_background"))]
-    sha256 = results["encoder_sha256"]
-    return all(map(is_text, organs)) and all(map(is_score, scores)) and (sha256 is None or is_text(sha256))
-
-
-def is_text(value) -> bool:
-    return isinstance(value, str) and value.isprintable()
-
-
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e12
-
-
-def is_score(value) -> bool:
-    return value is None or is_number(value)
+    scores += [found["hd95"], *(found["dataset_dice"][kind] for kind in ("mean", "mean_with_background"))]
+    return all(map(is_text, organs)) and all(map(is_score, scores))
 
 
 def compare(folders: list[str], without_effect: tuple[str, ...]) -> str:
@@ -311,8 +279,7 @@ def compare(folders: list[str], without_effect: tuple[str, ...]) -> str:
     runs = [read_results(folder, whole=False) for folder in folders]
     refuse_other_tests(folders, runs)
     rows = [("encoder", "linear Dice %", "fine-tuned Dice %", "effective rank (pooled / dense)")]
-    for label in dict.fromkeys(encoder_label(run) for run in runs):
-        own = [run for run in runs if encoder_label(run) == label]
+    for label, own in by_encoder(runs).items():
         scores = [[run["mean_dice"] for run in own if run["mode"] == mode] for mode in ("linear", "finetune")]
         ranks = [mean(run["effective_rank"][kind] for run in own) for kind in ("pooled", "dense")]
         rows.append((label, *map(spread, scores), " / ".join(f"{rank:.1f}" for rank in ranks)))
@@ -327,10 +294,7 @@ def compare(folders: list[str], without_effect: tuple[str, ...]) -> str:
 
 def refuse_other_tests(folders: list[str], runs: list[dict]) -> None:
     """ConfigError for a folder given twice, and for results whose means are not over the same."""
-    places = [Path(folder).resolve() for folder in folders]
-    for place, folder in zip(places, folders):
-        if places.count(place) > 1:
-            raise ConfigError(f"--compare: {folder} is given twice, and would count as two seeds")
+    refuse_twice(folders)
     roots = list(dict.fromkeys(run["config"]["data"]["root"] for run in runs))
     if len(roots) > 1:
         raise ConfigError(f"results on different data sets ({', '.join(roots)}) do not compare")
@@ -343,36 +307,6 @@ def refuse_other_tests(folders: list[str], runs: list[dict]) -> None:
 
 def organs_of(run: dict) -> set[str]:
     return {organ for case in run["cases"].values() for organ in case}
-
-
-def averaged_over_settings(runs: list[dict], without_effect: tuple[str, ...]) -> list[str]:
-    """A line for each mean over runs that are not the seeds of one experiment."""
-    lines, groups = [], {}
-    for run in runs:
-        groups.setdefault(f"{run['mode']}: {encoder_label(run)}", []).append(run)
-    for label, own in groups.items():
-        settings = [settings_of(run) for run in own]
-        names = sorted({*chain(*settings)} - {"seed", "encoder"})
-        differing = [
-            name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)
-        ]
-        differing = [name for name in differing if not name.startswith(without_effect)]
-        if differing:
-            found = f"{len(own)} runs that differ in {one_line(', '.join(differing))}, not in the seed alone"
-            lines.append(f"warning: {label}: the mean over {found}")
-        elif len({str(run.get("seed")) for run in own}) < len(own):
-            lines.append(f"warning: {label}: the mean over {len(own)} runs, some of them of one seed")
-    return ["", *lines] if lines else []
-
-
-def settings_of(run: dict) -> dict:
-    """{"optim.steps": 2000, ...}"""
-    rows = {}
-    for name, value in run["config"].items():
-        rows |= (
-            {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-        )
-    return rows
 
 
 def incomplete(folders: list[str], runs: list[dict]) -> list[str]:
@@ -428,18 +362,3 @@ def differences(runs: list[dict]) -> str:
                 row = (f"{mode}: {label} - {base}", f"{100 * mean(gains):+.1f}", percent(deviation(gains)))
                 rows.append((*row, better, f"{metrics.sign_flip_test(gains):.2g}"))
     return f"\n{table(rows)}" if len(rows) > 1 else ""
-
-
-def encoder_label(run: dict) -> str:
-    """The folder of the encoder's run, or its file, or "random"; with the share of labels if not all."""
-    path = Path(run["encoder"])
-    label = (path.parent if path.name == "encoder.pth" else path).as_posix()
-    share = run["label_fraction"]
-    return label if share == 1 else f"{label}, {100 * share:g} % of the labels"
-
-
-def spread(scores: list[float | None]) -> str:
-    scores = [100 * score for score in scores if score is not None]
-    if not scores:
-        return "-"
-    return f"{mean(scores):.1f}" + (f" +- {stdev(scores):.1f} (n={len(scores)})" if len(scores) > 1 else "")

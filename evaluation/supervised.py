@@ -1,4 +1,4 @@
-"""Training on labelled slices: a linear decoder on frozen features, or a whole network."""
+"""Training on labelled slices: a decoder on frozen features or a whole network, with whatever loss."""
 
 import math
 from functools import lru_cache
@@ -14,9 +14,7 @@ from engine.process import Process, progress, warn
 from engine.stopping import StopRequest, leave
 from evaluation.batches import Batches
 from evaluation.encoder_file import check_same_encoder, sha256_of
-from evaluation.report import percent
-from evaluation.segmenter import at_size, load_model
-from losses import segmentation_loss
+from evaluation.results import percent
 from models import WeightsError, fits, seed_of, seeded
 
 
@@ -30,16 +28,21 @@ def train(
     trained: nn.Module,
     batches: Batches,
     augment,
+    loss_of,
     validate,
     keep,
+    kept,
     stop: StopRequest,
-):
-    """Train the decoder of a LinearProbe, or a whole DeepLabV3Plus; returns the best validation Dice.
+) -> float | None:
+    """Train the network; returns the best validation score.
 
     Args:
-        augment: (inputs, masks, step) -> inputs, masks.
-        validate: () -> {"val_dice": mean Dice of the validation cases, None without any, ...} for the log.
+        augment: (inputs, targets, step) -> inputs, targets.
+        loss_of: (network, inputs, targets) -> scalar; the network is `trained`, compiled or distributed.
+        validate: () -> {name: score of the validation cases, 0 to 1, None without any, ...} for the log; the
+            first is what models are chosen by.
         keep: () -> None, called when the model is the best so far.
+        kept: () -> None, raises ConfigError or WeightsError unless `keep` has left a sound model.
 
     Raises Stopped.
     """
@@ -47,7 +50,7 @@ def train(
     optimizer = torch.optim.SGD(
         parameter_groups(cfg, trained), momentum=0.9, weight_decay=cfg.optim.weight_decay
     )
-    start, best = resume(cfg, process, trained, optimizer)
+    start, best = resume(cfg, process, trained, optimizer, kept)
     log = MetricsLog(folder, process, done=start)
     network = torch.compile(trained) if cfg.run.compile else trained
     if process.world > 1:
@@ -58,12 +61,9 @@ def train(
     steps = range(start, cfg.optim.steps)
     plan = [training_rows(step, len(batches), cfg, process) for step in steps]
     bar = progress(process, f"training ({cfg.mode})", steps, cfg.optim.steps, start)
-    for step, (inputs, masks) in zip(bar, batches.of(plan)):
+    for step, (inputs, targets) in zip(bar, batches.of(plan)):
         torch.manual_seed(seed_of("dropout", cfg.seed, step, process.rank))
-        inputs, masks = augment(inputs, masks, step)
-        with process.autocast():
-            logits = network(inputs)  # (n, K, h, w)
-        loss = segmentation_loss(at_size(logits, masks.shape[1:]), masks)
+        loss = loss_of(network, *augment(inputs, targets, step))
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - step / cfg.optim.steps) ** 0.9
         optimizer.zero_grad()
@@ -76,27 +76,29 @@ def train(
         if last or done % cfg.log.every == 0:
             row = {"step": done, "loss": mean_loss(losses, done), "lr": optimizer.param_groups[-1]["lr"]}
             losses = []
-            bar.set_postfix(loss=f"{row['loss']:.3f}", val_dice=percent(best))
-        if last or done % cfg.eval.every == 0:
-            row |= {"step": done, **validate()}
-            dice = row["val_dice"]
+            bar.set_postfix(loss=f"{row['loss']:.3f}", best=percent(best))
+        validating = last or done % cfg.eval.every == 0
+        if validating:
+            found = validate()
+            score = next(iter(found.values()))
+            row |= {"step": done, **found}
             trained.train()
         if row:
             log.write(row)
-        if "val_dice" in row and (dice is None or best is None or dice > best):
-            best = dice
+        if validating and (score is None or best is None or score > best):
+            best = score
             keep()
         looking = process.world == 1 or done % cfg.log.every == 0  # asking all processes takes time
         stopping = not last and looking and any(process.gather(bool(stop)))
-        if process.is_main and not last and ("val_dice" in row or stopping):
+        if process.is_main and not last and (validating or stopping):
             save(cfg, trained, optimizer, done, best)
         if stopping:
             raise Stopped(leave(folder, done, process.gather(stop.reason), process))
     return best
 
 
-def resume(cfg: Config, process: Process, trained: nn.Module, optimizer) -> tuple[int, float | None]:
-    """Load the checkpoint of run.out, if there is one: the steps done, and the best validation Dice so far.
+def resume(cfg: Config, process: Process, trained: nn.Module, optimizer, kept) -> tuple[int, float | None]:
+    """Load the checkpoint of run.out, if there is one: the steps done, and the best validation score so far.
 
     Raises ConfigError for one of another program, or of another encoder file.
     """
@@ -118,7 +120,7 @@ def resume(cfg: Config, process: Process, trained: nn.Module, optimizer) -> tupl
         return 0, None
     if state["best"] is not None:
         try:
-            load_model(folder / "model.pth", process)
+            kept()
         except (ConfigError, WeightsError) as error:
             found = f"the best model so far is not usable ({error})"
             raise ConfigError(f"{found}; remove {folder / 'checkpoint.pth'} to start anew") from None

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from evaluation.metrics import mean_or_none
-from evaluation.report import percent, table
+from evaluation.results import percent, table
 from experiments.cells import Cell, cell_of, chosen, evaluation_name, tuning
 
 GROUPS = {  # of the organs of BTCV

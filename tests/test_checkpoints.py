@@ -275,10 +275,10 @@ def half_done(phantom, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation") / "run"
     before = eval_seg.report.score
 
-    def stop_at_the_test(model, batches, process, desc, full=False):
+    def stop_at_the_test(*arguments, full=False):
         if full:
             raise KeyboardInterrupt
-        return before(model, batches, process, desc, full)
+        return before(*arguments, full=full)
 
     eval_seg.report.score = stop_at_the_test
     try:

@@ -22,6 +22,8 @@ MAY_IMPORT = {  # of the project, besides modules of its own room; a new module 
     "data": {"ct", "engine", "augment"},  # and prepare, in the lines that are run as a script
     "train_moco": BELOW_THE_SCRIPTS | {"pretraining", "methods"},
     "eval_seg": BELOW_THE_SCRIPTS | {"evaluation"},
+    "eval_cls": BELOW_THE_SCRIPTS | {"evaluation"},
+    "eval_det": BELOW_THE_SCRIPTS | {"evaluation"},
     "engine": set(),
     "ct": {"engine"},
     "prepare": {"ct", "data", "augment", "losses", "engine"},
@@ -36,7 +38,7 @@ THIRD_PARTIES = {  # of these; of the others, whatever requirements.txt has
     "collapse": {"torch"},
     "engine": {"torch", "yaml", "tqdm", "numpy"},
 }
-IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
+IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 
 
 def required(file):
