@@ -38,13 +38,17 @@ def normalisation(cfg: Config, card: dict, kind: str) -> Intensity:
     return Intensity(window, **{name: value for name, value in values.items() if value is not None})
 
 
+def architecture(cfg: Config, card: dict) -> str:
+    """As config or encoder say, else as its weights show, else resnet50."""
+    path = path_of(cfg)
+    return agreed(cfg, "model.arch", card) or (path and architecture_of(path)) or "resnet50"
+
+
 def build_encoder(cfg: Config, card: dict, process: Process) -> Encoder:
     """The encoder with its initial weights, at the evaluation's output stride."""
-    path = path_of(cfg)
-    arch = agreed(cfg, "model.arch", card)
-    if arch is None and path and (arch := architecture_of(path)):
+    path, arch = path_of(cfg), architecture(cfg, card)
+    if agreed(cfg, "model.arch", card) is None and path and architecture_of(path):
         process.say(f"model.arch: {arch}, as the weights in {path} show")
-    arch = arch or "resnet50"
     with config_errors():
         encoder = Encoder(arch, cfg.model.in_channels)
         encoder.set_output_stride(cfg.model.output_stride)

@@ -1,0 +1,121 @@
+"""Metrics of classification, by scikit-learn, with 95 % intervals by bootstrap over cases.
+
+Multi-label: mean average precision (mAP) and AUROC. Single-label: accuracy (by class: the share of its slices
+that are recognised) and AUROC, one class against the rest. A class of which all or none of the slices are
+positive has no value, and is left out of the mean.
+"""
+
+import numpy as np
+
+from engine.config import ConfigError
+
+DRAWS = 500  # of cases, for an interval
+NAMES = {"multi": ("mAP", "AUROC"), "single": ("accuracy", "AUROC")}
+
+
+def scikit_learn():
+    """scikit-learn, which is an extra. Raises ConfigError without it."""
+    try:
+        import sklearn.exceptions
+        import sklearn.linear_model
+        import sklearn.metrics
+        import sklearn.model_selection
+        import sklearn.svm
+    except ImportError:
+        raise ConfigError("classification needs scikit-learn: pip install scikit-learn") from None
+    return sklearn
+
+
+def one_hot(kind: str, targets: np.ndarray, classes: int) -> np.ndarray:
+    """(N, K) of 0 and 1."""
+    return targets if kind == "multi" else np.eye(classes, dtype=np.uint8)[targets]
+
+
+def class_values(kind: str, targets: np.ndarray, scores: np.ndarray) -> dict[str, tuple]:
+    """{metric: (mean, [by class])}; None where it is not defined.
+
+    targets: (N, K) of 0 and 1, or (N,) class numbers; scores: (N, K), the higher the likelier.
+    """
+    metrics = scikit_learn().metrics
+    truth = one_hot(kind, targets, scores.shape[1])
+    counts = truth.sum(0)
+    defined = (counts > 0) & (counts < len(truth))
+
+    def by_class(metric):
+        return [float(metric(y, s)) if ok else None for y, s, ok in zip(truth.T, scores.T, defined)]
+
+    auroc = by_class(metrics.roc_auc_score)
+    if kind == "multi":
+        precision = by_class(metrics.average_precision_score)
+        return {"mAP": (mean(precision), precision), "AUROC": (mean(auroc), auroc)}
+    right = scores.argmax(1) == targets
+    recall = [float(right[targets == k].mean()) if counts[k] else None for k in range(scores.shape[1])]
+    return {"accuracy": (float(right.mean()), recall), "AUROC": (mean(auroc), auroc)}
+
+
+def mean(values: list[float | None]) -> float | None:
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def main_value(kind: str, targets: np.ndarray, scores: np.ndarray) -> float:
+    """The first metric, by which settings are chosen; -1 where it is not defined."""
+    value = next(iter(class_values(kind, targets, scores).values()))[0]
+    return -1.0 if value is None else value
+
+
+def drawn_rows(groups: np.ndarray, draws: int) -> list[np.ndarray]:
+    """Rows of as many cases as there are, drawn with replacement, always the same draws; none of one case."""
+    names, members = np.unique(groups, return_inverse=True)
+    rows = [np.flatnonzero(members == i) for i in range(len(names))]
+    rng = np.random.default_rng(0)
+    chosen = rng.integers(len(names), size=(draws if len(names) > 1 else 0, len(names)))
+    return [np.concatenate([rows[i] for i in some]) for some in chosen]
+
+
+def bootstrap(
+    kind: str, targets: np.ndarray, all_scores: list[np.ndarray], groups: np.ndarray, draws: int
+) -> dict[str, np.ndarray]:
+    """{metric: its means over draws of cases}, NaN where undefined.
+
+    A class that a draw leaves without positive slices has its value over all cases there, or the mean would
+    jump with the classes that it goes over. Of several scores of the same slices, as several draws of
+    training cases give them, each draw takes the next.
+    """
+    found = {name: [] for name in NAMES[kind]}
+    whole = [class_values(kind, targets, scores) for scores in all_scores]
+    for number, rows in enumerate(drawn_rows(groups, draws)):
+        which = number % len(all_scores)
+        for name, (value, by_class) in class_values(kind, targets[rows], all_scores[which][rows]).items():
+            if name != "accuracy":
+                pairs = zip(by_class, whole[which][name][1])
+                value = mean([own if mine is None else mine for mine, own in pairs])
+            found[name].append(np.nan if value is None else value)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def interval(values: np.ndarray) -> list[float] | None:
+    values = values[np.isfinite(values)]
+    return [float(end) for end in np.quantile(values, (0.025, 0.975))] if len(values) else None
+
+
+def measure(
+    kind: str,
+    classes: list[str],
+    targets: np.ndarray,
+    all_scores: list,
+    groups: np.ndarray,
+    draws: int = DRAWS,
+) -> tuple[dict, dict]:
+    """The metrics as results.json has them, and their bootstrap draws. Of several scores of the same slices:
+    the means over them, and "deviation" from one to another."""
+    each = [class_values(kind, targets, scores) for scores in all_scores]
+    drawn = bootstrap(kind, targets, all_scores, groups, draws)
+    metrics = {}
+    for name in NAMES[kind]:
+        values, by_class = zip(*(one[name] for one in each))
+        metrics[name] = {"value": mean(values), "interval": interval(drawn[name])}
+        metrics[name]["classes"] = dict(zip(classes, map(mean, zip(*by_class))))
+        if len(each) > 1:
+            metrics[name]["deviation"] = float(np.std([value or 0.0 for value in values], ddof=1))
+    return metrics, drawn
