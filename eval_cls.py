@@ -88,6 +88,7 @@ from models import Encoder, WeightsError
 NULLABLE = COMMON_NULLABLE | {"cache": (str, bool), "labels.table": str, "labels.columns": list}
 SCRIPT = "eval_cls.py"  # whose folders these are, see engine/ownership.py
 RAW = "raw"
+SHOWN = ("value", "interval")
 
 
 def check_config(cfg: Config) -> None:
@@ -189,7 +190,7 @@ def judged_as(task: Task, found: dict[str, Probed]) -> dict:
     if len(found[best].scores) > 1:
         for count, draws in found[best].scores.items():
             some, _ = measure(*truth, draws, groups, draws=100)
-            metrics |= {f"{name}, {count} cases": one for name, one in some.items()}
+            metrics |= {f"{name} at {count}": one for name, one in some.items()}
     kinds = {kind: summary_of(task, probed) for kind, probed in found.items()}
     return {
         "metrics": metrics,
@@ -337,11 +338,11 @@ def tables(found: dict) -> str:
     """The encoder and its references; every class; every kind of feature."""
     label = results.encoder_label(found)
     everyone = {label: found} | found["references"]
-    metrics = list(found["metrics"])
+    metrics = [name for name in found["metrics"] if " at " not in name]
     first = metrics[0]
     rows = [("encoder", *(f"{name} %" for name in metrics), "feature", f"gain over it, {first}")]
     for name, one in everyone.items():
-        values = [results.with_interval(own["value"], own["interval"]) for own in one["metrics"].values()]
+        values = [results.with_interval(*map(one["metrics"][own].get, SHOWN)) for own in metrics]
         above = one.get("gain", {}).get(first)
         rows.append((name, *values, one["feature"], results.with_interval(*above.values()) if above else ""))
     parts = [results.table(rows)]
@@ -352,6 +353,18 @@ def tables(found: dict) -> str:
             (name, *(results.percent(one["metrics"][first]["classes"][name]) for one in everyone.values()))
         )
     parts.append(results.table(rows))
+
+    rows = [(f"{first} %, +- over draws of cases", *everyone)]
+    for name in found["metrics"]:
+        if name.startswith(f"{first} at "):
+            own = [one["metrics"].get(name, {}) for one in everyone.values()]
+            cells = (
+                f"{results.percent(one.get('value'))} +- {results.percent(one.get('deviation'))}"
+                for one in own
+            )
+            rows.append((name.removeprefix(f"{first} at ") + " cases", *cells))
+    if len(rows) > 1:
+        parts.append(results.table(rows))
 
     rows = [(f"feature, {first} % (validation)", label)]
     for name, kind in found["features"].items():

@@ -122,7 +122,9 @@ def multi_label(rows: list, known: np.ndarray, columns: list[str], path) -> Labe
     for target, values, ok in zip(targets, rows, known):
         for k, value in enumerate(values if ok else ()):
             if value.lower() not in YES | NO:
-                text = f"column {one_line(columns[k])} holds {one_line(value)}, and several columns are of 0 and 1"
+                text = (
+                    f"column {one_line(columns[k])} holds {one_line(value)}, not 0 or 1 as several columns do"
+                )
                 raise DataError(f"{path}: {text}; labels.columns=[NAME] chooses one")
             target[k] = value.lower() in YES
     return Labels("multi", list(columns), targets, known)

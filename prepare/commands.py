@@ -25,6 +25,7 @@ from engine.ownership import claim, contents, refuse_foreign, refuse_other_folde
 from losses import matched_points
 from prepare.check import check_set, read_mask_map
 from prepare.lists import files_beside_images, remove_lists, split_cases, write_lists
+from prepare.medmnist import make_from_medmnist
 from prepare.phantom import phantom_case, phantom_spacing
 from prepare.slicing import slice_volumes
 
@@ -197,7 +198,9 @@ def show_masks(slices, masks, captions, args):
 
 def parse(argv):
     parser = OneLineParser(description="Data sets of CT slices: make, convert, check and show them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="phantom|slice|pack|check|show")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="phantom|slice|medmnist|pack|check|show"
+    )
 
     def command(name, function, help):
         sub = commands.add_parser(
@@ -255,6 +258,11 @@ def parse(argv):
         action="store_true",
         help="voxel i of the labels is voxel i of the image, where their affines say otherwise",
     )
+
+    sub = command("medmnist", make_from_medmnist, "a file of MedMNIST to 8-bit PNG slices, lists, labels.csv")
+    sub.add_argument("file", metavar="FILE", help="such as organamnist_64.npz")
+    sub.add_argument("--out", required=True, help="folder of the new set")
+    sub.add_argument("--names", help="of the classes, from 0 on: bladder,femur-left,...; without: numbers")
 
     sub = command("pack", pack, "the slices of a list in one file, NAME.npy, with their names in NAME.json")
     set_options(sub, masks=False)
