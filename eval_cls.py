@@ -60,7 +60,7 @@ from engine.files import write_whole
 from engine.process import Process, only_warning, progress
 from engine.stopping import StopRequest, run_script
 from evaluation import encoder_file, results
-from evaluation.batches import Batches
+from evaluation.batches import Batches, chunks
 from evaluation.classifier import (
     Classifier,
     classification_loss,
@@ -87,7 +87,7 @@ from models import Encoder, WeightsError
 
 NULLABLE = COMMON_NULLABLE | {"cache": (str, bool), "labels.table": str, "labels.columns": list}
 SCRIPT = "eval_cls.py"  # whose folders these are, see engine/ownership.py
-RAW = "raw"
+RAW, BY_FOLD = "raw", "by fold"
 SHOWN = ("value", "interval")
 
 
@@ -175,14 +175,41 @@ def reference_settings(cfg: Config, name: str, slices: LabelledSlices) -> Config
 
 
 def judge_frozen(cfg: Config, name: str, slices: LabelledSlices, task: Task, process: Process) -> dict:
+    """By the lists, or by folds over all slices: each is judged by a probe that has not seen its case."""
     features = features_of(cfg, name, slices, process)
-    bar = progress(process, f"{cfg.mode}: {name}", features.items(), len(features))
-    return judged_as(task, {kind: probe(cfg, task, some) for kind, some in bar})
+    tasks = [task]
+    if cfg.labels.folds:
+        folds = folds_of(task, task.train, cfg.labels.folds)
+        tasks = [replace(task, train=rows, test=held) for rows, held in folds]
+    pairs = [(each, kind) for each in tasks for kind in features]
+    bar = progress(process, f"{cfg.mode}: {name}", pairs, len(pairs))
+    found = [PROBES[cfg.mode](each, features[kind]) for each, kind in bar]
+    by_fold = [dict(zip(features, some)) for some in chunks(found, len(features))]
+    if not cfg.labels.folds:
+        return judged_as(task, by_fold[0])
+    kinds = {kind: joined(tasks, [fold[kind] for fold in by_fold]) for kind in features}
+    if len(kinds) == 1:
+        return judged_as(task, kinds)
+    # Nested: the kind of feature is chosen in each fold, from its training cases alone.
+    chosen = [best_kind(fold) for fold in by_fold]
+    best = joined(tasks, [fold[kind] for fold, kind in zip(by_fold, chosen)])
+    best.chosen["features"] = chosen
+    return judged_as(task, kinds | {BY_FOLD: best}, BY_FOLD)
 
 
-def judged_as(task: Task, found: dict[str, Probed]) -> dict:
+def joined(tasks: list[Task], found: list[Probed]) -> Probed:
+    """What the folds' probes found, of all their test slices in order."""
+    order = np.argsort(np.concatenate([task.test for task in tasks]))
+    scores = {}
+    for count in set.intersection(*(set(one.scores) for one in found)):
+        draws = zip(*(one.scores[count] for one in found))
+        scores[count] = [np.concatenate(parts)[order] for parts in draws]
+    return Probed(scores, {"folds": [one.chosen for one in found]}, mean([one.value for one in found]))
+
+
+def judged_as(task: Task, found: dict[str, Probed], best: str | None = None) -> dict:
     """What is reported of an encoder: the metrics of the kind of feature that was chosen, and all kinds."""
-    best = best_kind(found)
+    best = best or best_kind(found)
     scores = [one for draws in found[best].scores.values() for one in draws]
     truth = (task.kind, task.classes, task.targets[task.test])
     groups = task.groups[task.test]
@@ -242,22 +269,6 @@ def features_of(cfg: Config, name: str, slices: LabelledSlices, process: Process
     if not rows.isfinite().all():
         raise WeightsError(f"{name}: its features are not finite numbers; are its weights sound?")
     return features.apart(rows)
-
-
-def probe(cfg: Config, task: Task, features: np.ndarray) -> Probed:
-    """By the lists, or by folds over all slices: each is judged by a probe that has not seen its case."""
-    if not cfg.labels.folds:
-        return PROBES[cfg.mode](task, features)
-    folds = folds_of(task, task.train, cfg.labels.folds)
-    found = [PROBES[cfg.mode](replace(task, train=rows, test=held), features) for rows, held in folds]
-    order = np.argsort(np.concatenate([held for _, held in folds]))
-    scores = {}
-    for count in found[0].scores:
-        draws = zip(*(one.scores[count] for one in found if count in one.scores))
-        scores[count] = [np.concatenate(parts)[order] for parts in draws]
-    values = [one.value for one in found]
-    value = None if None in values else float(np.mean(values))
-    return Probed(scores, {"folds": [one.chosen for one in found]}, value)
 
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ LOGISTIC_C = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 SVM_C = (2.0**-6, 2.0**-3, 1.0, 10.0, 100.0)
 POSITIVE_WEIGHT = 2
 FOLDS = 3
-LEAST = -1e6  # log probability of what never occurs
+LEAST = 1e-300  # probability
 LOWSHOT_CASES = (1, 2, 4, 8, 16)
 LOWSHOT_DRAWS = 5
 
@@ -139,11 +139,11 @@ def logistic_scores(task: Task, features: np.ndarray, train, rows, c: float) -> 
 
     if task.kind == "multi":
         return by_class(fit, task.targets[train], features[rows])
-    found = np.full((len(rows), len(task.classes)), LEAST)  # of classes that the training slices lack
+    found = np.zeros((len(rows), len(task.classes)))  # probability of classes that the training slices lack
     known = np.unique(task.targets[train])
     if len(known) > 1:
-        found[:, known] = fit(task.targets[train]).predict_log_proba(features[rows]).clip(LEAST)
-    return found
+        found[:, known] = fit(task.targets[train]).predict_proba(features[rows])
+    return np.log(np.maximum(found, LEAST))
 
 
 def svm(task: Task, features: np.ndarray) -> Probed:
@@ -239,6 +239,7 @@ def by_class(fit, targets: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 def standardised(features: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Zero mean and unit variance over the training slices; features that are constant there become 0."""
+    features = features.astype(np.float64)  # L-BFGS fails in float32
     mean, deviation = features[train].mean(0), features[train].std(0)
     return (features - mean) * np.where(deviation > 1e-6, 1 / np.maximum(deviation, 1e-6), 0)
 
