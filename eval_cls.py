@@ -120,14 +120,14 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     slices = labelled_slices(cfg, process)
     folder = begin_run(cfg, process, SCRIPT)
     task, judged = slices.task(cfg.seed), {}
+    references = [name for name in dict.fromkeys(cfg.references) if name != cfg.encoder]
     if cfg.mode == "finetune":
         check_batch(cfg, process, least=2, slices=len(slices.train))
-        judged |= {name: judge_reference(cfg, name, slices, task, process, stop) for name in cfg.references}
+        judged = {name: judge_reference(cfg, name, slices, task, process, stop) for name in references}
         scores = finetuned(cfg, folder, slices, process, stop)
-        found = Probed({"": [scores]}, {}, None)
-        judged[cfg.encoder] = judged_as(task, {"all trained": found})
+        judged[cfg.encoder] = judged_as(task, {"all trained": Probed({"": [scores]}, {}, None)})
     elif process.is_main:
-        for name in dict.fromkeys([*cfg.references, cfg.encoder]):
+        for name in [*references, cfg.encoder]:
             judged[name] = judge_frozen(cfg, name, slices, task, process)
     if process.is_main:
         write_all(cfg, folder, slices, task, judged)

@@ -1,0 +1,171 @@
+"""eval_cls.py from the settings to the results, on a small phantom and a tiny network."""
+
+import csv
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from handmade import put
+
+pytest.importorskip("sklearn")
+import eval_cls
+from data import DataError
+from engine.config import ConfigError
+
+CHOSEN = "labels.columns=[liver,stomach]"
+TINY = ["encoder=random", "model.arch=tiny", "data.workers=0", "labels.min_pixels=5", "optim.batch_size=4"]
+TINY += ["optim.steps=4", "eval.every=2", "log.every=1"]
+
+
+def evaluate(root, out, *overrides):
+    assert eval_cls.main([*TINY, f"data.root={root}", f"run.out={out}", *overrides]) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.parametrize("mode", ("knn", "logistic", "finetune"))
+def test_organs_in_masks(phantom, tmp_path, capsys, mode):
+    out = tmp_path / "run"
+    found = evaluate(phantom, out, f"mode={mode}", CHOSEN)
+    assert list(found["metrics"]) == ["mAP", "AUROC"] and list(found["references"]) == ["raw"]
+    for one in (found, *found["references"].values()):
+        for metric in one["metrics"].values():
+            assert list(metric["classes"]) == ["liver", "stomach"]
+            assert 0 <= metric["value"] <= 1 and metric["interval"] is None  # of one test case
+    assert found["references"]["raw"]["gain"]["mAP"]["value"] == pytest.approx(
+        found["metrics"]["mAP"]["value"] - found["references"]["raw"]["metrics"]["mAP"]["value"]
+    )
+    kinds = (
+        ["all trained"]
+        if mode == "finetune"
+        else [f"layer{i} {how}" for i in range(1, 5) for how in ("mean", "grid")]
+    )
+    assert list(found["features"]) == [kind for kind in kinds if kind in found["features"]]
+    rows = list(csv.reader((out / "scores.csv").read_text().splitlines()))
+    assert rows[0] == ["slice", "case", "liver", "stomach"] and len(rows) == 7
+    assert found["slices"]["train"] == {"slices": 18, "cases": 3}
+    printed = (out / "table.md").read_text()
+    capsys.readouterr()
+    evaluate(phantom, out, f"mode={mode}", CHOSEN)
+    assert "finished already" in (said := capsys.readouterr().out) and printed in said
+    with pytest.raises(ConfigError, match="seed: .* holds a run with 0, not 1"):
+        evaluate(phantom, out, f"mode={mode}", CHOSEN, "seed=1")
+    assert eval_cls.main(["--compare", str(out)]) == 0
+    assert f"{mode}: mAP %" in capsys.readouterr().out
+
+
+def test_fine_tuning_resumes_to_the_same_scores(phantom, tmp_path):
+    evaluate(phantom, tmp_path / "whole", "mode=finetune", CHOSEN, "references=[]")
+    before = eval_cls.scores_of
+
+    def stop(model, batches, process, desc):
+        if desc == "test slices":
+            raise KeyboardInterrupt
+        return before(model, batches, process, desc)
+
+    eval_cls.scores_of = stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(phantom, tmp_path / "cut", "mode=finetune", CHOSEN, "references=[]")
+    finally:
+        eval_cls.scores_of = before
+    assert (tmp_path / "cut/checkpoint.pth").is_file()
+    evaluate(phantom, tmp_path / "cut", "mode=finetune", CHOSEN, "references=[]")
+    assert (tmp_path / "cut/scores.csv").read_text() == (tmp_path / "whole/scores.csv").read_text()
+
+
+@pytest.fixture
+def table_set(tmp_path):
+    """Eight cases of four slices, without lists; odd cases are brighter, and labels.csv says so."""
+    root, rng = tmp_path / "set", np.random.default_rng(0)
+    lines = ["case,contrast"]
+    for case in range(8):
+        lines.append(f"c{case},{'no' if case % 2 else 'yes'}")
+        for index in range(4):
+            image = rng.integers(1000, 1100, (32, 32)) + 80 * (case % 2)
+            put(root / f"images/c{case}/{index}.png", image.astype(np.uint16))
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("mode", ("knn", "svm", "lowshot"))
+def test_a_table_by_folds_of_cases(table_set, tmp_path, mode):
+    found = evaluate(table_set, tmp_path / "run", f"mode={mode}", "labels.table=labels.csv", "labels.folds=4")
+    assert list(found["metrics"])[:2] == ["accuracy", "AUROC"]
+    low, high = found["metrics"]["AUROC"]["interval"]
+    assert found["feature"] == "by fold" and 0.9 < low <= found["metrics"]["AUROC"]["value"] <= high
+    assert list(found["metrics"]["accuracy"]["classes"]) == ["no", "yes"]
+    rows = list(csv.reader((tmp_path / "run/scores.csv").read_text().splitlines()))
+    assert len(rows) == 33 and rows[0] == ["slice", "case", "no", "yes"]
+
+
+def test_a_set_without_cases_says_so_once(table_set, tmp_path, capsys):
+    names = []
+    for index, path in enumerate(sorted(table_set.glob("images/*/*.png"))):
+        for split in ("train", "test"):
+            put(table_set / f"images/{split}/{index}.png", path.read_bytes())
+        names.append((index, "yes" if path.parent.name[1:] in "0246" else "no"))
+    for split in ("train", "test"):
+        (table_set / f"{split}.txt").write_text("".join(f"{split}/{index}.png\n" for index, _ in names))
+    rows = [f"{split}/{index},{label}\n" for split in ("train", "test") for index, label in names]
+    (table_set / "labels.csv").write_text("slice,contrast\n" + "".join(rows))
+    found = evaluate(table_set, tmp_path / "run", "mode=knn", "labels.table=labels.csv", "data.val=null")
+    assert capsys.readouterr().out.count("the set has no cases") == 1
+    assert found["slices"]["test"] == {"slices": 32, "cases": None}
+    assert found["metrics"]["AUROC"]["interval"] is not None  # over slices
+
+
+def test_what_cannot_be_judged_is_one_line(phantom, table_set, tmp_path):
+    def refused(root, message, *overrides, error=DataError):
+        with pytest.raises(error, match=message) as raised:
+            evaluate(root, tmp_path / "refused", *overrides)
+        assert "\n" not in str(raised.value)
+
+    refused(
+        phantom,
+        "labels: .*: none of the 18 training slices have it.*labels.columns",
+        "labels.min_pixels=60",
+        "labels.columns=[liver,left adrenal gland]",
+    )
+    refused(phantom, "no training slice has any of the classes", "labels.min_pixels=4000", CHOSEN)
+    refused(
+        phantom,
+        "labels.columns: no organ heart; there are spleen",
+        "labels.columns=[heart]",
+        error=ConfigError,
+    )
+    refused(phantom, "no such table", "labels.table=none.csv")
+    table = ("labels.table=labels.csv", "labels.folds=4")
+    refused(table_set, "has no age; it has contrast", *table, "labels.columns=[age]", error=ConfigError)
+    refused(
+        table_set,
+        "20 folds of cases are needed, and there are 8",
+        *table[:1],
+        "labels.folds=20",
+        error=ConfigError,
+    )
+    refused(phantom, "a path", "encoder=null", CHOSEN, error=ConfigError)
+    refused(phantom, "raw is for references", "encoder=raw", CHOSEN, error=ConfigError)
+    refused(phantom, "references", "references=[3]", CHOSEN, error=ConfigError)
+    refused(phantom, "0 with mode=finetune", "mode=finetune", "labels.folds=3", error=ConfigError)
+    (table_set / "labels.csv").write_text("case,contrast\nc0,yes\nc1,no\nc99,no\n")
+    refused(table_set, "1 of 3 cases do not exist, the first c99", *table)
+    (table_set / "labels.csv").write_text("case,contrast\n" + "".join(f"c{i},no\n" for i in range(8)))
+    refused(table_set, "all slices have the label no", *table)
+
+
+def test_a_case_on_both_sides_is_refused(phantom, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(phantom, root)
+    names = (root / "train.txt").read_text().splitlines()
+    (root / "test.txt").write_text(names[0] + "\n" + names[-1] + "\n")
+    (root / "train.txt").write_text("\n".join(names[1:-1]) + "\n")
+    with pytest.raises(DataError, match="2 cases are in the test and training lists"):
+        evaluate(root, tmp_path / "run", "mode=knn", CHOSEN)
+
+
+def test_a_missing_extra_is_named(phantom, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ConfigError, match="pip install scikit-learn"):
+        evaluate(phantom, tmp_path / "run", "mode=knn", CHOSEN)
