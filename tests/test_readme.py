@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import eval_cls
 import eval_seg
 import train_moco
 from engine import config
@@ -70,10 +71,10 @@ CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "ablat
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_is_valid_and_opens_with_its_purpose(path):
     text = path.read_text()
-    script = eval_seg if "mode" in yaml.safe_load(text) else train_moco
-    root = (
-        [] if path.parent.name == "configs" else ["data.root=data"]
-    )  # those of a method go over another file
+    mode = yaml.safe_load(text).get("mode")
+    script = train_moco if mode is None else eval_seg if mode in ("linear", "finetune") else eval_cls
+    # Those of a method go over another file.
+    root = [] if path.parent.name == "configs" else ["data.root=data"]
     cfg = config.load_config(script.DEFAULTS, path, root, script.NULLABLE)
     if script is train_moco:
         assert settle(cfg, METHODS, []) == []
@@ -158,3 +159,14 @@ def test_launching_wrongly_says_how(arguments, line):
         ["bash", str(ROOT / "launch.sh"), *arguments], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 2 and line in done.stdout + done.stderr
+
+
+def test_the_skeleton_of_a_benchmark_runs(phantom, tmp_path, capsys, monkeypatch):
+    """docs/EVALUATION.md: one script."""
+    example = re.search(r"```python\n(.*?)```", (ROOT / "docs/EVALUATION.md").read_text(), re.DOTALL)[1]
+    names = {"__name__": "eval_mine", "__doc__": "A benchmark."}
+    exec(example, names)
+    arguments = [f"data.root={phantom}", f"run.out={tmp_path / 'run'}", "encoder=random", "model.arch=tiny"]
+    assert names["main"](arguments) == 0 and names["main"](arguments) == 0
+    assert capsys.readouterr().out.count("spread %") == 2
+    assert names["main"](["--compare", str(tmp_path / "run")]) == 0
