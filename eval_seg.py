@@ -41,6 +41,7 @@ if __name__ == "__main__":
     parse_arguments(__doc__, DEFAULTS)  # answers --help before the imports, which take seconds
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,9 +69,10 @@ from evaluation.script import (
     run,
     write_results,
 )
-from evaluation.segmenter import Description, at_size, build_model, frozen_features, load_model, save_model
+from evaluation.segmenter import MaskPredictor, at_size, build_model, frozen_features
 from evaluation.settings import COMMON_NULLABLE, FREE_KEYS, check_cache, check_common
 from evaluation.supervised import train
+from evaluation.trained import Description, load_model, save_model
 from losses import segmentation_loss
 from models import WeightsError
 
@@ -114,7 +116,7 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     shape = (encoder.arch, encoder.in_channels, encoder.output_stride)
     facts = sets["train"].facts()
     about = Description(cfg.mode, *shape, classes, intensity.as_dict(), facts)
-    model = build_model(about, encoder, process).eval()
+    model = build_model(about, encoder).to(process.device, memory_format=torch.channels_last).eval()
     folder = begin_run(cfg, process, SCRIPT)
 
     def to_images(stored: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
             save_model(folder / "model.pth", model, about)
 
     def kept():
-        return load_model(folder / "model.pth", process)[0]
+        return load_model(folder / "model.pth", process, build_model)[0]
 
     best = train(cfg, process, trained, batches["train"], augment, loss_of, validate, keep, kept, stop)
     process.barrier()
@@ -198,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     cfg = load_config(DEFAULTS, args.config, args.overrides, NULLABLE)
     check_config(cfg)
-    return run(SCRIPT, args, cfg, evaluate, predict)
+    return run(SCRIPT, args, cfg, evaluate, partial(predict, MaskPredictor))
 
 
 if __name__ == "__main__":

@@ -56,6 +56,14 @@ class Grid:
         on_own = F.interpolate(pixels, tuple(own), mode="nearest-exact")
         return on_own.view(*labels.shape[:-2], *own).to(labels.dtype)
 
+    def boxes_back(self, boxes, own, mm=None):
+        """Boxes (n, 4), x0 y0 x1 y1 in px on the grid -> on a slice's own one, cut off at its
+        edges."""
+        height, width, top, left = self.placement(own, mm)
+        down, right = own[0] / height, own[1] / width
+        moved = (boxes - [left, top, left, top]) * [right, down, right, down]
+        return moved.clip(0, [own[1], own[0], own[1], own[0]])
+
     def judge(self, own, mm, where):
         """Whether a slice's pixels, rows and columns `mm` apart, are as large as in training: [Doubt]."""
         if mm is None or self.pixel_mm is None:

@@ -33,6 +33,16 @@ def outlined(unit, mask, side, colors=ORGAN_COLORS):
     return picture
 
 
+def boxed(unit, boxes, labels, side, colors=ORGAN_COLORS):
+    """A slice (H, W) in [0, 1] with the boxes (n, 4), x0 y0 x1 y1 in px, of classes `labels` (n,)."""
+    picture = Image.fromarray(gray_tile(unit, side))
+    scale, pen = side / max(unit.shape), ImageDraw.Draw(picture)
+    for (x0, y0, x1, y1), label in zip(np.round(np.asarray(boxes) * scale).tolist(), labels):
+        corners = [x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)]
+        pen.rectangle(corners, outline=tuple(colors[label].tolist()), width=2)
+    return np.asarray(picture)
+
+
 def outline(mask):
     """Where a class of mask (H, W) ends, on its inner side: bool (H, W); and the mask."""
     padded = np.pad(mask, 1, mode="edge")

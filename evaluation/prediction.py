@@ -1,5 +1,10 @@
-"""Masks of slices and volumes by a trained model, on the way on which its test cases were scored."""
+"""What a trained model finds in slices and volumes, on the way on which its test cases were scored.
 
+predict     --predict INPUT --out DIR: the files, one after the other
+Predictor   what all models have in common there; segmenter.py and detector.py say what they find
+"""
+
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,38 +18,37 @@ from ct.layout import case_of
 from ct.listing import slices_and_volumes, without_masks
 from ct.plausible import Doubt, Values, heed, judge_values, judge_window
 from ct.properties import AXES, KINDS, Facts, Properties, Reading, read_properties, reading_of
-from ct.slices import AIR, DataError, whole_hu, write_png
-from ct.volumes import read_volume, write_labels
+from ct.slices import AIR, DataError, whole_hu
+from ct.volumes import Volume, read_volume
 from data import LOOKED_AT, Intensity, network_input
 from engine.config import Config
 from engine.files import make_folder
 from engine.ownership import all_refuse, refuse_foreign
 from engine.process import Process, progress, warn
-from evaluation.segmenter import Description, load_model, segmentation_logits
+from evaluation.trained import Description
 
-PREDICTED = "eval_seg.py --predict"  # by which its files are known, see engine/ownership.py
 TAKES_HU = "the model takes HU"
 
 
-def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
-    """Masks for a slice, a volume, or all slices and volumes below a folder, by the model in run.out.
+def predict(kind: type["Predictor"], cfg: Config, process: Process, source: Path, out: Path) -> None:
+    """What the model in run.out finds in a slice, a volume, or all slices and volumes below a folder.
 
-    Slices become 8-bit PNGs of the same relative names (given a data set's root, those of its images folder),
-    NIfTI volumes NIfTI on their own grid. What cannot be read is named and passed over.
+    The files written have the same relative names (given a data set's root, those of its images folder).
+    What cannot be read is named and passed over.
     Raises ConfigError without a trained model, DataError for an input that cannot be used.
     """
-    model, about = load_model(Path(cfg.run.out) / "model.pth", process)
+    model, about = kind.load(Path(cfg.run.out) / "model.pth", process)
     inputs = Inputs.of(source, out, cfg)
     if inputs.left_out:
         process.say(f"{out}: lies below {source}; {inputs.left_out} files there are not taken as input")
     if inputs.images is not None and source.is_dir() and inputs.base != source:
-        process.say(f"note: {source}: a data set; what lies in its {inputs.base.name} is segmented")
+        process.say(f"note: {source}: a data set; what lies in its {inputs.base.name} is taken")
     if inputs.masks:
         found = f"{len(inputs.masks)} files are masks by their names, the first {inputs.masks[0]}"
-        process.say(f"note: {source}: {found}: not segmented; --predict FILE insists")
-    targets = inputs.targets(out)
-    all_refuse(process, refuse_foreign, targets.values(), targets, PREDICTED)
-    predictor = Predictor(model, about, inputs.reading(about.facts, cfg), cfg, process)
+        process.say(f"note: {source}: {found}: not taken; --predict FILE insists")
+    targets = inputs.targets(out, kind.name_of)
+    all_refuse(process, refuse_foreign, targets.values(), targets, kind.command)
+    predictor = kind(model, about, inputs.reading(about.facts, cfg), cfg, process)
     predictor.judge(inputs)
     make_folder(out, process, "--out")
     failed, volumes = [], {*inputs.volumes}
@@ -62,9 +66,9 @@ def predict(cfg: Config, process: Process, source: Path, out: Path) -> None:
             failed.append(path)
     if failed := sum(process.gather(failed), []):
         raise DataError(
-            f"{source}: no mask for {len(failed)} of {len(targets)} files, the first: {failed[0]}"
+            f"{source}: no {kind.what} for {len(failed)} of {len(targets)} files, the first: {failed[0]}"
         )
-    process.say(f"{out}: masks of {len(inputs.slices)} slices and {len(inputs.volumes)} volumes")
+    process.say(f"{out}: {kind.what} of {len(inputs.slices)} slices and {len(inputs.volumes)} volumes")
 
 
 @dataclass
@@ -115,10 +119,18 @@ class Inputs:
             return reading_of(own, 0)
         return reading_of(own, cfg.data.hu_offset)
 
-    def targets(self, out: Path) -> dict[Path, Path]:
-        """{input: its mask}, of the same name relative to `base`; that of a slice ends in .png."""
-        targets = {path: out / path.relative_to(self.base) for path in self.slices + self.volumes}
-        return targets | {path: targets[path].with_suffix(".png") for path in self.slices}
+    def targets(self, out: Path, name_of) -> dict[Path, Path]:
+        """{input: file to be written}, of the same name relative to `base` but for its ending.
+
+        name_of: (path, whether it is a volume) -> path. Raises DataError if two inputs share a target.
+        """
+        targets = {path: out / name_of(path.relative_to(self.base), False) for path in self.slices}
+        targets |= {path: out / name_of(path.relative_to(self.base), True) for path in self.volumes}
+        sources = {}
+        for path, target in targets.items():
+            if (other := sources.setdefault(target, path)) != path:
+                raise DataError(f"{other} and {path.name}: both would become {target}; predict them apart")
+        return targets
 
     def case(self, path: Path) -> str | None:
         """The case of a slice in the set around it; None without one."""
@@ -132,14 +144,36 @@ class Inputs:
         return spacing and spacing[1:]
 
 
-class Predictor:
-    """Masks by a trained model, on the way on which its test cases were scored: slices are brought to the
-    grid of the training slices, segmented, and their labels brought back."""
+class Predictor(ABC):
+    """A trained model and how files are read and judged for it: slices are brought to the grid of the
+    training slices, and what is found there is brought back."""
+
+    command: str  # by which its files are known, see engine/ownership.py
+    what: str  # it finds, as "masks"
 
     def __init__(self, model: nn.Module, about: Description, reading: Reading, cfg: Config, process: Process):
         self.model, self.about, self.reading, self.cfg, self.process = model, about, reading, cfg, process
         self.facts, self.intensity = about.facts, Intensity(**about.normalisation)
         self.axis = 2 if about.facts.axis is None else about.facts.axis
+
+    @staticmethod
+    @abstractmethod
+    def load(path: Path, process: Process) -> tuple[nn.Module, Description]:
+        """Raises ConfigError if there is no such file, WeightsError if it is damaged."""
+
+    @staticmethod
+    @abstractmethod
+    def name_of(path: Path, is_volume: bool) -> Path:
+        """The name of an input's result."""
+
+    @abstractmethod
+    def find(self, images: Tensor, grid: Grid, own: tuple, mm: tuple | None) -> list:
+        """What is found in each of the slices (n, C, H, W), on its own grid of `own` px, rows and columns
+        `mm` apart."""
+
+    @abstractmethod
+    def write(self, target: Path, found: list, volume: Volume | None) -> None:
+        """Write what was found in the slices of a volume, or in one slice."""
 
     def judge(self, inputs: Inputs) -> None:
         """Say what is odd about the inputs as a whole."""
@@ -181,7 +215,7 @@ class Predictor:
         values, kind = self.reading.slice(path)
         if kind != self.facts.kind:
             raise DataError(f"{path}: {KINDS[kind]}, but the model was trained on {KINDS[self.facts.kind]}")
-        write_png(target, self.labels(torch.from_numpy(values)[None], mm)[0], PREDICTED)
+        self.write(target, self.found(torch.from_numpy(values)[None], mm), None)
 
     def volume(self, path: Path, target: Path) -> None:
         volume = read_volume(path, self.axis)
@@ -194,15 +228,15 @@ class Predictor:
             raise DataError(f"{path}: HU, but the model was trained on {KINDS[self.facts.kind]}")
         doubts += judge_window(Values().add(values[some]), self.intensity.window, path)
         self.heed(doubts + self.grid(values.shape[1:]).judge(values.shape[1:], mm, path))
-        write_labels(target, self.labels(torch.from_numpy(values), mm), volume, PREDICTED)
+        self.write(target, self.found(torch.from_numpy(values), mm), volume)
 
     def grid(self, own: tuple) -> Grid:
         """That of the training slices; for a model that does not know it, the slices' own."""
         return Grid(self.facts.size or tuple(own), self.facts.pixel_mm)
 
     @torch.no_grad()
-    def labels(self, stored: Tensor, mm: tuple | None) -> np.ndarray:
-        """Labels (S, H, W) uint8 of slices (S, H, W) in stored values, rows and columns `mm` apart."""
+    def found(self, stored: Tensor, mm: tuple | None) -> list:
+        """What is found in each of the slices (S, H, W), in stored values, rows and columns `mm` apart."""
         own, found = tuple(stored.shape[1:]), []
         grid = self.grid(own)
         for some in stored.split(self.cfg.optim.batch_size):
@@ -210,10 +244,8 @@ class Predictor:
             unit = self.intensity.to_unit(on_grid)
             with self.process.autocast():
                 images = network_input(unit, self.intensity, self.about.in_channels)
-                window = self.cfg.eval.window, self.cfg.eval.overlap
-                logits = segmentation_logits(self.model, images, grid.size, *window)
-            found.append(logits.argmax(1).to(torch.uint8).cpu())
-        return grid.back(torch.cat(found), own, mm).numpy()
+                found += self.find(images, grid, own, mm)
+        return found
 
 
 def is_set(folder: Path, masks: str) -> bool:

@@ -1,24 +1,24 @@
-"""The segmentation model as an evaluation uses it: what it is, its file, and its logits.
+"""The segmentation model as an evaluation uses it: its parts, its logits, and the masks that it predicts.
 
 LinearProbe             frozen encoder and linear decoder; its rival, DeepLabV3Plus, is in models.py
-save_model, load_model  model.pth: the weights with all that is needed to use them
 segmentation_logits     of whole slices, or of windows of them
+MaskPredictor           eval_seg.py --predict
 """
 
 import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ct.properties import Facts, parse_facts
-from ct.slices import IGNORE, MAX_SIDE, DataError
-from data import Intensity
-from engine.config import ConfigError
-from engine.files import written_whole
+from ct.grid import Grid
+from ct.slices import MAX_SIDE, DataError, write_png
+from ct.volumes import Volume, write_labels
 from engine.process import Process
-from models import DeepLabV3Plus, Encoder, LinearDecoder, WeightsError, fits, read_weights, upsample
+from evaluation.prediction import Predictor
+from evaluation.trained import Description, load_model
+from models import DeepLabV3Plus, Encoder, LinearDecoder, upsample
 
 SMALLEST_WINDOW = 64  # px
 
@@ -47,56 +47,9 @@ def frozen_features(encoder: Encoder, images: Tensor) -> Tensor:
     return encoder(images)["layer4"].contiguous()
 
 
-@dataclass
-class Description:
-    """What it takes to rebuild and use a trained model; in model.pth beside the weights."""
-
-    mode: str
-    arch: str
-    in_channels: int
-    output_stride: int
-    classes: list[str]
-    normalisation: dict
-    facts: Facts  # of the slices that it was trained on
-
-
-def build_model(about: Description, encoder: Encoder, process: Process) -> nn.Module:
+def build_model(about: Description, encoder: Encoder) -> nn.Module:
     build = LinearProbe if about.mode == "linear" else DeepLabV3Plus
-    model = build(encoder, len(about.classes))
-    return model.to(process.device, memory_format=torch.channels_last)
-
-
-def save_model(path: Path, model: nn.Module, about: Description) -> None:
-    with written_whole(path) as file:
-        torch.save({"about": asdict(about), "state": model.state_dict()}, file)
-
-
-def load_model(path: Path, process: Process) -> tuple[nn.Module, Description]:
-    """Raises ConfigError if there is none, WeightsError if the file is damaged."""
-    if not path.is_file():
-        raise ConfigError(f"run.out: no trained model in {path.parent} (model.pth); evaluate there first")
-    content = read_weights(path)
-    try:
-        about, state = description_of(content["about"]), content["state"]
-        sound = isinstance(state, dict) and 1 < len(about.classes) <= IGNORE
-        sound = sound and about.in_channels == state["encoder.conv1.weight"].shape[1]
-        if not sound or not Intensity(**about.normalisation)(torch.zeros(1)).isfinite():
-            raise ValueError
-        encoder = Encoder(about.arch, about.in_channels, output_stride=about.output_stride)
-        model = build_model(about, encoder, process)
-        if not fits(state, model.state_dict()):
-            raise ValueError
-        model.load_state_dict(state)
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError, AttributeError):
-        raise WeightsError(f"{path}: not a model of this program, or damaged") from None
-    return model.eval(), about
-
-
-def description_of(saved: dict) -> Description:
-    """From a file; models from before 26 November 2026 know of their slices whether they hold HU."""
-    facts = saved.get("facts", {"kind": saved.get("stored")})
-    rest = {name: value for name, value in saved.items() if name not in ("facts", "stored")}
-    return Description(**rest, facts=parse_facts(facts, "model.pth"))
+    return build(encoder, len(about.classes))
 
 
 def at_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -149,3 +102,29 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
         return [0]
     gaps = math.ceil((length - window) / max(1, window * (1 - overlap)))
     return [round(i * (length - window) / gaps) for i in range(gaps + 1)]
+
+
+class MaskPredictor(Predictor):
+    """Slices become 8-bit PNGs of labels, volumes NIfTI on their own grid."""
+
+    command, what = "eval_seg.py --predict", "masks"
+
+    @staticmethod
+    def load(path: Path, process: Process) -> tuple[nn.Module, Description]:
+        return load_model(path, process, build_model)
+
+    @staticmethod
+    def name_of(path: Path, is_volume: bool) -> Path:
+        return path if is_volume else path.with_suffix(".png")
+
+    def find(self, images: Tensor, grid: Grid, own: tuple, mm: tuple | None) -> list[np.ndarray]:
+        """Labels (H, W) uint8 of each slice, on its own grid."""
+        window = self.cfg.eval.window, self.cfg.eval.overlap
+        labels = segmentation_logits(self.model, images, grid.size, *window).argmax(1).to(torch.uint8)
+        return [*grid.back(labels.cpu(), own, mm).numpy()]
+
+    def write(self, target: Path, found: list[np.ndarray], volume: Volume | None) -> None:
+        if volume is None:
+            write_png(target, found[0], self.command)
+        else:
+            write_labels(target, np.stack(found), volume, self.command)

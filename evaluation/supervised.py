@@ -141,8 +141,9 @@ def save(cfg: Config, trained: nn.Module, optimizer, step: int, best: float | No
 
 def parameter_groups(cfg: Config, trained: nn.Module) -> list[dict]:
     """The encoder, if it is trained, at its own rate; then everything else."""
-    encoder = [p for name, p in trained.named_parameters() if name.startswith("encoder.")]
-    others = [p for name, p in trained.named_parameters() if not name.startswith("encoder.")]
+    parameters = [("encoder" in name.split("."), p) for name, p in trained.named_parameters()]
+    encoder = [p for within, p in parameters if within]
+    others = [p for within, p in parameters if not within]
     groups = [(encoder, cfg.optim.lr * cfg.optim.encoder_lr_factor), (others, cfg.optim.lr)]
     return [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
 

@@ -23,6 +23,7 @@ MAY_IMPORT = {  # of the project, besides modules of its own room; a new module 
     "train_moco": BELOW_THE_SCRIPTS | {"pretraining", "methods"},
     "eval_seg": BELOW_THE_SCRIPTS | {"evaluation"},
     "eval_cls": BELOW_THE_SCRIPTS | {"evaluation"},
+    "eval_det": BELOW_THE_SCRIPTS | {"evaluation"},
     "engine": set(),
     "ct": {"engine"},
     "prepare": {"ct", "data", "augment", "losses", "engine"},

@@ -216,7 +216,7 @@ def test_what_is_damaged_is_named_and_passed_over(mixed, tmp_path, capsys):
     for index in range(3):
         put(folder / f"{index}.png", (mixed / "images" / name).read_bytes())
     put(folder / "1.png", b"no picture")
-    with pytest.raises(DataError, match=r"no mask for 1 of 3 files, the first: .*1\.png"):
+    with pytest.raises(DataError, match=r"no masks for 1 of 3 files, the first: .*1\.png"):
         run(f"run.out={mixed.parent / 'forth'}", "--predict", folder, "--out", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["0.png", "2.png"]
     assert "1.png: not a PNG image; passed over" in capsys.readouterr().err
@@ -249,7 +249,7 @@ def test_masks_are_never_taken_for_images(mixed, tmp_path, capsys):
     put(tmp_path / "whole/masks/1.png", mask.read_bytes())
     put(tmp_path / "whole/more/1.png", slice.read_bytes())
     run(f"run.out={out}", "--predict", tmp_path / "whole", "--out", tmp_path / "one")
-    assert "a data set; what lies in its images is segmented" in capsys.readouterr().out
+    assert "a data set; what lies in its images is taken" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "one").rglob("*.png")] == ["1.png"]
     put(tmp_path / "only/masks/1.png", mask.read_bytes())
     with pytest.raises(DataError, match="only masks there"):
