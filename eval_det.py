@@ -2,7 +2,7 @@
 
     python eval_det.py --config configs/detect.yaml encoder=runs/x/encoder.pth                # frozen encoder
     python eval_det.py --config configs/detect.yaml mode=finetune encoder=... run.out=...     # all trained
-    python eval_det.py --config configs/detect.yaml --predict ct.nii.gz --out found         # by that in run.out
+    python eval_det.py --config configs/detect.yaml --predict ct.nii.gz --out found
     python eval_det.py --compare runs/x-detect runs/random-detect                             # one table
 
 The boxes are those of the connected components of the masks, see evaluation/boxes.py. Beside the detector
@@ -56,7 +56,7 @@ from engine.process import Process, only_warning
 from engine.stopping import StopRequest, run_script
 from evaluation import encoder_file, results
 from evaluation.batches import Batches
-from evaluation.boxes import Boxes, Found, boxes_of, coco_metrics, mean_boxes
+from evaluation.boxes import Boxes, Found, boxes_of, coco_metrics, mean_boxes, packages
 from evaluation.detector import BoxPredictor, build_detector, detect, shown, targets_of
 from evaluation.judgement import heed_evaluation
 from evaluation.prediction import predict
@@ -97,6 +97,7 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     if found := earlier_results(cfg, process, SCRIPT, DEFAULTS, NULLABLE, read_results):
         process.say(f"{cfg.run.out}: finished already\n{tables(found)}")
         return
+    packages()
     torch.manual_seed(cfg.seed)
     classes = class_names(cfg.data.root, cfg.data.classes)
     sets = open_sets(cfg, len(classes))

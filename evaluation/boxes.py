@@ -38,12 +38,21 @@ class Found:
     scores: np.ndarray  # (n,)
 
 
-def boxes_of(mask: np.ndarray, num_classes: int, min_pixels: int = 20) -> Boxes:
-    """The boxes of a mask (H, W). Raises ConfigError without scipy, which is an extra."""
+def packages() -> tuple:
+    """scipy.ndimage, COCO and COCOeval; both packages are extras. Raises ConfigError without them."""
     try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
         from scipy import ndimage
-    except ImportError:
-        raise ConfigError("boxes of masks need scipy: pip install scipy") from None
+    except ImportError as error:
+        name = error.name.partition(".")[0]
+        raise ConfigError(f"detection needs {name}: pip install {name}") from None
+    return ndimage, COCO, COCOeval
+
+
+def boxes_of(mask: np.ndarray, num_classes: int, min_pixels: int = 20) -> Boxes:
+    """The boxes of a mask (H, W). Raises ConfigError as `packages`."""
+    ndimage, *_ = packages()
     neighbours = np.ones((3, 3), bool)
     unknown = ndimage.binary_dilation(mask == IGNORE, neighbours)
     rows = []
@@ -90,7 +99,7 @@ def coco_metrics(truth: list[Boxes], found: list[Found], classes: list[str], cas
         classes: names, background first.
         cases: of the slices; with two and more of them the means have 95 % intervals.
 
-    Raises ConfigError without pycocotools, which is an extra.
+    Raises ConfigError as `packages`.
     """
     judged = evaluated(truth, found, len(classes))
     precision = precision_of(judged)  # (IoU, recall, class, area)
@@ -110,11 +119,7 @@ def coco_metrics(truth: list[Boxes], found: list[Found], classes: list[str], cas
 
 def evaluated(truth: list[Boxes], found: list[Found], num_classes: int):
     """pycocotools' COCOeval after `evaluate`; image i is slice i."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError:
-        raise ConfigError("detection metrics need pycocotools: pip install pycocotools") from None
+    _, COCO, COCOeval = packages()
     annotations, results = [], []
     for image, one in enumerate(truth):
         for box, label, area, crowd in zip(one.boxes, one.labels, one.areas, one.crowd):
