@@ -16,10 +16,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -32,21 +29,21 @@ from engine.process import start_process
 from engine.stopping import STOPPED, run_script
 from experiments import figures, findings
 from experiments.cells import Cell, Cells, best_rate, evaluation_name, evaluation_record, pretraining_record
+from experiments.jobs import PROJECT, Jobs, Stopped
 
 ABLATION = "experiments.ablation"  # whose folders these are, see engine/ownership.py
-PROJECT = Path(__file__).resolve().parent.parent
 PROTOCOL = PROJECT / "experiments" / "configs" / "ablation.yaml"
 
 
-class Ablation:
+class Ablation(Jobs):
     """The protocol, the folder, and what is run of them."""
 
     def __init__(self, protocol: dict, out: Path, jobs: int):
-        self.protocol, self.out, self.jobs = protocol, out, jobs
+        super().__init__(jobs)
+        self.protocol, self.out = protocol, out
         self.cells = Cells(out)
         self.root = Path(protocol["data"]["root"]) if "data" in protocol else out / "work" / "data"
         self.methods = protocol["methods"] | protocol["variants"]
-        self.running, self.stopping = set(), threading.Event()
 
     def run(self, methods: list[str], seeds: list[int]) -> None:
         """All cells of these methods: those that decide about learning rates, then seed by seed, so that what
@@ -106,7 +103,7 @@ class Ablation:
         if not (folder / "encoder.json").is_file():
             settings = self.protocol["pretrain"] | self.changes(cell.method)
             settings |= {"optim.lr": cell.rate, "seed": cell.seed, "data.root": self.root, "run.out": folder}
-            self.script(cell, "train_moco.py", settings)
+            self.script(self.log(cell), "train_moco.py", settings)
             (folder / "checkpoint.pth.previous").unlink(missing_ok=True)
         encoder = json.loads((folder / "encoder.json").read_text())["sha256"]
         self.check_same_encoder(cell, folder, encoder)
@@ -150,7 +147,7 @@ class Ablation:
         settings |= {"model.arch": self.protocol["pretrain"]["model.arch"], "mode": mode}
         settings |= {"run.out": self.work(cell) / name}
         settings |= {} if fraction is None else {"label_fraction": fraction}
-        self.script(cell, "eval_seg.py", settings)
+        self.script(self.log(cell), "eval_seg.py", settings)
         results = json.loads((self.work(cell) / name / "results.json").read_text())
         self.cells.keep(cell, **{name: evaluation_record(results) | processor(self.protocol[mode])})
         print(f"{cell.name} {name}: {findings.describe(results)}", flush=True)
@@ -172,7 +169,7 @@ class Ablation:
             return
         self.pretrain(cell)
         folder = self.work(cell) / "pretrain"
-        self.call(self.work(cell) / "log.txt", "-m", "experiments.position", str(folder))
+        self.call(self.log(cell), "-m", "experiments.position", str(folder))
         self.cells.keep(cell, position=json.loads((folder / "position.json").read_text()))
 
     def predict(self, cell: Cell) -> None:
@@ -188,74 +185,14 @@ class Ablation:
             (inputs / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.root / "images" / name, inputs / name)
         options = ("--predict", str(inputs), "--out", str(masks))
-        self.script(cell, "eval_seg.py", {"run.out": work / "linear"}, *options)
+        self.script(self.log(cell), "eval_seg.py", {"run.out": work / "linear"}, *options)
         self.cells.keep(cell, masks={n: base64.b64encode((masks / n).read_bytes()).decode() for n in names})
-
-    # ---- Processes ----
-
-    def all(self, function, cells: list[Cell]) -> None:
-        """function of each cell, self.jobs at a time. The first failure stops the rest and is raised."""
-        with ThreadPoolExecutor(self.jobs) as pool:
-            tasks = [pool.submit(self.unless_stopped, function, cell) for cell in cells]
-            for task in tasks:
-                task.result()
-
-    def unless_stopped(self, function, cell: Cell) -> None:
-        if self.stopping.is_set():
-            raise Stopped
-        try:
-            function(cell)
-        except BaseException:
-            self.stopping.set()
-            raise
-
-    def script(self, cell: Cell, name: str, settings: dict, *options: str) -> None:
-        words = [f"{key}={as_yaml(value)}" for key, value in settings.items()]
-        self.call(self.work(cell) / "log.txt", name, *words, *options)
-
-    def call(self, log: Path, *command: str) -> None:
-        """Run a script, or with -m a module, of the project in the user's folder; raises ConfigError with its
-        last line if it fails."""
-        log.parent.mkdir(parents=True, exist_ok=True)
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        search = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": search}
-        start = [sys.executable, "-P"]  # -P: nothing of the user's folder is taken for a module of ours
-        start += command if command[0] == "-m" else [str(PROJECT / command[0]), *command[1:]]
-        with open(log, "a") as file:
-            process = subprocess.Popen(
-                start, stdout=file, stderr=file, env=environment, start_new_session=True
-            )
-            self.running.add(process)
-            if self.stopping.is_set():
-                process.send_signal(signal.SIGTERM)
-            code = process.wait()
-            self.running.discard(process)
-        if self.stopping.is_set() and code in (STOPPED, -signal.SIGTERM):
-            raise Stopped
-        if code:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
-            script = command[1] if command[0] == "-m" else command[0]
-            raise ConfigError(f"{script} ended with code {code} and said: {last[0]}; all of it: {log}")
-
-    def stop(self, *_) -> None:
-        """Signal handler: the scripts finish their step and save."""
-        self.stopping.set()
-        for process in list(self.running):
-            process.send_signal(signal.SIGTERM)
 
     def work(self, cell: Cell) -> Path:
         return self.out / "work" / cell.name
 
-
-class Stopped(Exception):
-    """Asked to stop."""
-
-
-def as_yaml(value) -> str:
-    return yaml.safe_dump(str(value) if isinstance(value, Path) else value, default_flow_style=True).split(
-        "\n"
-    )[0]
+    def log(self, cell: Cell) -> Path:
+        return self.work(cell) / "log.txt"
 
 
 def processor(settings: dict) -> dict[str, str]:

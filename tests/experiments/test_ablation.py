@@ -21,6 +21,7 @@ from engine.config import ConfigError
 from engine.ownership import foreign_files
 from experiments import ablation, figures, findings
 from experiments.cells import Cell, Cells, cell_of, evaluation_record, pretraining_record, thinned
+from experiments.jobs import as_yaml
 from experiments.position import local_task, noise, set_borders
 from models import Encoder, MoCo
 
@@ -391,7 +392,7 @@ def test_settings_of_the_projects_protocols_are_valid(path):
     trained = [name for name, own in one.methods.items() if own is not None]
     pretraining = [(train_moco, protocol["pretrain"] | one.changes(name)) for name in trained]
     for script, settings in [*pretraining, (eval_seg, protocol["linear"]), (eval_seg, protocol["finetune"])]:
-        words = [f"{key}={ablation.as_yaml(value)}" for key, value in settings.items()]
+        words = [f"{key}={as_yaml(value)}" for key, value in settings.items()]
         cfg = config.load_config(script.DEFAULTS, None, [*words, "data.root=x"], script.NULLABLE)
         script.check_config(cfg)
 
