@@ -37,6 +37,7 @@ from engine.stopping import STOPPED, run_script
 from evaluation import encoder_file, results
 from experiments.findings import kendall_tau
 from experiments.jobs import PROJECT, Jobs, Stopped
+from models import WeightsError
 
 BENCHMARK = "experiments.benchmark"  # whose folders these are, see engine/ownership.py
 FEW = 5  # encoders, below which an order says little
@@ -290,7 +291,9 @@ def check_encoders(encoders: list[str], seeds: list[int]) -> None:
         if (other := names.setdefault(file_name(label_of(encoder)), encoder)) != encoder:
             raise ConfigError(f"{other} and {encoder} would share the name {label_of(encoder)}")
         for seed in seeds:
-            encoder_file.path_of(to_config({"encoder": encoder_of(Cell("", encoder, seed))}))
+            path = encoder_file.path_of(to_config({"encoder": encoder_of(Cell("", encoder, seed))}))
+            if path and not path.is_file():
+                raise ConfigError(f"{path}: no such file of weights")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -347,4 +350,4 @@ def report_failures(failed: dict[tuple[str, str], str]) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, ())
+    run_script(main, (WeightsError,))
