@@ -27,7 +27,7 @@ model:
 optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9
   steps: 2000
   batch_size: 8             # slices a step, over all processes
-  lr: 0.02
+  lr: null                  # null: 0.1 for frozen, 0.02 for finetune
   encoder_lr_factor: 1.0    # finetune: the encoder's lr over that of the rest
   weight_decay: 0.0001
 eval:
@@ -75,7 +75,7 @@ from evaluation.supervised import train
 from evaluation.trained import Description, load_model, save_model
 from models import WeightsError
 
-NULLABLE = COMMON_NULLABLE
+NULLABLE = COMMON_NULLABLE | {"optim.lr": float}
 SCRIPT = "eval_det.py"  # whose folders these are, see engine/ownership.py
 PICTURE_CASES = 4
 PICTURE_SCORE = 0.5  # of the boxes in the picture, at least
@@ -85,6 +85,8 @@ TILE = 288  # px
 def check_config(cfg: Config) -> None:
     """Everything that is impossible whatever the data is; raises ConfigError."""
     cfg.check_choice("mode", "frozen", "finetune")
+    if cfg.optim.lr is None:
+        cfg.optim["lr"] = 0.1 if cfg.mode == "frozen" else 0.02
     check_common(cfg)
     cfg.check_positive("boxes.min_pixels", "model.width")
 

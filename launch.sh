@@ -6,9 +6,11 @@
 #   bash launch.sh pretrain CONFIG [key=value ...] train_moco.py on what this machine has
 #   bash launch.sh evaluate CONFIG [key=value ...] eval_seg.py, likewise
 #   bash launch.sh classify CONFIG [key=value ...] eval_cls.py, likewise (needs scikit-learn)
+#   bash launch.sh detect CONFIG [key=value ...]   eval_det.py, likewise (needs pycocotools and scipy)
+#   bash launch.sh benchmark CONFIG ENCODER ...    all of these of each encoder, in one table; resumes any time
 #   bash launch.sh ablation [--only METHOD ...]    the tables of docs/RESULTS.md: hours on 2 cores, resumes any time
 #
-# pretrain, evaluate and classify use plain Python on a CPU or one GPU and torchrun on several GPUs. GPUS=n uses n
+# pretrain, evaluate, classify and detect use plain Python on a CPU or one GPU and torchrun on several GPUs. GPUS=n uses n
 # processes per node instead of one per GPU; MAX_RESTARTS=n starts them anew up to n times after one has died.
 #
 # Several nodes: the same command on each, with NNODES, NODE_RANK (0 ... NNODES-1) and MASTER_ADDR (a name or
@@ -92,10 +94,11 @@ CODE=0 # its exit code
 STOP=  # the first signal that came, as in SIGTERM
 IDLE=  # set if a signal came while nothing was being trained
 
-launch() { # pretrain|evaluate|classify CONFIG [arguments]
+launch() { # pretrain|evaluate|classify|detect CONFIG [arguments]
     local script=$HERE/train_moco.py gpus out
     [ "$1" != evaluate ] || script=$HERE/eval_seg.py
     [ "$1" != classify ] || script=$HERE/eval_cls.py
+    [ "$1" != detect ] || script=$HERE/eval_det.py
     [ -n "${2:-}" ] || fail "which config? bash launch.sh $1 configs/NAME.yaml"
     trap 'stop SIGTERM' TERM HUP
     trap 'stop SIGUSR1' USR1
@@ -274,12 +277,12 @@ test)
     "$PY" -m ruff format --check .
     "$PY" -m pytest "${@:2}"
     ;;
-ablation)
+ablation | benchmark)
     set_up
     # -P, or modules in the user's folder would come before the project's. It divides the cores itself.
-    PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} exec "$PY" -P -m experiments.ablation "${@:2}"
+    PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} exec "$PY" -P -m "experiments.$1" "${@:2}"
     ;;
-pretrain | evaluate | classify)
+pretrain | evaluate | classify | detect)
     launch "$@"
     ;;
 *)

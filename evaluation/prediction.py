@@ -122,15 +122,10 @@ class Inputs:
     def targets(self, out: Path, name_of) -> dict[Path, Path]:
         """{input: file to be written}, of the same name relative to `base` but for its ending.
 
-        name_of: (path, whether it is a volume) -> path. Raises DataError if two inputs share a target.
+        name_of: (path, whether it is a volume) -> path.
         """
         targets = {path: out / name_of(path.relative_to(self.base), False) for path in self.slices}
-        targets |= {path: out / name_of(path.relative_to(self.base), True) for path in self.volumes}
-        sources = {}
-        for path, target in targets.items():
-            if (other := sources.setdefault(target, path)) != path:
-                raise DataError(f"{other} and {path.name}: both would become {target}; predict them apart")
-        return targets
+        return targets | {path: out / name_of(path.relative_to(self.base), True) for path in self.volumes}
 
     def case(self, path: Path) -> str | None:
         """The case of a slice in the set around it; None without one."""

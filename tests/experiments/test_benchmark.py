@@ -201,7 +201,6 @@ def test_what_is_refused_in_one_line(run, files):
     refused("not the results of an evaluation, or damaged", "moco{seed}/encoder.pth")
     for text in (
         "a: 1",
-        "- 1",
         CONFIG.replace("seeds: [0, 1]", "seeds: []"),
         CONFIG.replace("seeds: [0, 1]", "seeds: [x]"),
         CONFIG.replace("common:", "commn:"),
