@@ -27,7 +27,7 @@ model:
 optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9
   steps: 2000
   batch_size: 8             # slices a step, over all processes
-  lr: null                  # null: 0.1 for frozen, 0.02 for finetune
+  lr: null                  # null: 0.05 for frozen, 0.02 for finetune
   encoder_lr_factor: 1.0    # finetune: the encoder's lr over that of the rest
   weight_decay: 0.0001
 eval:
@@ -86,7 +86,7 @@ def check_config(cfg: Config) -> None:
     """Everything that is impossible whatever the data is; raises ConfigError."""
     cfg.check_choice("mode", "frozen", "finetune")
     if cfg.optim.lr is None:
-        cfg.optim["lr"] = 0.1 if cfg.mode == "frozen" else 0.02
+        cfg.optim["lr"] = 0.05 if cfg.mode == "frozen" else 0.02
     check_common(cfg)
     cfg.check_positive("boxes.min_pixels", "model.width")
 
