@@ -96,8 +96,8 @@ def labelled_slices(cfg: Config, process: Process) -> LabelledSlices:
     parts = parts_of(cfg, sets, labels, process)
     has_cases = any(len(set(part.cases)) > 1 for part in parts.values())
     if not has_cases:
-        text = "the set has no cases: each slice counts as one; if neighbours of a patient are among them, "
-        process.say(f"note: {data.root}: {text}figures are too good and intervals too narrow")
+        text = "no list has more than one case: each slice counts as one; if neighbours of a patient are"
+        process.say(f"note: {data.root}: {text} among them, figures are too good and intervals too narrow")
     found = LabelledSlices(parts, labels.kind, labels.classes, has_cases)
     check_classes(found, cfg)
     found.warnings = heed_slices(cfg, sets, found, process)

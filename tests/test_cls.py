@@ -3,17 +3,22 @@
 import csv
 import json
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from handmade import put
 
 pytest.importorskip("sklearn")
 import eval_cls
 from data import DataError
 from engine.config import ConfigError
+from models import Encoder
 
+PROJECT = Path(eval_cls.__file__).parent
 CHOSEN = "labels.columns=[liver,stomach]"
 TINY = ["encoder=random", "model.arch=tiny", "data.workers=0", "labels.min_pixels=5", "optim.batch_size=4"]
 TINY += ["optim.steps=4", "eval.every=2", "log.every=1"]
@@ -76,6 +81,17 @@ def test_fine_tuning_resumes_to_the_same_scores(phantom, tmp_path):
 
 
 @pytest.fixture
+def encoder_file(tmp_path):
+    """encoder.pth of 8-bit slices, and its card."""
+    torch.manual_seed(5)
+    torch.save(Encoder("tiny").export_state_dict(), tmp_path / "encoder.pth")
+    normalisation = {"window": [0.0, 255.0], "mean": 0.5, "std": 0.25}
+    card = {"arch": "tiny", "in_channels": 1, "normalisation": normalisation}
+    (tmp_path / "encoder.json").write_text(json.dumps(card))
+    return tmp_path / "encoder.pth"
+
+
+@pytest.fixture
 def table_set(tmp_path):
     """Eight cases of four slices, without lists; odd cases are brighter, and labels.csv says so."""
     root, rng = tmp_path / "set", np.random.default_rng(0)
@@ -111,7 +127,7 @@ def test_a_set_without_cases_says_so_once(table_set, tmp_path, capsys):
     rows = [f"{split}/{index},{label}\n" for split in ("train", "test") for index, label in names]
     (table_set / "labels.csv").write_text("slice,contrast\n" + "".join(rows))
     found = evaluate(table_set, tmp_path / "run", "mode=knn", "labels.table=labels.csv", "data.val=null")
-    assert capsys.readouterr().out.count("the set has no cases") == 1
+    assert capsys.readouterr().out.count("no list has more than one case") == 1
     assert found["slices"]["test"] == {"slices": 32, "cases": None}
     assert found["metrics"]["AUROC"]["interval"] is not None  # over slices
 
@@ -169,3 +185,42 @@ def test_a_missing_extra_is_named(phantom, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(ConfigError, match="pip install scikit-learn"):
         evaluate(phantom, tmp_path / "run", "mode=knn", CHOSEN)
+
+
+def test_two_processes_fine_tune_one_model(phantom, tmp_path, free_port):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--master_port={free_port}", "tests/tiny.py", "eval_cls.py", *TINY, f"data.root={phantom}"]
+    command += [f"run.out={tmp_path}/run", "mode=finetune", "references=[raw]", CHOSEN]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("results.json") == 1
+    rows = list(csv.reader((tmp_path / "run/scores.csv").read_text().splitlines()))
+    assert len(rows) == 7 and all(np.isfinite(float(score)) for row in rows[1:] for score in row[2:])
+
+
+def test_smaller_shares_of_the_labels_are_parts_of_larger_ones(phantom, tmp_path):
+    for fraction, cases in ((0.01, None), (0.67, 2), (1.0, 3)):
+        found = evaluate(phantom, tmp_path / str(cases), "mode=knn", f"label_fraction={fraction}", CHOSEN)
+        assert found["slices"]["train"]["cases"] == cases
+    # of one case, as the test list has here, nothing can be divided by case
+
+
+def test_from_a_file_of_medmnist_to_metrics(tmp_path, encoder_file):
+    """Slices of one of two brightnesses, as labels say; three channels, and an encoder with a card."""
+    from prepare import commands
+
+    rng, content = np.random.default_rng(0), {}
+    for part, count in (("train", 24), ("val", 8), ("test", 12)):
+        labels = rng.integers(0, 2, (count, 1), dtype=np.uint8)
+        labels[:2, 0] = 0, 1
+        noise = rng.integers(0, 60, (count, 32, 32), dtype=np.uint8)
+        content |= {f"{part}_images": noise + 120 * labels[:, :, None], f"{part}_labels": labels}
+    np.savez(tmp_path / "organ.npz", **content)
+    root = tmp_path / "set"
+    assert commands.main(["medmnist", str(tmp_path / "organ.npz"), "--out", str(root)]) == 0
+    for mode in ("knn", "logistic", "finetune"):
+        settings = [f"mode={mode}", "labels.table=labels.csv", f"encoder={encoder_file}", "model.arch=null"]
+        found = evaluate(root, tmp_path / mode, *settings, "optim.steps=30", "eval.every=10")
+        assert list(found["references"]) == ["random", "raw"]
+        assert found["metrics"]["accuracy"]["value"] > 0.8
+        assert found["slices"]["test"] == {"slices": 12, "cases": None}
