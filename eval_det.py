@@ -148,13 +148,8 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     process.barrier()
     found = detect(kept(), batches_of("test", to_images), process, "test slices")
     if process.is_main:
-        cases = [sets["test"].cases[i] for i in positions["test"]]
-        guess = [mean_boxes(truth["train"])] * len(found)
-        content = {"metrics": coco_metrics(truth["test"], found, classes, cases)}
-        content |= {"mean_boxes": coco_metrics(truth["test"], guess, classes, cases)}
-        content |= {"boxes": {split: counted(boxes, classes) for split, boxes in truth.items()}}
-        content |= {"val_AP50": best, "data": asdict(facts), "warnings": warnings}
-        table = tables(write_results(cfg, SCRIPT, content))
+        about = {"val_AP50": best, "data": asdict(facts), "warnings": warnings}
+        table = write_detection(cfg, truth, found, classes, [*sets["test"].cases], about)
         print(table, flush=True)
         with only_warning("no table.md"):
             write_whole(folder / "table.md", table + "\n")
@@ -162,6 +157,20 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
             draw(folder / "predictions.png", sets["test"], truth["test"], found, intensity, classes)
         process.say(f"{folder}: results.json, table.md, predictions.png, model.pth")
     process.barrier()
+
+
+def write_detection(
+    cfg: Config, truth: dict, found: list[Found], classes: list, cases: list, about: dict
+) -> str:
+    """results.json, with what boxes of mean place and size reach; returns the table.
+
+    truth: {split: boxes of its slices}; found, cases: of the test slices.
+    """
+    guess = [mean_boxes(truth["train"])] * len(found)
+    content = {"metrics": coco_metrics(truth["test"], found, classes, cases)}
+    content |= {"mean_boxes": coco_metrics(truth["test"], guess, classes, cases)}
+    content |= {"boxes": {split: counted(boxes, classes) for split, boxes in truth.items()}}
+    return tables(write_results(cfg, SCRIPT, content | about))
 
 
 def true_boxes(
