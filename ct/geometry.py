@@ -26,6 +26,7 @@ class Geometry:
     shape, affine    of the radiological view: (S, H, W), and 4 x 4, (slice, row, column, 1) -> (x, y, z, 1)
     file_shape, file_affine    the same of the file's own axes
     placed           whether the file says where it lies: it has a sform or qform, which is not the identity
+    doubts           [Doubt] about the files of a series
     disagreement     how many mm its sform and its qform put a voxel apart, at most; the sform is taken
     """
 
@@ -36,6 +37,7 @@ class Geometry:
     file_affine: np.ndarray
     placed: bool = True
     disagreement: float = 0.0
+    doubts: tuple = ()
 
     def positions(self, indices):
         """Voxel indices (..., 3) of the view -> mm (..., 3)."""

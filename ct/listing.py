@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ct.slices import SUFFIXES, DataError
 
-VOLUMES = (".nii.gz", ".nii")
+SCANS = (".nrrd", ".mha", ".mhd")  # read by SimpleITK
+VOLUMES = (".nii.gz", ".nii", *SCANS)
 MASKS = re.compile(r"masks?|labels?(tr|ts)?|segmentations?|seg|annotations?|ann_dir")
 # What files are called: kits/CASE/imaging.nii.gz, volume-0.nii and segmentation-0.nii, p1_ct and p1_seg.
 IMAGE_WORDS = {"image", "images", "imaging", "img", "ct", "volume", "vol", "scan"}
@@ -41,6 +42,11 @@ def files_below(folder, endings, deep=True):
     return sorted(names, key=natural_order)
 
 
+def stem_of(name):
+    """The name of a volume without its suffix."""
+    return re.sub(r"\.(nii(\.gz)?|nrrd|mh[ad])$", "", name, flags=re.IGNORECASE)
+
+
 def is_named(name, endings):
     return name[0] != "." and name.lower().endswith(endings)
 
@@ -52,7 +58,7 @@ def natural_order(name):
 
 
 def slices_and_volumes(source):
-    """The slices, and the NIfTI volumes, anywhere below a folder; or the one file: two lists of paths.
+    """The slices, and the volumes, anywhere below a folder; or the one file: two lists of paths.
 
     Raises DataError if there is none.
     """
@@ -65,7 +71,7 @@ def slices_and_volumes(source):
         for endings in (SUFFIXES, VOLUMES)
     ]
     if not any(found):
-        kinds = "neither slices (.png, .npy) nor volumes (.nii, .nii.gz)"
+        kinds = f"neither slices (.png, .npy) nor volumes ({', '.join(VOLUMES)})"
         raise DataError(f"{source}: {kinds}; give such a file or a folder of them")
     return found
 

@@ -1,6 +1,6 @@
-"""NIfTI volumes: reading them in radiological view, and writing labels back on their own grid.
+"""Volumes: reading them in radiological view, and writing labels back on their own grid, as NIfTI.
 
-nibabel is needed here and nowhere else (pip install nibabel).
+nibabel is needed for all of them (pip install nibabel), SimpleITK for what is not NIfTI, see scans.py.
 """
 
 import gzip
@@ -14,6 +14,7 @@ import numpy as np
 
 from ct.geometry import Geometry
 from ct.properties import MAX_SPACING
+from ct.scans import is_dicom, is_named_scan, open_scan
 from ct.slices import MAX_SIDE, DataError
 from engine.config import one_line
 from engine.files import written_whole
@@ -47,7 +48,8 @@ class Volume:
 
 
 def read_volume(path, axis=2, like=None):
-    """A .nii or .nii.gz as a Volume whose slices lie across `axis` (0 sagittal, 1 coronal, 2 axial).
+    """A NIfTI, NRRD or MetaImage file, or the series of a DICOM file, as a Volume whose slices lie across
+    `axis` (0 sagittal, 1 coronal, 2 axial).
 
     like: a Geometry of the same file_shape, by whose affine the file is read instead of its own.
 
@@ -58,6 +60,8 @@ def read_volume(path, axis=2, like=None):
     try:
         with np.errstate(all="ignore"):  # of scales; what comes of them is checked
             array = np.asanyarray(image.dataobj)
+    except DataError:
+        raise
     except Exception as error:  # nibabel and zlib raise many kinds on damaged files
         raise unreadable(path, error) from None
     view = nibabel.orientations.apply_orientation(array.reshape(geometry.file_shape), to_view)
@@ -78,8 +82,12 @@ def open_volume(path, axis, like=None):
     nibabel = import_nibabel()
     path = Path(path)
     try:
-        image = load(nibabel, path)
-        check_header(image, path)
+        doubts = []
+        if is_named_scan(path) or is_dicom(path):
+            image, doubts = open_scan(nibabel, path)
+        else:
+            image = load(nibabel, path)
+            check_header(image, path)
         affine = image.affine if like is None else like.file_affine
         from_file = nibabel.io_orientation(affine)
         placed = image.header["sform_code"] > 0 or image.header["qform_code"] > 0
@@ -97,7 +105,7 @@ def open_volume(path, axis, like=None):
     of_view = affine @ nibabel.orientations.inv_ornt_aff(to_view, shape)
     view_shape = tuple(shape[axis] for axis in np.argsort(to_view[:, 0]))
     placed = bool(placed) and not np.array_equal(affine, np.eye(4))
-    geometry = Geometry(path, view_shape, of_view, shape, affine, placed, disagreement(image))
+    geometry = Geometry(path, view_shape, of_view, shape, affine, placed, disagreement(image), tuple(doubts))
     mm = tuple(round(float(mm), 6) for mm in geometry.spacing())
     if not all(0 < one < MAX_SPACING for one in mm):
         raise DataError(f"{path}: its affine says that voxels have {mm} mm")
@@ -121,7 +129,7 @@ def load(nibabel, path):
     """nibabel's image of a file, which may be called .NII.GZ or .Nii as well, and packed or not whatever its
     suffix says."""
     if not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise DataError(f"{path}: not NIfTI (.nii or .nii.gz)")
+        raise DataError(f"{path}: not a volume that can be read (.nii, .nii.gz, .nrrd, .mha, .mhd, DICOM)")
     packed = is_packed(path)
     open_file = gzip.open if packed else open
     with open_file(path, "rb") as file:

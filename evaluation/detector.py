@@ -19,6 +19,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from ct.grid import Grid
+from ct.listing import stem_of
 from ct.volumes import Volume
 from engine.files import write_whole
 from engine.process import Process, progress
@@ -136,7 +137,7 @@ class BoxPredictor(Predictor):
 
     @staticmethod
     def name_of(path: Path, is_volume: bool) -> Path:
-        return (path.with_suffix("") if path.name.lower().endswith(".gz") else path).with_suffix(".json")
+        return path.with_name((stem_of(path.name) if is_volume else path.stem) + ".json")
 
     def find(self, images: Tensor, grid: Grid, own: tuple, mm: tuple | None) -> list[Found]:
         found = found_in(self.model, images, self.process)

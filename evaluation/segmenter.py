@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ct.grid import Grid
+from ct.listing import stem_of
+from ct.scans import is_named_scan
 from ct.slices import MAX_SIDE, DataError, write_png
 from ct.volumes import Volume, write_labels
 from engine.process import Process
@@ -115,7 +117,9 @@ class MaskPredictor(Predictor):
 
     @staticmethod
     def name_of(path: Path, is_volume: bool) -> Path:
-        return path if is_volume else path.with_suffix(".png")
+        if not is_volume:
+            return path.with_suffix(".png")
+        return path.with_name(stem_of(path.name) + ".nii.gz") if is_named_scan(path) else path
 
     def find(self, images: Tensor, grid: Grid, own: tuple, mm: tuple | None) -> list[np.ndarray]:
         """Labels (H, W) uint8 of each slice, on its own grid."""

@@ -11,12 +11,22 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from ct.listing import IMAGE_WORDS, LABEL_WORDS, VOLUMES, bare_name, files_below, is_named, natural_order
+from ct.listing import (
+    IMAGE_WORDS,
+    LABEL_WORDS,
+    VOLUMES,
+    bare_name,
+    files_below,
+    is_named,
+    natural_order,
+    stem_of,
+)
 from ct.properties import read_json
+from ct.scans import FEWEST, case_names, dicom_files, find_series, is_dicom, series_of
 from ct.slices import DataError
 from engine.config import one_line
 
-OTHER_VOLUMES = (".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".mgz", ".mgh", ".dcm")
+OTHER_VOLUMES = (".nhdr", ".hdr", ".mgz", ".mgh", ".dcm")
 
 
 @dataclass
@@ -244,7 +254,8 @@ def volume_files(given, words=IMAGE_WORDS):
     of which the file is taken that is called by one of `words`."""
     path = Path(given)
     if path.is_file():
-        return [File(path, stem_of(path.name))]
+        name = series_of(path).folder.resolve().name if is_dicom(path) else stem_of(path.name)
+        return [File(path, name)]
     if not path.exists() and re.search(r"[*?\[]", str(given)):
         return files_of_pattern(str(given))
     if not path.is_dir():
@@ -253,7 +264,7 @@ def volume_files(given, words=IMAGE_WORDS):
         print_names(
             f"volumes in folders below {path} (left out)", sorted({*files_below(path, VOLUMES)} - {*names})
         )
-        print_names("volumes that are not NIfTI (left out)", files_below(path, OTHER_VOLUMES, deep=False))
+        print_names("volumes of other kinds (left out)", files_below(path, OTHER_VOLUMES, deep=False))
         return [File(path / name, stem_of(name)) for name in names]
     if found := files_of_cases(path, words):
         further = [name for name in files_below(path, VOLUMES) if name.count("/") > 1]
@@ -264,16 +275,26 @@ def volume_files(given, words=IMAGE_WORDS):
         raise DataError(
             f"{path}: volumes only far below, such as {deep[0]}; give a pattern: '{path}/{likely}'"
         )
-    dicom = "; DICOM has to be converted first, see docs/COMPATIBILITY.md" if holds_dicom(path) else ""
-    raise DataError(f"{path}: no .nii or .nii.gz files there{dicom}")
+    if dicom := dicom_files(path):
+        return files_of_series(path, dicom)
+    raise DataError(f"{path}: no volumes there ({', '.join(VOLUMES)}, DICOM)")
+
+
+def files_of_series(root, dicom):
+    """One File for each CT series among DICOM files; what was left out is printed."""
+    series, left_out = find_series(dicom)
+    for text in left_out:
+        print(f"{root}: left out: {text}")
+    if not series:
+        raise DataError(f"{root}: {len(dicom)} DICOM files, but no CT series of {FEWEST} slices or more")
+    names = case_names(series, root)
+    some = ", ".join(f"{name} ({len(one.slices)} slices)" for name, one in zip(names[:5], series))
+    print(f"{root}: {len(series)} CT series: {some}{' ...' if len(series) > 5 else ''}")
+    return [File(one.path, name) for name, one in zip(names, series)]
 
 
 def is_flat(path):
     return Path(path).is_dir() and bool(files_below(path, VOLUMES, deep=False))
-
-
-def stem_of(name):
-    return re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
 
 
 def files_of_pattern(pattern):
@@ -284,7 +305,7 @@ def files_of_pattern(pattern):
     )
     paths = [Path(path) for path in sorted(paths, key=natural_order)]
     if not paths:
-        raise DataError(f"{pattern}: no .nii or .nii.gz file is called so")
+        raise DataError(f"{pattern}: no volume ({chr(44).join(VOLUMES)}) is called so")
     parts = [(*path.parts[:-1], stem_of(path.name)) for path in paths]
     if len(paths) == 1:
         places = [index for index, part in enumerate(Path(pattern).parts) if re.search(r"[*?\[]", part)]
@@ -345,14 +366,3 @@ def the_one(names, words, other_words):
         if len(wanted) == 1:
             return wanted[0]
     return None
-
-
-def holds_dicom(folder):
-    """Whether there are DICOM files, by their suffix or by what a few of them begin with."""
-    some = [path for path in sorted(folder.rglob("*"))[:50] if path.is_file()]
-    return any(path.suffix.lower() == ".dcm" or begins_as_dicom(path) for path in some)
-
-
-def begins_as_dicom(path):
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ct.plausible import Doubt, Values, heed, judge_values
 from ct.properties import HU_OFFSET, Properties, read_json, write_properties
+from ct.scans import is_dicom
 from ct.slices import DataError, whole_hu, write_png
 from ct.volumes import import_nibabel, read_volume
 from data import most_frequent
@@ -231,6 +232,7 @@ def judge_image(volume, values, options):
         text = f"{100 * share:.2g} % of the values are above {HIGHEST_HU} and stored as that"
         doubts.append(Doubt(f"{volume.path}: {text}"))
     geometry, odd = volume.geometry, []
+    doubts += geometry.doubts
     if not geometry.placed:
         odd.append("no affine, or the identity: which side is left is taken for granted")
     if geometry.disagreement > min(volume.spacing):
@@ -273,8 +275,10 @@ def made_of(pair, options):
 
 
 def file_identity(path):
-    status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
+    """By its size and time; a volume in several files (DICOM, .mhd) by those of all files beside it."""
+    together = path.suffix.lower() == ".mhd" or is_dicom(path)
+    files = [one.stat() for one in path.parent.iterdir() if one.is_file()] if together else [path.stat()]
+    return [str(path), sum(one.st_size for one in files), max(one.st_mtime_ns for one in files)]
 
 
 def to_hu(voxels, options):

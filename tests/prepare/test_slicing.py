@@ -93,13 +93,6 @@ def test_ambiguous_or_hopeless_pairing_is_refused(tmp_path):
         pair_volumes(tmp_path / "images", tmp_path / "other")
 
 
-def test_dicom_has_to_be_converted_first(tmp_path, nibabel, capsys):
-    (tmp_path / "scan/series").mkdir(parents=True)
-    (tmp_path / "scan/series/1.dcm").write_bytes(b"DICM")
-    code, _, error = run(capsys, "slice", "--images", tmp_path / "scan", "--out", tmp_path / "out")
-    assert code == 2 and "DICOM has to be converted first" in error
-
-
 @pytest.mark.parametrize(
     ("labels", "ignored"),
     [

@@ -1,0 +1,354 @@
+"""DICOM series, NRRD and MetaImage, written by SimpleITK, as slices."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from handmade import one_line_of, run
+from PIL import Image
+
+pytest.importorskip("SimpleITK")
+pytest.importorskip("nibabel")
+import SimpleITK as sitk
+
+from ct import scans
+from ct.slices import DataError, read_slice
+from ct.volumes import read_geometry, read_volume
+
+SECRET = "DOE^JANE"
+RNG = np.random.default_rng(0)
+
+
+def hu_volume(slices=6, size=(10, 8)):
+    """(S, H, W) HU with air, tissue and bone, unlike in any direction."""
+    hu = RNG.integers(-1000, 1200, (slices, *size)).astype(np.int16)
+    hu[:, :2] = -1000
+    hu[:, 2:5] = 40
+    return hu
+
+
+def write_series(folder, hu, uid="1.2.3", name="IM{:04d}", spacing=0.7, mm=2.0, first=-100.0, **changed):
+    """One file a slice of hu (S, H, W), from the feet up. changed: {tag: text, or text of each slice}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, one in enumerate(hu):
+        image = sitk.GetImageFromArray(one[None])
+        tags = {
+            "0008|0060": "CT",
+            "0010|0010": SECRET,
+            "0020|000e": uid,
+            "0008|0018": f"{uid}.{index}",
+            "0020|0013": str(index + 1),
+            "0020|0032": f"-50\\-60\\{first + mm * index}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0028|0030": f"{spacing}\\{spacing}",
+            "0018|0050": "5",
+            "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL",
+        }
+        tags |= {tag: text[index] if isinstance(text, list) else text for tag, text in changed.items()}
+        image.SetSpacing([spacing, spacing, 1])
+        for tag, text in tags.items():
+            if text is not None:
+                image.SetMetaData(tag, text)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetImageIO("GDCMImageIO")
+        writer.SetFileName(str(folder / "part.dcm"))
+        writer.Execute(image)
+        (folder / "part.dcm").rename(folder / name.format(index))
+    return folder
+
+
+def places(values):
+    return [f"-50\\-60\\{z}" for z in values]
+
+
+def slice_them(capsys, tmp_path, images, *options):
+    code, said, error = run(capsys, "slice", "--images", images, "--out", tmp_path / "set", *options)
+    assert code == 0, error
+    return tmp_path / "set", said
+
+
+def stack(root, case):
+    return np.stack([read_slice(path) for path in sorted((root / "images" / case).glob("*.png"))])
+
+
+# ---- DICOM ---------------------------------------------------------------------------------------
+
+
+def test_a_series_without_suffixes_becomes_slices_from_feet_to_head(tmp_path, capsys):
+    hu = hu_volume()
+    write_series(tmp_path / "in/patient7", hu, name="IM{:04d}")
+    root, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    assert "1 CT series: patient7 (6 slices)" in said
+    assert (stack(root, "patient7") == hu).all()
+    spacing = json.loads((root / "set.json").read_text())["spacing"]["patient7"]
+    assert spacing == [2.0, 0.7, 0.7]  # of positions, not the thickness of 5 mm
+    code, said, _ = run(capsys, "slice", "--images", tmp_path / "in", "--out", root)
+    assert code == 0 and (stack(root, "patient7") == hu).all()
+
+
+def test_files_in_any_order_and_the_rescaling_of_each(tmp_path):
+    hu = hu_volume(5)
+    folder = write_series(
+        tmp_path / "case",
+        hu,  # SimpleITK stores what gives these values by the slope and intercept
+        name="{:d}.dcm",
+        **{
+            "0028|1052": ["-1024", "0", "-500", "-1024", "7"],
+            "0028|1053": ["1"] * 5,
+            "0020|0032": places([8, 2, 4, 6, 0]),
+        },
+    )
+    volume = read_volume(folder / "0.dcm")
+    order = np.argsort([8, 2, 4, 6, 0])
+    assert (volume.array == hu[order]).all() and volume.spacing == (2.0, 0.7, 0.7)
+
+
+def test_the_grid_is_that_of_simpleitk_itself(tmp_path):
+    """Of a coronal series, turned a little: the mm of its corner voxels."""
+    cosine, sine = np.cos(0.1), np.sin(0.1)
+    row, column = (cosine, sine, 0), (0, 0, -1)
+    normal = np.cross(row, column)
+    position = ["\\".join(f"{v:.6f}" for v in np.array([10, -20, 300]) + 3 * i * normal) for i in range(4)]
+    orientation = "\\".join(f"{v:.9f}" for v in (*row, *column))
+    folder = write_series(
+        tmp_path / "case", hu_volume(4), **{"0020|0032": position, "0020|0037": orientation}
+    )
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    corners = [*itertools.product(*((0, side - 1) for side in image.GetSize()))]
+    theirs = np.array([image.TransformIndexToPhysicalPoint(corner) for corner in corners]) * [-1, -1, 1]
+    own = read_geometry(folder / "IM0000").corners()
+    assert sorted(np.round(own, 2).tolist()) == sorted(np.round(theirs, 2).tolist())
+
+
+def test_several_series_in_one_folder_and_what_is_left_out(tmp_path, capsys):
+    folder, first, second = tmp_path / "in/p1", hu_volume(), hu_volume(4)
+    write_series(folder, first, "1.2.3", "a{:d}")
+    write_series(folder, second, "1.2.4", "b{:d}")
+    write_series(folder, hu_volume(2), "1.2.5", "c{:d}")
+    write_series(folder, hu_volume(3), "1.2.6", "d{:d}", **{"0008|0008": "ORIGINAL\\PRIMARY\\LOCALIZER"})
+    write_series(folder, hu_volume(3), "1.2.7", "e{:d}", **{"0008|0060": "PT"})
+    write_series(folder, hu_volume(1), "1.2.8", "f{:d}", **{"0020|0037": None, "0020|0032": None})
+    (folder / "report").write_bytes(bytes(128) + b"DICM" + b"nothing")
+    (folder / "notes.txt").write_text("of the ward")
+    root, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    cases = sorted(path.name for path in (root / "images").iterdir() if path.is_dir())
+    assert len(cases) == 2 and all(name.startswith("p1_") and len(name) == 11 for name in cases)
+    assert sorted(len(stack(root, case)) for case in cases) == [4, 6]
+    for text in (
+        "3 files: in series of fewer",
+        "3 files: localizers",
+        "3 files: PT, not CT",
+        "1 files: no picture",
+    ):
+        assert f"left out: {text}" in said
+
+
+def test_one_series_with_two_orientations_is_two_volumes(tmp_path, capsys):
+    turned = {"0020|0037": "1\\0\\0\\0\\0\\-1", "0020|0032": [f"-50\\{3 * i}\\0" for i in range(5)]}
+    write_series(tmp_path / "in/p1", hu_volume(), name="a{:d}")
+    write_series(tmp_path / "in/p1", hu_volume(5), name="b{:d}", **turned)
+    _, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    assert "2 CT series" in said
+
+
+def test_places_that_occur_twice(tmp_path, capsys):
+    """Two acquisitions are two cases; without acquisitions the first file of a place is taken, and said."""
+    one, two = hu_volume(4), hu_volume(4)
+    for folder, numbers in ((tmp_path / "a/p1", ("1", "2")), (tmp_path / "b/p1", ("1", "1"))):
+        for hu, number, name in zip((one, two), numbers, ("x{:d}", "y{:d}")):
+            numbered = [str(i + 100 * (name == "y{:d}")) for i in range(4)]
+            write_series(folder, hu, name=name, **{"0020|0012": number, "0020|0013": numbered})
+    root, said = slice_them(capsys, tmp_path, tmp_path / "a")
+    assert "2 CT series" in said
+    code, said, _ = run(capsys, "slice", "--images", tmp_path / "b", "--out", tmp_path / "other")
+    assert code == 0 and "4 files lie where others do" in said
+    assert (stack(tmp_path / "other", "p1") == one).all()
+
+
+def test_gaps_and_uneven_places_are_said_and_large_gaps_refused(tmp_path, capsys):
+    for number, (z, message) in enumerate(
+        (
+            ([0, 2, 4, 8, 10, 12], "slices are missing (usually 2 mm apart): between 4 and 8 mm"),
+            ([0, 2, 4.2, 6, 8, 10], "unevenly spaced, 1.8 to 2.2 mm: 2 mm is taken"),
+        )
+    ):
+        write_series(tmp_path / f"in{number}/p", hu_volume(), **{"0020|0032": places(z)})
+        out = tmp_path / f"out{number}"
+        code, said, _ = run(capsys, "slice", "--images", tmp_path / f"in{number}", "--out", out)
+        assert code == 0 and message in said
+    write_series(tmp_path / "far/p", hu_volume(), **{"0020|0032": places([0, 2, 4, 14, 16, 18])})
+    code, _, error = run(capsys, "slice", "--images", tmp_path / "far", "--out", tmp_path / "out")
+    assert (
+        code == 2 and "10 mm between 4 and 14 mm: more than 3.5 times as much" in error and one_line_of(error)
+    )
+
+
+def test_a_tilted_gantry_is_said_and_stays_in_the_grid(tmp_path, capsys):
+    z = np.arange(6) * 2.0
+    tilted = [f"-50\\{-60 + 0.5 * one}\\{one}" for one in z]  # atan(0.5) = 26.6 degrees
+    write_series(tmp_path / "in/p", hu_volume(), **{"0020|0032": tilted})
+    root, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    assert "tilted by 26.6 degrees" in said
+    geometry = read_geometry(tmp_path / "in/p/IM0000")
+    last = geometry.positions((5, 0, 0))
+    assert last == pytest.approx([50, 60 - 5, 10])  # towards right and front
+
+
+def test_nobodys_name_goes_anywhere(tmp_path, capsys):
+    write_series(tmp_path / "in/p1", hu_volume())
+    write_series(tmp_path / "in/p1", hu_volume(4), "1.2.9.77", "b{:d}")
+    root, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    code, checked, error = run(capsys, "check", "--root", root)
+    written = b"".join(path.read_bytes() for path in root.rglob("*") if path.is_file())
+    for word in (SECRET, "DOE", "1.2.9.77"):
+        assert word.encode() not in written and word not in said + checked + error
+
+
+def enhanced(path, hu, z):
+    """A CT of many frames in one file, by pydicom: frames (S, H, W) at the heights z, in mm."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import Dataset, FileMetaDataset
+
+    def group(**tags):
+        one = Dataset()
+        for name, value in tags.items():
+            setattr(one, name, value)
+        return one
+
+    kind = "1.2.840.10008.5.1.4.1.1.2.1"
+    data = group(SOPClassUID=kind, SOPInstanceUID="1.2.3", Modality="CT", SeriesInstanceUID="1.2.4")
+    data.file_meta = FileMetaDataset()
+    data.file_meta.MediaStorageSOPClassUID, data.file_meta.MediaStorageSOPInstanceUID = kind, "1.2.3"
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.NumberOfFrames, data.Rows, data.Columns = hu.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
+    scale = group(RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU")
+    shared = group(
+        PixelMeasuresSequence=[group(PixelSpacing=[0.7, 0.7], SliceThickness=5)],
+        PlaneOrientationSequence=[group(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
+        PixelValueTransformationSequence=[scale],
+    )
+    data.SharedFunctionalGroupsSequence = [shared]
+    data.PerFrameFunctionalGroupsSequence = [
+        group(PlanePositionSequence=[group(ImagePositionPatient=[-50, -60, one])]) for one in z
+    ]
+    data.PixelData = (hu + 1024).astype(np.uint16).tobytes()
+    data.save_as(path, enforce_file_format=True)
+
+
+def test_a_file_of_many_frames(tmp_path):
+    hu = hu_volume(5)
+    enhanced(tmp_path / "up", hu, [0, 2, 4, 6, 8])
+    volume = read_volume(tmp_path / "up")
+    assert (volume.array == hu).all() and volume.spacing == pytest.approx((2, 0.7, 0.7))
+    (tmp_path / "up").unlink()
+    enhanced(tmp_path / "down", hu, [8, 6, 4, 2, 0])
+    assert (read_volume(tmp_path / "down").array == hu[::-1]).all()
+    (tmp_path / "down").unlink()
+    enhanced(tmp_path / "mixed", hu, [0, 4, 2, 8, 6])
+    with pytest.raises(DataError, match="many frames that are not in the order of evenly spaced places"):
+        read_volume(tmp_path / "mixed")
+
+
+def test_what_is_no_series_is_one_line(tmp_path, capsys):
+    write_series(tmp_path / "in", hu_volume(2))
+    code, _, error = run(capsys, "slice", "--images", tmp_path / "in", "--out", tmp_path / "out")
+    assert code == 2 and "2 DICOM files, but no CT series of 3 slices or more" in error and one_line_of(error)
+    code, _, error = run(capsys, "slice", "--images", tmp_path / "in/IM0000", "--out", tmp_path / "out")
+    assert code == 2 and "not a slice of a CT series" in error and one_line_of(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_simpleitk_is_asked_for_by_name(tmp_path, capsys, monkeypatch):
+    import sys
+
+    write_series(tmp_path / "in/p", hu_volume())
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    code, _, error = run(capsys, "slice", "--images", tmp_path / "in", "--out", tmp_path / "out")
+    assert code == 2 and "pip install SimpleITK" in error and one_line_of(error)
+
+
+# ---- NRRD and MetaImage --------------------------------------------------------------------------
+
+
+def itk_image(hu, spacing=(0.7, 0.8, 2.5), origin=(-50, -60, -100), direction=None):
+    image = sitk.GetImageFromArray(hu)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    if direction is not None:
+        image.SetDirection(np.ravel(direction).tolist())
+    return image
+
+
+@pytest.mark.parametrize(
+    "suffix, packed", ((".nrrd", True), (".mha", False), (".mhd", True), (".NRRD", False))
+)
+def test_images_and_labels_in_other_formats(tmp_path, capsys, suffix, packed):
+    """The same slices as from NIfTI files, which SimpleITK writes of the same images."""
+    turned = np.array([[0, -1, 0], [-1, 0, 0], [0, 0, -1.0]])
+    hu, labels = hu_volume(12), RNG.integers(0, 3, (12, 10, 8)).astype(np.uint8)
+    for folder, ending in (("x", suffix), ("nifti", ".nii.gz")):
+        for part, array in (("images", hu), ("labels", labels)):
+            place = tmp_path / folder / part
+            place.mkdir(parents=True)
+            written = place / f"case1{ending.lower()}"
+            sitk.WriteImage(itk_image(array, direction=turned), str(written), packed)
+            written.rename(place / f"case1{ending}")
+        options = ["--images", tmp_path / folder / "images", "--labels", tmp_path / folder / "labels"]
+        code, _, error = run(capsys, "slice", *options, "--out", tmp_path / folder / "set")
+        assert code == 0, error
+    sets = [tmp_path / folder / "set" for folder in ("x", "nifti")]
+    files = sorted(path.relative_to(sets[0]) for path in sets[0].rglob("*.png"))
+    assert len(files) == 24
+    for name in files:
+        assert (np.asarray(Image.open(sets[0] / name)) == np.asarray(Image.open(sets[1] / name))).all()
+    about = [json.loads((root / "set.json").read_text()) for root in sets]
+    assert about[0]["spacing"]["case1"] == pytest.approx(about[1]["spacing"]["case1"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    (
+        (lambda hu: sitk.GetImageFromArray(hu[0]), "three dimensions"),
+        (lambda hu: sitk.GetImageFromArray(hu, isVector=True), "three dimensions"),
+        (lambda hu: sitk.GetImageFromArray(hu.astype(complex)), "three dimensions"),
+    ),
+)
+def test_what_is_no_volume_of_numbers(tmp_path, make, message):
+    sitk.WriteImage(make(hu_volume()), str(tmp_path / "a.mha"))
+    with pytest.raises(DataError, match=message):
+        read_volume(tmp_path / "a.mha")
+
+
+def test_damaged_headers_are_one_line(tmp_path):
+    path = tmp_path / "a.mhd"
+    sitk.WriteImage(itk_image(hu_volume()), str(path))
+    text = path.read_text()
+    for old, new, message in (
+        ("8 10 6", "8 10 60000", "1 to|too short"),
+        ("8 10 6", "8000 8000 8000", "too short"),
+        ("a.raw", "../a.raw", "no file beside it"),
+        ("a.raw", "b.raw", "no file beside it"),
+        ("MET_SHORT", "MET_NOTHING", "not a readable volume|three dimensions"),
+        ("0.69999999999999996", "0", "affine|mm|readable"),
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(DataError, match=message) as raised:
+            read_volume(path)
+        assert "\n" not in str(raised.value)
+    path.write_text(text)
+    (tmp_path / "a.raw").write_bytes(b"short")
+    with pytest.raises(DataError):
+        read_volume(path)
+
+
+def test_voxels_are_read_only_when_they_are_wanted(tmp_path, monkeypatch):
+    sitk.WriteImage(itk_image(hu_volume()), str(tmp_path / "a.nrrd"))
+    monkeypatch.setattr(scans.Voxels, "__array__", lambda *_: pytest.fail("read"))
+    assert read_geometry(tmp_path / "a.nrrd").spacing() == pytest.approx([2.5, 0.8, 0.7])
