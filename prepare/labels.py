@@ -1,6 +1,7 @@
 """Label volumes: which ids they hold, where they lie, what becomes of them; and how classes are called."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from ct.plausible import Doubt, heed
 from ct.properties import checked_names, class_names, read_json
 from ct.slices import IGNORE, DataError
 from ct.volumes import read_geometry, read_volume
-from prepare.pairing import dataset_json, print_names
+from prepare.pairing import dataset_json, organ_files, print_names
 
 NEARLY = 0.01  # labels that are off a whole number by less, as a scaled header leaves them, are rounded
 HIGHEST = 65535  # id that a label map may name
@@ -29,14 +30,34 @@ def scan_labels(pair, options):
 
 def read_labels(path, image, options):
     """The labels as a Volume, and what is doubtful about where they lie. image: the Geometry of the image."""
-    volume = read_volume(path, options.axis)
+    volume = read_joined(path, options)
     doubts = judge_geometry(image, volume.geometry)
     if not doubts:
         return volume, []
     if options.ignore_geometry and volume.geometry.file_shape == image.file_shape:
         doubts = [Doubt(f"{doubt.text}; taken voxel by voxel all the same") for doubt in doubts]
-        return read_volume(path, options.axis, like=image), doubts
+        return read_joined(path, options, like=image), doubts
     return volume, judge_geometry(image, volume.geometry, share_inside(volume.array, volume.geometry, image))
+
+
+def read_joined(path, options, like=None):
+    """Labels as a Volume: of a file, or of a folder with a file for each organ, in which a voxel has the
+    number of its class, the lowest where organs overlap."""
+    if not path.is_dir():
+        return read_volume(path, options.axis, like)
+    joined = None
+    for name, file in reversed(organ_files(path, options.organs).items()):
+        volume = read_volume(file, options.axis, like)
+        if joined is None:
+            joined = replace(volume, array=np.zeros(volume.array.shape, np.uint8))
+        elif not is_same_grid(joined.geometry, volume.geometry):
+            raise DataError(f"{file}: on another grid than {joined.path.name} beside it")
+        for here, one in zip(joined.array, volume.array):
+            inside = one > 0.5
+            if (np.abs(one - inside) > NEARLY).any():
+                raise DataError(f"{file}: the file of one organ must hold 0 and 1 only")
+            here[inside] = options.organs.index(name)
+    return joined
 
 
 def heed_geometry(doubts, image, volume, say):

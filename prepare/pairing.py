@@ -44,16 +44,17 @@ class File:
     name: str
 
 
-def pair_volumes(images, labels, by=None, channels=None):
+def pair_volumes(images, labels, by=None, channels=None, organs=None):
     """The `Pair`s of two files, folders or patterns; what was concluded from names is printed.
 
     by        "name" or "number", the last one in a name; None: by name where any two are the same
     channels  how many files an image has, CASE_0000, CASE_0001 ..., of which the first is taken; 1: every
               file is an image; None: what dataset.json, the labels or several such cases say
+    organs    names of classes: a folder with a file for two of them or more is the labels of a case
 
     Raises DataError where nothing, or more than one thing, can be meant.
     """
-    image_files, label_files = image_and_label_files(images, labels)
+    image_files, label_files = image_and_label_files(images, labels, organs)
     if Path(images).is_file() and len(label_files) == 1:
         own = Pair(without_channel(image_files[0].name), image_files[0].path, label_files[0].path)
         if not Path(labels).is_file():
@@ -233,8 +234,10 @@ def dataset_json(images):
 # ---- Files, folders and patterns -----------------------------------------------------------------
 
 
-def image_and_label_files(images, labels):
+def image_and_label_files(images, labels, organs):
     """The Files that --images and --labels name; where both are one folder, by what files are called."""
+    if found := organ_folders(labels, organs):
+        return volume_files(images, IMAGE_WORDS), found
     if labels and is_flat(images) and Path(images).resolve() == Path(labels).resolve():
         files = volume_files(images)
         are_labels = [bool(words_of(file.name) & LABEL_WORDS) for file in files]
@@ -272,8 +275,9 @@ def volume_files(given, words=IMAGE_WORDS):
         return found
     if deep := files_below(path, VOLUMES):
         likely = "/".join(["*"] * deep[0].count("/") + [Path(deep[0]).name])
+        organs = "; a file for each organ needs --classes" if words is LABEL_WORDS else ""
         raise DataError(
-            f"{path}: volumes only far below, such as {deep[0]}; give a pattern: '{path}/{likely}'"
+            f"{path}: volumes only far below, such as {deep[0]}; give a pattern: '{path}/{likely}'{organs}"
         )
     if dicom := dicom_files(path):
         return files_of_series(path, dicom)
@@ -291,6 +295,40 @@ def files_of_series(root, dicom):
     some = ", ".join(f"{name} ({len(one.slices)} slices)" for name, one in zip(names[:5], series))
     print(f"{root}: {len(series)} CT series: {some}{' ...' if len(series) > 5 else ''}")
     return [File(one.path, name) for name, one in zip(names, series)]
+
+
+def organ_folders(labels, organs):
+    """The folders, at most two below --labels, with a file for each organ, as the Files of their cases."""
+    if not organs or not labels or not Path(labels).is_dir():
+        return []
+    root, found = Path(labels), []
+    for depth in ("", "*", "*/*"):
+        for folder in sorted(root.glob(depth) if depth else [root], key=lambda one: natural_order(str(one))):
+            if folder.is_dir() and len(organ_files(folder, organs)) > 1:
+                inside = folder.relative_to(root).parts
+                found.append(File(folder, inside[0] if inside else root.resolve().name))
+    if found:
+        files = organ_files(found[0].path, organs)
+        example = ", ".join(path.name for path in [*files.values()][:3])
+        print(f"{root}: a file for each organ ({example}, ...); where they overlap the first class counts")
+        others = [path.name for path in volumes_in(found[0].path) if path not in files.values()]
+        print_names("files that no class is called by (background)", others)
+        print_names("classes without a file", [name for name in organs[1:] if name not in files])
+    return found
+
+
+def organ_files(folder, organs):
+    """{class: its file}, by the words of both names, in any order: kidney_left is left kidney."""
+    by_words = {words_of_organ(stem_of(path.name)): path for path in volumes_in(folder)}
+    return {name: by_words[words_of_organ(name)] for name in organs[1:] if words_of_organ(name) in by_words}
+
+
+def volumes_in(folder):
+    return [folder / name for name in files_below(folder, VOLUMES, deep=False)]
+
+
+def words_of_organ(name):
+    return frozenset(word.removesuffix("s") for word in re.findall("[a-z0-9]+", name.lower()))
 
 
 def is_flat(path):

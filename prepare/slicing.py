@@ -50,6 +50,7 @@ class Options:
     hu_offset: float
     ignore_values: bool
     ignore_geometry: bool
+    organs: list | None = None  # class names, where labels are folders with a file for each
 
 
 def slice_volumes(args):
@@ -60,10 +61,13 @@ def slice_volumes(args):
     takes the set for complete.
     """
     import_nibabel()
-    pairs = pair_volumes(args.images, args.labels, args.pair, args.channels)
     names, label_map = names_and_map(args)
+    organs = names if label_map is None else None
+    pairs = pair_volumes(args.images, args.labels, args.pair, args.channels, organs)
     split = read_split(args.split, [pair.case for pair in pairs if pair.labels])
-    options = Options(args.axis, label_map, args.hu_offset, args.ignore_values, args.ignore_geometry)
+    organs = names if any(pair.labels and pair.labels.is_dir() for pair in pairs) else None
+    insisting = (args.ignore_values, args.ignore_geometry)
+    options = Options(args.axis, label_map, args.hu_offset, *insisting, organs)
     out = Path(args.out)
     check_out(args, pairs, options, out)
     ids, failed = all_ids(pairs, options, out, args.workers)
@@ -275,9 +279,10 @@ def made_of(pair, options):
 
 
 def file_identity(path):
-    """By its size and time; a volume in several files (DICOM, .mhd) by those of all files beside it."""
-    together = path.suffix.lower() == ".mhd" or is_dicom(path)
-    files = [one.stat() for one in path.parent.iterdir() if one.is_file()] if together else [path.stat()]
+    """By its size and time; what is in several files (DICOM, .mhd, organs) by those of all beside it."""
+    folder = path.parent if path.suffix.lower() == ".mhd" or is_dicom(path) else path
+    together = folder.iterdir() if folder.is_dir() else [path]
+    files = [one.stat() for one in together if one.is_file()]
     return [str(path), sum(one.st_size for one in files), max(one.st_mtime_ns for one in files)]
 
 

@@ -478,3 +478,60 @@ def test_a_label_of_255_is_said_to_be_ignored(bench):
 def test_classes_that_no_volume_holds_are_said(bench):
     bench.labels(two_organs() * np.uint8(2))
     assert "classes that no volume holds: 2: 1 (class 1), 3 (class 3)" in bench.succeeds()
+
+
+# ---- A file for each organ -----------------------------------------------------------------------
+
+
+def organs_of_cases(nibabel, root, below="segmentations", kind=np.uint8):
+    """TotalSegmentator's layout of two cases; the label volume (X, Y, Z) that BTCV's names should give."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for case in ("s1", "s2"):
+        ct = rng.integers(-1000, 500, (8, 9, 12)).astype(np.int16)
+        save_volume(nibabel, root / case / "ct.nii.gz", ct)
+        spleen, kidney, vein = (rng.random((8, 9, 12)) < 0.3 for _ in range(3))
+        for name, mask in (
+            ("spleen", spleen),
+            ("kidney_left", kidney),
+            ("portal_vein_and_splenic_vein", vein),
+        ):
+            save_volume(nibabel, root / case / below / f"{name}.nii.gz", mask.astype(kind))
+        save_volume(nibabel, root / case / below / "rib_left_1.nii.gz", spleen.astype(kind))
+        found[case] = np.where(spleen, 1, np.where(kidney, 3, np.where(vein, 10, 0)))
+    return found
+
+
+@pytest.mark.parametrize("kind", (np.uint8, np.float64))
+def test_a_file_for_each_organ_is_joined(tmp_path, nibabel, capsys, kind):
+    truth = organs_of_cases(nibabel, tmp_path / "in", kind=kind)
+    where = ("slice", "--images", tmp_path / "in", "--labels", tmp_path / "in", "--out", tmp_path / "out")
+    code, said, error = run(capsys, *where, "--classes", "btcv", "--ignore-values")
+    assert code == 0, error
+    assert "where they overlap the first class counts" in said
+    assert "files that no class is called by (background): 1: rib_left_1.nii.gz" in said
+    assert "classes without a file: 10: right kidney, gallbladder" in said
+    for case, expected in truth.items():
+        masks = sorted((tmp_path / "out/masks" / case).glob("*.png"))
+        stack = np.stack([read_mask(path) for path in masks])  # (Z, Y, X), turned
+        assert sorted(np.bincount(stack.ravel(), minlength=14)) == sorted(
+            np.bincount(expected.ravel(), minlength=14)
+        )
+        assert stack.tolist() == [one.T[::-1, ::-1].tolist() for one in np.moveaxis(expected, 2, 0)]
+    code, said, _ = run(capsys, *where, "--classes", "btcv", "--ignore-values")
+    assert code == 0
+
+
+def test_organ_files_that_do_not_fit(tmp_path, nibabel, capsys):
+    organs_of_cases(nibabel, tmp_path / "in")
+    where = ("slice", "--images", tmp_path / "in", "--labels", tmp_path / "in", "--out", tmp_path / "out")
+    code, _, error = run(capsys, *where, "--ignore-values")
+    assert code == 2 and one_line_of(error)
+    one = tmp_path / "in/s1/segmentations/spleen.nii.gz"
+    for array, message in (
+        (np.full((8, 9, 12), 2, np.uint8), "must hold 0 and 1 only"),
+        (np.ones((8, 9, 11), np.uint8), "on another grid"),
+    ):
+        save_volume(nibabel, one, array)
+        code, _, error = run(capsys, *where, "--classes", "btcv", "--ignore-values")
+        assert code == 2 and message in error
