@@ -38,7 +38,7 @@ from ct.layout import (
     split_folder,
     without_suffix,
 )
-from ct.plausible import AS_STORED, Doubt, Values, judge_values, judge_window
+from ct.plausible import AS_STORED, Doubt, Values, judge_spacings, judge_values, judge_window
 from ct.properties import (
     HU_OFFSET,
     KINDS,
@@ -407,6 +407,7 @@ def judge(dataset, given_window, intensity):
         doubts = judge_values(values, dataset.root, mend, AS_STORED)
     if values.lowest == values.highest:
         doubts = [Doubt(f"{dataset.root}: all values are {values.lowest:g}: nothing to learn", fatal=True)]
+    doubts += judge_spacings(dataset.spacing_on_grid(), dataset.root)
     return doubts + judge_window(values, intensity.window, dataset.root)
 
 

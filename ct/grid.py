@@ -37,13 +37,8 @@ class Grid:
         height, width, top, left = self.placement(own, mm)
         if (height, width) == own == self.size:
             return image
-        pixels = image.reshape(1, -1, *own).float()
-        if nearest:
-            scaled = F.interpolate(pixels, (height, width), mode="nearest-exact")
-        else:
-            scaled = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
         out = image.new_full((*image.shape[:-2], *self.size), fill)
-        out[..., top : top + height, left : left + width] = scaled.view(*image.shape[:-2], height, width)
+        out[..., top : top + height, left : left + width] = scaled(image, (height, width), nearest)
         return out
 
     def back(self, labels, own, mm=None):
@@ -52,9 +47,7 @@ class Grid:
         inside = labels[..., top : top + height, left : left + width]
         if tuple(inside.shape[-2:]) == tuple(own):
             return inside
-        pixels = inside.reshape(1, -1, height, width).float()
-        on_own = F.interpolate(pixels, tuple(own), mode="nearest-exact")
-        return on_own.view(*labels.shape[:-2], *own).to(labels.dtype)
+        return scaled(inside, tuple(own), nearest=True).to(labels.dtype)
 
     def boxes_back(self, boxes, own, mm=None):
         """Boxes (n, 4), x0 y0 x1 y1 in px on the grid -> on a slice's own one, cut off at its
@@ -89,3 +82,14 @@ class Grid:
         """How many mm apart rows and columns of a slice are once it fits into the grid."""
         height, width, *_ = self.placement(own)
         return mm[0] * own[0] / height, mm[1] * own[1] / width
+
+
+def scaled(image, size, nearest=False):
+    """An image (h, w), or a stack (S, h, w), at another size, float32: edges stay where they are. Bilinear,
+    over a wider range where it shrinks, or the nearest pixel."""
+    pixels = image.reshape(1, -1, *image.shape[-2:]).float()
+    if nearest:
+        found = F.interpolate(pixels, size, mode="nearest-exact")
+    else:
+        found = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+    return found.view(*image.shape[:-2], *size)

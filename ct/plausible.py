@@ -198,15 +198,16 @@ def judge_window(values, window, where):
 
 
 def judge_spacings(spacing, where):
-    """Whether pixels of a set's cases differ in size. spacing: {case: (slice, row, column) mm}."""
-    doubts = []
+    """Whether pixels of a set's cases differ in size: one [Doubt] or []. spacing: {case: (slice, row,
+    column) mm}."""
     for name, axis in (("rows", 1), ("columns", 2)):
         sizes = {case: mm[axis] for case, mm in spacing.items()}
         small, large = (end(sizes, key=sizes.get, default=None) for end in (min, max))
         if sizes and sizes[large] > SPACING_TOLERANCE * sizes[small]:
             text = f"{name} from {sizes[small]:.3g} mm ({small}) to {sizes[large]:.3g} mm ({large}) apart"
-            doubts.append(Doubt(f"{where}: {text}: organs differ in size by that"))
-    return doubts
+            mend = "data.py slice --spacing MM brings them to one"
+            return [Doubt(f"{where}: {text}: organs differ in size by that; {mend}")]
+    return []
 
 
 def judge_known_spacing(spacing, cases, where):

@@ -245,6 +245,9 @@ def parse(argv):
     sub.add_argument(
         "--axis", type=int, choices=(0, 1, 2), default=2, help="0 sagittal, 1 coronal, 2 axial slices"
     )
+    sub.add_argument(
+        "--spacing", type=positive, metavar="MM", help="resample slices in their plane to pixels of this size"
+    )
     sub.add_argument("--pair", choices=("name", "number"), help="what an image and its labels have in common")
     sub.add_argument(
         "--channels",
@@ -290,6 +293,12 @@ def parse(argv):
 def finite(text):
     if not math.isfinite(value := float(text)):
         raise argparse.ArgumentTypeError(f"{text} is no number")
+    return value
+
+
+def positive(text):
+    if (value := finite(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 

@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from ct.grid import scaled
 from ct.plausible import Doubt, Values, heed, judge_values
 from ct.properties import HU_OFFSET, Properties, read_json, write_properties
 from ct.scans import is_dicom
-from ct.slices import DataError, whole_hu, write_png
+from ct.slices import MAX_SIDE, DataError, whole_hu, write_png
 from ct.volumes import import_nibabel, read_volume
 from data import most_frequent
 from engine.config import ConfigError
@@ -51,6 +53,9 @@ class Options:
     ignore_values: bool
     ignore_geometry: bool
     organs: list | None = None  # class names, where labels are folders with a file for each
+    spacing: float | None = (
+        None  # mm between rows and columns, to which slices are resampled; None: as they are
+    )
 
 
 def slice_volumes(args):
@@ -67,7 +72,7 @@ def slice_volumes(args):
     split = read_split(args.split, [pair.case for pair in pairs if pair.labels])
     organs = names if any(pair.labels and pair.labels.is_dir() for pair in pairs) else None
     insisting = (args.ignore_values, args.ignore_geometry)
-    options = Options(args.axis, label_map, args.hu_offset, *insisting, organs)
+    options = Options(args.axis, label_map, args.hu_offset, *insisting, organs, args.spacing)
     out = Path(args.out)
     check_out(args, pairs, options, out)
     ids, failed = all_ids(pairs, options, out, args.workers)
@@ -208,14 +213,17 @@ def slice_case(pair, ids, options, out):
     labels, doubts = read_labels(pair.labels, geometry, options) if pair.labels else (None, [])
     if labels:
         heed_geometry(doubts, geometry, labels, notes.append)
-    write_slices(out, "images", pair.case, (stored_slice(to_hu(one, options)) for one in volume.array))
-    record = {"made_of": made_of(pair, options), "spacing": volume.spacing, "slices": geometry.shape[0]}
-    record |= {"size": geometry.shape[1:], "labelled": None, "ids": ids or [], "notes": notes}
+    size, spacing = target_grid(geometry.shape[1:], volume.spacing, options)
+    slices = (resampled(whole_hu(to_hu(one, options)), size) for one in volume.array)
+    write_slices(out, "images", pair.case, map(stored_slice, slices))
+    record = {"made_of": made_of(pair, options), "spacing": spacing, "slices": geometry.shape[0]}
+    record |= {"size": size, "labelled": None, "ids": ids or [], "notes": notes}
     record |= {"lowest": float(values.lowest)}
     del volume
     if labels:
         record["labelled"] = []
-        masks = noting(mask_slices(labels, geometry, options.label_map), record["labelled"])
+        masks = mask_slices(labels, geometry, options.label_map)
+        masks = noting((resampled(mask, size, nearest=True) for mask in masks), record["labelled"])
         write_slices(out, "masks", pair.case, masks)
         if not record["labelled"] and targets_of(ids, options.label_map) - {0}:
             text = f"none of its labelled voxels is the nearest one of a voxel of {pair.image}"
@@ -224,6 +232,26 @@ def slice_case(pair, ids, options, out):
         remove_own(contents(out / "masks" / pair.case), SLICE, record_folder(out, pair.case))
     write_whole(path, json.dumps(record), SLICE)
     return record
+
+
+def target_grid(size, spacing, options):
+    """The (H, W) px of a case's slices as they are written, and their (slice, row, column) mm."""
+    if options.spacing is None:
+        return size, spacing
+    new = tuple(max(1, round(side * mm / options.spacing)) for side, mm in zip(size, spacing[1:]))
+    if max(new) > MAX_SIDE:
+        raise DataError(
+            f"--spacing {options.spacing:g}: slices of {new} px; at most {MAX_SIDE} px can be read"
+        )
+    mm = (side * apart / side_now for side, apart, side_now in zip(size, spacing[1:], new))
+    return new, (spacing[0], *(round(one, 6) for one in mm))
+
+
+def resampled(image, size, nearest=False):
+    """A slice or mask (H, W) at another size, in its own dtype."""
+    if image.shape == size:
+        return image
+    return scaled(torch.from_numpy(image), size, nearest).numpy().astype(image.dtype)
 
 
 def judge_image(volume, values, options):

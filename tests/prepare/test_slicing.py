@@ -350,3 +350,44 @@ def test_real_labels_without_their_affine_or_moved(tmp_path, nibabel, capsys):
     code, text, masks = sliced("moved")
     assert code == 0 and "first voxel 0, 0, 9 mm off" in text
     assert np.array_equal(masks[3:], right[:-3]) and not np.any(masks[:3])
+
+
+@pytest.mark.parametrize("spacing", (0.5, 0.8, 1.9))
+def test_slices_on_another_spacing_are_those_of_simpleitk(tmp_path, nibabel, capsys, spacing):
+    """Its linear interpolation where pixels become finer, and nearest labels; where they become coarser, the
+    smooth slice is the same up to what both do at edges."""
+    sitk = pytest.importorskip("SimpleITK")
+    x, y, _ = np.meshgrid(np.linspace(0, 1, 40), np.linspace(0, 1, 30), np.arange(12), indexing="ij")
+    hu = (-300 + 600 * np.sin(3 * x) * np.cos(2 * y)).astype(np.int16)
+    labels = (np.hypot(x - 0.5, y - 0.4) < 0.3).astype(np.uint8)
+    affine = np.diag([-0.8, -1.1, 3, 1])
+    for name, array in (("ct", hu), ("seg", labels)):
+        save_volume(nibabel, tmp_path / f"{name}.nii.gz", array, affine)
+    options = ("--images", tmp_path / "ct.nii.gz", "--labels", tmp_path / "seg.nii.gz", "--spacing", spacing)
+    code, _, error = run(capsys, "slice", *options, "--out", tmp_path / "out", "--ignore-values")
+    assert code == 0, error
+    about = json.loads((tmp_path / "out/set.json").read_text())
+    height, width = about["size"]
+    assert (height, width) == (round(30 * 1.1 / spacing), round(40 * 0.8 / spacing))
+    mm = about["spacing"]["ct"]
+    assert mm == pytest.approx([3, 33 / height, 32 / width], rel=1e-5)
+    for part, array, how in (("images", hu, sitk.sitkLinear), ("masks", labels, sitk.sitkNearestNeighbor)):
+        image = sitk.GetImageFromArray(array[:, :, 5].T.astype(np.float32))
+        image.SetSpacing((0.8, 1.1))
+        origin = [(mm[2] - 0.8) / 2, (mm[1] - 1.1) / 2]  # edges stay where they are
+        new = sitk.Resample(
+            image, (width, height), sitk.Transform(), how, origin, (mm[2], mm[1]), (1, 0, 0, 1), 0
+        )
+        expected = sitk.GetArrayFromImage(new)[2:-2, 2:-2]
+        path = tmp_path / f"out/{part}/ct/0005.png"
+        found = read_slice(path) if part == "images" else read_mask(path)
+        difference = np.abs(found[2:-2, 2:-2] - expected)
+        if part == "masks":
+            assert (difference > 0).mean() < 0.01  # half-way between two pixels either is nearest
+        else:
+            assert difference.max() <= (1 if spacing < 0.8 else 15)
+
+
+def test_a_spacing_that_is_none_is_refused(tmp_path, capsys):
+    code, _, error = run(capsys, "slice", "--images", tmp_path, "--out", tmp_path / "out", "--spacing", "0")
+    assert code == 2 and "0 is not above 0" in error
