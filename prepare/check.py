@@ -14,6 +14,7 @@ from ct.listing import files_below
 from ct.plausible import (
     AS_STORED,
     LIMIT,
+    PADDING,
     Doubt,
     Values,
     histogram,
@@ -29,7 +30,7 @@ from ct.plausible import (
     judge_window,
 )
 from ct.properties import assumed, class_names, read_properties, reading_of
-from ct.slices import IGNORE, DataError, in_threads, mask_mapping, read_mask
+from ct.slices import AIR, IGNORE, DataError, in_threads, mask_mapping, read_mask
 from data import default_window
 from engine.config import one_line
 
@@ -273,10 +274,10 @@ def print_sizes(summary):
 
 def print_values(summary, some_held_out):
     """Statistics of the values; those after the window are what data.mean and data.std are meant to be."""
-    counts = summary.values.counts
+    _, kind = summary.most() if summary.sizes else (None, None)
+    counts = padding_as_air(summary.values.counts) if kind == "hu" else summary.values.counts
     if not counts.any():
         return
-    _, kind = summary.most()
     unit = "HU" if kind == "hu" else "value"
     values = np.arange(-LIMIT, LIMIT + 1)
     mean, std = mean_std(values, counts)
@@ -298,6 +299,19 @@ def print_values(summary, some_held_out):
     unit_values = ((values - window[0]) / (window[1] - window[0])).clip(0, 1)
     mean, std = mean_std(unit_values, counts)
     print(f"for a config: data.window=[{window[0]:g},{window[1]:g}] data.mean={mean:.4f} data.std={std:.4f}")
+
+
+def padding_as_air(counts):
+    """The histogram of Values with what scanners write outside their field of view counted as air; said."""
+    first, air = PADDING + LIMIT, int(AIR["hu"]) + LIMIT
+    padding = counts[:first].sum()
+    if not padding or padding == counts.sum():
+        return counts
+    print(f"{100 * padding / counts.sum():.2g} % of the values are below {PADDING}, padding: counted as air")
+    counts = counts.copy()
+    counts[:first] = 0
+    counts[air] += padding
+    return counts
 
 
 def mean_std(values, counts):

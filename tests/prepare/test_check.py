@@ -233,3 +233,20 @@ def test_hidden_files_are_no_lists(tmp_path, capsys):
     (tmp_path / "._mine.txt").write_bytes(b"\0\5\x16\7\xff")
     code, output, _ = run(capsys, "check", "--root", tmp_path)
     assert code == 0 and f"mine.txt: {len(names)} slices" in output
+
+
+def test_padding_counts_as_air(tmp_path, capsys):
+    """-3024 outside of the scanner's circle, as .npy keeps it: the same statistics as with air there."""
+    rng, said = np.random.default_rng(0), []
+    for padding in (-3024, -1024):
+        root = tmp_path / str(padding)
+        for index in range(3):
+            hu = rng.integers(-1000, 400, (20, 20)).astype(np.int16)
+            hu[:5] = padding
+            (root / "images/c").mkdir(parents=True, exist_ok=True)
+            np.save(root / f"images/c/{index}.npy", hu)
+        rng = np.random.default_rng(0)
+        code, output, _ = run(capsys, "check", "--root", root)
+        said.append([line for line in output.splitlines() if line.startswith(("HU", "for a config"))])
+        assert ("25 % of the values are below -1500, padding: counted as air" in output) == (padding < -1500)
+    assert said[0] == said[1] and "from -1024 to" in said[0][0]
