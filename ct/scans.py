@@ -10,7 +10,9 @@ header only what says where pixels lie is looked at: names and dates of patients
 import glob
 import hashlib
 import os
+import sys
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -84,9 +86,20 @@ def import_simpleitk():
     return SimpleITK
 
 
-def unreadable(path, error):
-    reason = str(error).strip().splitlines()[-1:] or ["no reason given"]
-    return DataError(f"{path}: not a readable volume ({one_line(reason[0], 200)})")
+@contextmanager
+def reading(path):
+    """Around SimpleITK: its errors become a DataError, and what it writes to stderr itself is dropped."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, MemoryError):
+        raise DataError(f"{path}: not a readable volume, or damaged") from None
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 # ---- Which files are series of a CT --------------------------------------------------------------
@@ -142,13 +155,13 @@ def read_header(path):
     reader.SetFileName(str(path))
     reader.SetImageIO("GDCMImageIO")
     try:
-        reader.ReadImageInformation()
-        keys = {*reader.GetMetaDataKeys()}
-        header = {name: reader.GetMetaData(tag).strip() for name, tag in TAGS.items() if tag in keys}
-        size, spacing = reader.GetSize(), reader.GetSpacing()
-        grey = reader.GetNumberOfComponents() == 1
-    except RuntimeError:  # a report, a presentation state, or damaged
+        with reading(path):
+            reader.ReadImageInformation()
+            keys = {*reader.GetMetaDataKeys()}
+            header = {name: reader.GetMetaData(tag).strip() for name, tag in TAGS.items() if tag in keys}
+    except DataError:  # a report, a presentation state, or damaged
         return {}
+    size, spacing, grey = reader.GetSize(), reader.GetSpacing(), reader.GetNumberOfComponents() == 1
     header = dict.fromkeys(TAGS, "") | header | {"size": size[:2], "grey": grey}
     header["frames"] = int(header["frames"]) if header["frames"].isdigit() else 1
     header["even"] = spacing != (1, 1, 1)  # what SimpleITK says of frames in no order, or without places
@@ -329,10 +342,8 @@ def open_series(nibabel, series):
 
 def read_pixels(sitk, path, size):
     """(columns, rows) of one file, its rescale slope and intercept applied."""
-    try:
+    with reading(path):
         pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(path), imageIO="GDCMImageIO"))
-    except RuntimeError as error:
-        raise unreadable(path, error) from None
     if pixels.shape != (1, *size[::-1]):
         raise DataError(f"{path}: {pixels.shape} pixels for the {size} of its header")
     return pixels[0].T
@@ -354,7 +365,7 @@ def open_file(nibabel, path, io):
         reader.SetImageIO(io)
     else:
         refuse_other_data_file(path)
-    try:
+    with reading(path):
         reader.ReadImageInformation()
         shape, components = reader.GetSize(), reader.GetNumberOfComponents()
         affine = np.eye(4)
@@ -364,15 +375,11 @@ def open_file(nibabel, path, io):
             affine[:3, 3] = reader.GetOrigin()[:3]
         one = sitk.Image([1] * 2, reader.GetPixelID(), components)
         dtype = sitk.GetArrayViewFromImage(one).dtype if components == 1 else None
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise unreadable(path, error) from None
     check_header(path, shape, dtype)
 
     def read():
-        try:
+        with reading(path):
             return sitk.GetArrayFromImage(reader.Execute()).T
-        except RuntimeError as error:
-            raise unreadable(path, error) from None
 
     return as_nifti(nibabel, Voxels(tuple(shape), dtype, read), TO_RAS @ affine)
 

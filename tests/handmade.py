@@ -93,3 +93,41 @@ def affines(nibabel):
     oblique = np.eye(4)
     oblique[:3, :3] = euler2mat(0.2, -0.15, 0.1) @ np.diag([-1, 1, -1]) @ zooms
     yield "oblique", oblique
+
+
+# ---- DICOM ---------------------------------------------------------------------------------------
+
+SECRET = "DOE^JANE"  # the patient's name
+
+
+def write_series(folder, hu, uid="1.2.3", name="IM{:04d}", spacing=0.7, mm=2.0, first=-100.0, **changed):
+    """One file a slice of hu (S, H, W), from the feet up. changed: {tag: text, or text of each slice}."""
+    import SimpleITK as sitk
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, one in enumerate(hu):
+        image = sitk.GetImageFromArray(one[None])
+        tags = {
+            "0008|0060": "CT",
+            "0010|0010": SECRET,
+            "0020|000e": uid,
+            "0008|0018": f"{uid}.{index}",
+            "0020|0013": str(index + 1),
+            "0020|0032": f"-50\\-60\\{first + mm * index}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0028|0030": f"{spacing}\\{spacing}",
+            "0018|0050": "5",
+            "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL",
+        }
+        tags |= {tag: text[index] if isinstance(text, list) else text for tag, text in changed.items()}
+        image.SetSpacing([spacing, spacing, 1])
+        for tag, text in tags.items():
+            if text is not None:
+                image.SetMetaData(tag, text)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetImageIO("GDCMImageIO")
+        writer.SetFileName(str(folder / "part.dcm"))
+        writer.Execute(image)
+        (folder / "part.dcm").rename(folder / name.format(index))
+    return folder

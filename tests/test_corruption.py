@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 import torch
 from forks import PROJECT, Server
-from mutations import JSON, LIST, NIFTI, NPY, PNG, SMALL, TORCH, YAML, png_chunk
+from handmade import write_series
+from mutations import ANY, JSON, LIST, NIFTI, NPY, PNG, SMALL, TORCH, YAML, png_chunk
 
 CASES = 50  # of a kind
 LONGEST = 1200  # characters of a line on stderr
@@ -70,6 +71,7 @@ CHECK = "data.py check --root set --list few.txt numpy.txt"
 PACK = "data.py pack --root set --out fresh --list"
 SHOW = "data.py show --root set --list few.txt --out page.png"
 SLICE = "data.py slice --labels volumes/seg.nii.gz --out fresh --images volumes/ct.nii.gz"
+ALONE = "data.py slice --out fresh --images"
 PHANTOM = "data.py phantom --out set --cases 5 --slices 6 --size 48"
 FEW, MASKS, ARRAYS = "set/images/phantom000/*.png", "set/masks/phantom000/*.png", "set/images/numpy/*.npy"
 LISTS = tuple(f"fresh/{split}.txt" for split in ("train", "val", "test", "unlabelled"))
@@ -102,6 +104,9 @@ KINDS = {
     "phantom.json": Kind(PHANTOM, "set/phantom.json", JSON),
     # volumes
     "nii: slice": Kind(f"{SLICE} --images {{target}}", "volumes/ct.nii*", NIFTI, LISTS, 30),
+    "dicom: slice": Kind(f"{ALONE} dicom", "dicom/p1/*", ANY, LISTS, 30),
+    "nrrd: slice": Kind(f"{ALONE} volumes/ct.nrrd", "volumes/ct.nrrd", ANY, LISTS, 15),
+    "mha: slice": Kind(f"{ALONE} volumes/ct.mha", "volumes/ct.mha", ANY, LISTS, 15),
     "labels: slice": Kind(SLICE, "volumes/seg.nii.gz", NIFTI, LISTS, 20),
     "map: slice": Kind(f"{SLICE} --label-map map.json", "map.json", JSON, LISTS),
     "classes: slice": Kind(f"{SLICE} --classes names.json", "names.json", JSON, LISTS),
@@ -244,6 +249,7 @@ NASTY = {
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, server):
     pytest.importorskip("nibabel")
+    pytest.importorskip("SimpleITK")
     return Bench(tmp_path_factory.mktemp("corruption"), server)
 
 
@@ -285,6 +291,7 @@ class Bench:
 
 def write_sound_files(root, command):
     import nibabel
+    import SimpleITK
 
     (root / "tiny.yaml").write_text(TINY)
     (root / "eval.yaml").write_text(TINY_EVAL)
@@ -313,6 +320,9 @@ def write_sound_files(root, command):
         ("seg.nii.gz", (voxels > 0).astype(np.uint8)),
     ):
         nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), root / "volumes" / file)
+    write_series(root / "dicom/p1", np.moveaxis(voxels, 2, 0)[:5])
+    for file in ("ct.nrrd", "ct.mha"):
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(voxels), str(root / "volumes" / file))
     command("data.py pack --root set --list few.txt --out pack")
 
     command(f"{TRAIN} run.out=run")  # two steps, an epoch and a checkpoint each
