@@ -28,6 +28,7 @@ from prepare.lists import files_beside_images, remove_lists, split_cases, write_
 from prepare.medmnist import make_from_medmnist
 from prepare.phantom import phantom_case, phantom_spacing
 from prepare.slicing import slice_volumes
+from prepare.transunet import make_from_transunet
 
 # By which the files of a command are known, see engine/ownership.py.
 PACK, PHANTOM, SHOW = "data.py pack", "data.py phantom", "data.py show"
@@ -199,7 +200,7 @@ def show_masks(slices, masks, captions, args):
 def parse(argv):
     parser = OneLineParser(description="Data sets of CT slices: make, convert, check and show them.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="phantom|slice|medmnist|pack|check|show"
+        dest="command", required=True, metavar="phantom|slice|medmnist|transunet|pack|check|show"
     )
 
     def command(name, function, help):
@@ -263,6 +264,12 @@ def parse(argv):
     sub.add_argument("file", metavar="FILE", help="such as organamnist_64.npz")
     sub.add_argument("--out", required=True, help="folder of the new set")
     sub.add_argument("--names", help="of the classes, from 0 on: bladder,femur-left,...; without: numbers")
+
+    sub = command("transunet", make_from_transunet, "TransUNet's files of Synapse to slices, masks and lists")
+    sub.add_argument("folder", metavar="DIR", help="with train_npz, test_vol_h5 and their lists")
+    sub.add_argument("--out", required=True, help="folder of the new set")
+    sub.add_argument("--classes", help="names of classes 1, 2 ...: spleen,liver,...; without: numbers")
+    sub.add_argument("--flip", choices=("rows", "columns", "both"), help="of slices upside down or mirrored")
 
     sub = command("pack", pack, "the slices of a list in one file, NAME.npy, with their names in NAME.json")
     set_options(sub, masks=False)
