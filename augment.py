@@ -315,9 +315,9 @@ def sampling_points(boxes, size):
 
 
 def sampling_grid(x, y):
-    """(N, w) and (N, h), or (N, h, w) twice -> (N, h, w, 2), x before y. The former is written in one pass, x
-    into the even places of a row and y into the odd ones, which on a CPU is four times as fast as to stack two
-    expanded tables."""
+    """(N, w) and (N, h), or (N, h, w) twice -> (N, h, w, 2), x before y. The former are written in one pass,
+    x into the even places of a row and y into the odd ones, which on a CPU is four times as fast as to stack
+    two expanded tables."""
     if x.dim() == 3:
         return torch.stack([x, y], 3)
     n, w = x.shape
