@@ -5,7 +5,9 @@ caller's generator for all samples of the global batch; a process uses the rows 
 happens to a sample depends on the generator's seed and the sample's global index, never on the rank or the
 number of processes. Everything that decides about shapes is known on the CPU: no GPU is ever waited for.
 
-Crop boxes: (N, 5) float, x0 y0 x1 y1 in [0, 1] of the source slice (pixel edges), then flip 0 or 1.
+Crop boxes: (N, 5) float, x0 y0 x1 y1 in [0, 1] of the source slice (pixel edges), then flip 0 or 1. Of views
+that are rotated, sheared or moved (N, 9): then the matrix a b c d, by which the view's offset (u, v) from its
+centre, in sides of the view and before the flip, is the offset (a u + b v, c u + d v) in sides of the box.
 
 Grey values are HU windows scaled to [0, 1], so brightness shifts the level of the window and contrast (around
 mid-window) changes its width. A strength of 0 leaves that change out entirely.
@@ -33,6 +35,14 @@ class TwoViews:
     noise         Gaussian noise of up to this sigma
     autocontrast, equalize    probabilities; the paper's changes
     value_range   the values that count as 0 and 1 where the batch is not windowed (data.window: null)
+    rotate        the view turned about its centre by up to so many degrees, either way
+    shear         x moved by up to this times y, and y by up to this times x, from the centre
+    translate     the crop moved by up to this share of its sides, even beyond the slice
+    erase         probability that a rectangle of the view becomes black (arXiv 1708.04896, with a constant)
+    erase_area    its share of the view, least and most; its aspect ratio is 0.3 to 3.3 where that fits
+
+    A turned, sheared or moved view shows the tissue that lies there, also beside its box; only beyond the
+    slice it is black. The matched regions of losses.py follow it exactly.
     """
 
     def __init__(
@@ -49,18 +59,25 @@ class TwoViews:
         autocontrast=0.0,
         equalize=0.0,
         value_range=(0.0, 1.0),
+        rotate=0.0,
+        shear=0.0,
+        translate=0.0,
+        erase=0.0,
+        erase_area=(0.02, 0.2),
     ):
         self.size = (size, size)
         self.scale = scale
         self.ratio = ratio
         self.flip = flip
+        self.warp = Warp(rotate, shear, translate)
+        self.erasing = Erasing(erase, erase_area, black=value_range[0])
         self.photometric = Photometric(
             brightness, contrast, gamma, blur, noise, autocontrast, equalize, value_range
         )
 
     def __call__(self, batch, generator, offset=0, total=None):
         """batch (N, 1, H, W), rows offset to offset + N of a global batch of `total` (default: N) slices
-        -> two views (N, 1, size, size) and their boxes (N, 5).
+        -> two views (N, 1, size, size) and their boxes (N, 5), or (N, 9) of warped ones.
 
         generator: a CPU generator that the caller seeds from (seed, step). A slice's views are the same
         bits in whatever part of the batch it is computed, but for the last one of gamma where several
@@ -74,8 +91,19 @@ class TwoViews:
         tables = draw_tables(count, len(batch), generator, offset, total)
         field = self.photometric.noise_field(self.size, generator, batch.device)
         boxes = [self.boxes(table, *batch.shape[-2:]) for table in tables]
-        cropped = (crop(batch, box, self.size) for box in boxes)
-        return [self.photometric(view, table, field) for view, table in zip(cropped, tables)], boxes
+        if self.warp or self.erasing:
+            more = draw_tables(count, len(batch), generator, offset, total, LATER_COLUMNS)
+            tables = [torch.cat(both, 1) for both in zip(tables, more)]
+            boxes = [self.warp(box, table) for box, table in zip(boxes, tables)]
+        cropped = (self.cropped(batch, box) for box in boxes)
+        changed = (self.photometric(view, table, field) for view, table in zip(cropped, tables))
+        return [self.erasing(view, table) for view, table in zip(changed, tables)], boxes
+
+    def cropped(self, batch, boxes):
+        if not self.warp:
+            return crop(batch, boxes, self.size)
+        black = self.erasing.black  # what lies beyond the slice
+        return crop(batch - black, boxes, self.size, padding="zeros") + black
 
     def boxes(self, table, height, width):
         """One box for each row of the table, (N, 5), in slices of height x width px."""
@@ -135,16 +163,19 @@ class SegmentationAugment:
 # The columns of the table. All are always drawn, so that switching one change off does not move another.
 COLUMNS = ("area", "ratio", "x", "y", "flip", "brightness", "contrast", "gamma", "blur")
 COLUMNS += ("autocontrast", "equalize", "noise", "noise_row", "noise_column")
+# Further ones, drawn after all of these and only where one of them is used.
+LATER_COLUMNS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+LATER_COLUMNS += ("erase", "erase_area", "erase_ratio", "erase_x", "erase_y")
 
 
-def draw_tables(views, count, generator, offset, total):
+def draw_tables(views, count, generator, offset, total, columns=COLUMNS):
     """`views` tables (count, columns), uniform in [0, 1): rows offset to offset + count of `total`."""
     total = offset + count if total is None else total
-    return torch.rand(total, views, len(COLUMNS), generator=generator)[offset : offset + count].unbind(1)
+    return torch.rand(total, views, len(columns), generator=generator)[offset : offset + count].unbind(1)
 
 
 def column(table, name):
-    return table[:, COLUMNS.index(name)]
+    return table[:, (COLUMNS + LATER_COLUMNS).index(name)]
 
 
 def between(uniform, low, high):
@@ -178,8 +209,40 @@ def placed(w, h, table, flip):
     return torch.stack([x0, y0, x0 + w, y0 + h, (column(table, "flip") < flip).float()], dim=1)
 
 
+@dataclass
+class Warp:
+    """Boxes (N, 5) -> (N, 9), each by its own row of the table; see TwoViews."""
+
+    rotate: float = 0.0
+    shear: float = 0.0
+    translate: float = 0.0
+
+    def __bool__(self):
+        return any(vars(self).values())
+
+    def __call__(self, boxes, table):
+        if not self:
+            return boxes
+        angle = torch.deg2rad(between(column(table, "rotate"), -self.rotate, self.rotate))
+        kx, ky = (between(column(table, f"shear_{axis}"), -self.shear, self.shear) for axis in "xy")
+        cos, sin = angle.cos(), angle.sin()
+        # a rotation, after a shear along x, after one along y
+        matrix = [
+            cos * (1 + kx * ky) - sin * ky,
+            cos * kx - sin,
+            sin * (1 + kx * ky) + cos * ky,
+            sin * kx + cos,
+        ]
+        shares = [column(table, f"translate_{axis}") for axis in "xy"]
+        shift = between(torch.stack(shares, 1), -self.translate, self.translate)
+        shift = shift * (boxes[:, 2:4] - boxes[:, :2])
+        corners = boxes[:, :4] + torch.cat([shift, shift], 1)
+        return torch.cat([corners, boxes[:, 4:], torch.stack(matrix, 1)], 1)
+
+
 def crop(batch, boxes, size, mode="bilinear", padding="border"):
-    """The boxes (N, 5, on the CPU) of a batch (N, 1, H, W), resampled to `size`, flipped where they say so.
+    """The boxes (N, 5 or 9, on the CPU) of a batch (N, 1, H, W), resampled to `size`, flipped where they say
+    so.
 
     A crop that shrinks by 2 or more is read from the batch averaged over 2 x 2 px, one that shrinks by 4 or
     more over 4 x 4, so that fine texture does not alias. Masks (mode "nearest") are read at full resolution.
@@ -238,17 +301,25 @@ def pooling(boxes, own, size):
 
 def sampling_points(boxes, size):
     """Where the pixel centres of the views lie in the source, from edge -1 to edge 1: x of the columns (N, w)
-    and y of the rows (N, h)."""
-    x0, y0, x1, y1, flip = boxes.unsqueeze(2).unbind(1)  # each (N, 1)
+    and y of the rows (N, h); of warped views (N, h, w) both."""
     u = (torch.arange(size[1], device=boxes.device) + 0.5) / size[1]
     v = (torch.arange(size[0], device=boxes.device) + 0.5) / size[0]
+    if boxes.shape[1] > 5:
+        x0, y0, x1, y1, flip, a, b, c, d = boxes[:, :, None, None].unbind(1)  # each (N, 1, 1)
+        u, v = torch.where(flip > 0, 0.5 - u, u - 0.5), v[:, None] - 0.5  # (N, 1, w), (h, 1)
+        x, y = 0.5 + a * u + b * v, 0.5 + c * u + d * v
+        return (x0 + (x1 - x0) * x) * 2 - 1, (y0 + (y1 - y0) * y) * 2 - 1
+    x0, y0, x1, y1, flip = boxes.unsqueeze(2).unbind(1)  # each (N, 1)
     x = (x0 + (x1 - x0) * torch.where(flip > 0, 1 - u, u)) * 2 - 1
     return x, (y0 + (y1 - y0) * v) * 2 - 1
 
 
 def sampling_grid(x, y):
-    """(N, w) and (N, h) -> (N, h, w, 2), x before y. Written in one pass, x into the even places of a row and
-    y into the odd ones, which on a CPU is four times as fast as to stack two expanded tables."""
+    """(N, w) and (N, h), or (N, h, w) twice -> (N, h, w, 2), x before y. The former are written in one pass,
+    x into the even places of a row and y into the odd ones, which on a CPU is four times as fast as to stack
+    two expanded tables."""
+    if x.dim() == 3:
+        return torch.stack([x, y], 3)
     n, w = x.shape
     odd = torch.arange(2 * w, device=x.device).remainder_(2).to(x.dtype)
     even = F.pad(x[:, :, None], (0, 1)).view(n, 1, 2 * w)
@@ -326,6 +397,34 @@ class Photometric:
         x.clamp_(0, 1)
         if scaled:
             x.mul_(high - low).add_(low)
+
+
+@dataclass
+class Erasing:
+    """Black rectangles in views (N, 1, h, w), each by its own row of the table; see TwoViews."""
+
+    probability: float = 0.0
+    area: tuple = (0.02, 0.2)
+    black: float = 0.0
+
+    def __bool__(self):
+        return self.probability > 0
+
+    def __call__(self, x, table):
+        if not self:
+            return x
+        area = between(column(table, "erase_area"), *self.area)
+        ratio = between(column(table, "erase_ratio"), math.log(3 / 10), math.log(10 / 3)).exp()
+        h = torch.maximum((area * ratio).sqrt().clamp(max=1), area)  # so that the width fits, too
+        sides = {"y": h, "x": area / h}
+        erased = (column(table, "erase") < self.probability)[:, None]
+        inside = {}
+        for axis, pixels in zip("yx", x.shape[2:]):
+            start = (column(table, f"erase_{axis}") * (1 - sides[axis]))[:, None]
+            centre = (torch.arange(pixels) + 0.5) / pixels
+            inside[axis] = (centre >= start) & (centre < start + sides[axis][:, None]) & erased
+        inside = {axis: to_device(part, x.device) for axis, part in inside.items()}
+        return x.masked_fill_(inside["y"][:, None, :, None] & inside["x"][:, None, None, :], self.black)
 
 
 def blur_weights(amount, largest):

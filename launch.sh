@@ -62,7 +62,7 @@ PY
 
 set_up() { # [extra]: sets PY to a Python with the run-time (and development) dependencies
     local modules="torch torchvision numpy PIL tqdm yaml"
-    [ "${1:-}" = extra ] && modules="$modules nibabel SimpleITK matplotlib tensorboard sklearn scipy pycocotools pytest ruff"
+    [ "${1:-}" = extra ] && modules="$modules nibabel SimpleITK h5py matplotlib tensorboard sklearn scipy pycocotools pytest ruff"
     # shellcheck disable=SC2086
     if ! PY=$(python_with $modules); then
         if [ ! -x "$HERE/.venv/bin/python" ]; then

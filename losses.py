@@ -314,15 +314,18 @@ def matched_points(
     """Centres of grid x grid matched regions in two crops of the same slice.
 
     A box row is x0, y0, x1, y1 of the crop in the source slice, in [0, 1] from pixel edge to pixel edge,
-    then 1 if the crop was mirrored left to right afterwards, else 0.
+    then 1 if the crop was mirrored left to right afterwards, else 0. Of a view that was also turned or
+    sheared it goes on with the matrix a b c d, by which an offset (u, v) from the view's centre, in its sides
+    and before it was mirrored, is (a u + b v, c u + d v) in sides of the box.
 
     match="grid" (the paper's): the same cell of both views; the mirrored cell if only one is flipped.
     match="overlap" (ours): the grid lies over the intersection of the two crops, so that region r is the
     same anatomy in both. Images whose intersection is narrower than `min_overlap` of a crop's side, in
-    either direction and for either crop, are not kept.
+    either direction and for either crop, are not kept. Of a turned or sheared crop counts the largest box of
+    the same shape inside it, so that all regions are in both views.
 
     Args:
-        query_box, key_box: (N, 5).
+        query_box, key_box: (N, 5), or (N, 9) with the matrix.
 
     Returns:
         query_points, key_points: (N, R, 2), x and y in [0, 1] of each view as it was cropped and flipped;
@@ -337,25 +340,51 @@ def matched_points(
     if match != "overlap":
         raise ValueError(f"match must be 'grid' or 'overlap', not {match!r}")
 
-    low = torch.maximum(query_box[:, :2], key_box[:, :2])  # (N, 2): left, top of the intersection
-    side = torch.minimum(query_box[:, 2:4], key_box[:, 2:4]) - low  # (N, 2): negative if they do not meet
+    query_inside, key_inside = inner_box(query_box), inner_box(key_box)
+    low = torch.maximum(query_inside[:, :2], key_inside[:, :2])  # (N, 2): left, top of the intersection
+    side = torch.minimum(query_inside[:, 2:4], key_inside[:, 2:4]) - low  # negative if they do not meet
     largest_crop = torch.maximum(box_side(query_box), box_side(key_box))
     keep = (side >= min_overlap * largest_crop).all(dim=1)
     in_slice = low[:, None] + cells * side.clamp(min=0)[:, None]  # (N, R, 2) in the source slice
     return to_view(in_slice, query_box), to_view(in_slice, key_box), keep
 
 
+def inner_box(box: Tensor) -> Tensor:
+    """The box itself; of a turned or sheared crop (N, 9) the largest of its shape and centre that lies in the
+    crop, cut to the slice: (N, 4)."""
+    if box.shape[1] == 5:
+        return box[:, :4]
+    centre, half = (box[:, :2] + box[:, 2:4]) / 2, box_side(box) / 2
+    half = half / inverse_matrix(box).abs().sum(dim=2).amax(dim=1, keepdim=True)
+    return torch.cat([centre - half, centre + half], dim=1).clamp(0, 1)
+
+
+def inverse_matrix(box: Tensor) -> Tensor:
+    """Of a turned or sheared crop (N, 9), (N, 2, 2): from offsets in the box to offsets in the view."""
+    a, b, c, d = box[:, 5:].unbind(dim=1)
+    return torch.stack([d, -b, -c, a], dim=1).view(-1, 2, 2) / (a * d - b * c)[:, None, None]
+
+
 def to_view(points: Tensor, box: Tensor) -> Tensor:
-    """Points of the source slice, (N, R, 2) in [0, 1], as seen in the crop `box` (N, 5), flip included."""
+    """Points of the source slice, (N, R, 2) in [0, 1], as seen in the crop `box`, flip included."""
     inside = (points - box[:, None, :2]) / box_side(box)[:, None]
+    if box.shape[1] > 5:
+        inside = (inside - 0.5) @ inverse_matrix(box).mT + 0.5
     return mirror(inside, box[:, 4])
 
 
-def cell_centres(box: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Where the positions of a view's feature map lie in the source slice: crop boxes (N, 5) and the map's
-    (h, w) -> (N, h w, 2), x and y in [0, 1], row by row of the view."""
-    inside = mirror(grid_cells(box, grid), box[:, 4])  # a mirrored view runs from right to left
+def to_slice(points: Tensor, box: Tensor) -> Tensor:
+    """The inverse of `to_view`."""
+    inside = mirror(points, box[:, 4])  # a mirrored view runs from right to left
+    if box.shape[1] > 5:
+        inside = (inside - 0.5) @ box[:, 5:].view(-1, 2, 2).mT + 0.5
     return box[:, None, :2] + inside * box_side(box)[:, None]
+
+
+def cell_centres(box: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Where the positions of a view's feature map lie in the source slice: crop boxes (N, 5 or 9) and the
+    map's (h, w) -> (N, h w, 2), x and y in [0, 1], row by row of the view."""
+    return to_slice(grid_cells(box, grid), box)
 
 
 def grid_cells(box: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -307,8 +307,8 @@ class Method(nn.Module):
         optimizer.step()
         model.after_step(targets)                               momentum encoder, queue
 
-    views: two of (n, C, H, W), this process's share of the global batch, in its order; boxes: (n, 5) each,
-    see `losses.matched_points`. `progress`, set before the step, is the share of the run that is done.
+    views: two of (n, C, H, W), this process's share of the global batch, in its order; boxes: (n, 5 or 9)
+    each, see `losses.matched_points`. `progress`, set before the step, is the share of the run that is done.
 
     Args:
         encoder: the network to train.
@@ -527,7 +527,7 @@ class MoCo(Method):
 
         Args:
             query_view, key_view: (n, C, H, W), this process's share of the global batch, in its order.
-            query_box, key_box: (n, 5), see `losses.matched_points`; needed for local.match = overlap.
+            query_box, key_box: (n, 5 or 9), see `losses.matched_points`; needed for local.match = overlap.
             keys: what `encode_keys` returned, in place of key_view and the boxes. Then only the losses are
                 computed: neither momentum encoder nor queue moves.
 

@@ -55,6 +55,11 @@ augment:
   noise: 0.05
   autocontrast: 0.0         # probabilities
   equalize: 0.0
+  rotate: 0.0               # degrees
+  shear: 0.0                # x by this times y, and y by this times x
+  translate: 0.0            # share of the crop's sides
+  erase: 0.0                # probability of a black rectangle,
+  erase_area: [0.02, 0.2]   # this share of the view
   small_crops: 0            # further views of each slice, for swav
   small_size: 96            # their side, px
   small_scale: [0.05, 0.2]  # and area
@@ -249,13 +254,18 @@ def check_config(cfg: Config) -> None:
         cfg.check_positive("decorrelation.eps")
     cfg.check_positive("optim.epochs", "optim.batch_size", "optim.accumulate", "optim.lr", "log.every")
     cfg.check_fraction("augment.flip", "augment.autocontrast", "augment.equalize", "augment.contrast")
-    cfg.check_fraction("optim.momentum", "local.min_overlap")
+    cfg.check_fraction("augment.translate", "augment.erase", "optim.momentum", "local.min_overlap")
+    cfg.check("augment.rotate", 0 <= cfg.augment.rotate <= 180, "0 to 180 degrees")
+    cfg.check("augment.shear", 0 <= cfg.augment.shear < 1, "0 or more, below 1")
     cfg.check_range("augment.scale")
     low, high = cfg.augment.scale
     cfg.check("augment.scale", low > 0 and high <= 1, "two fractions of the slice's area")
     cfg.check_range("augment.small_scale")
     low, high = cfg.augment.small_scale
     cfg.check("augment.small_scale", low > 0 and high <= 1, "two fractions of the slice's area")
+    cfg.check_range("augment.erase_area")
+    low, high = cfg.augment.erase_area
+    cfg.check("augment.erase_area", low > 0 and high <= 1, "two fractions of the view's area")
     cfg.check_not_negative("augment.small_crops")
     cfg.check("augment.small_size", 1 <= cfg.augment.small_size <= 8192, "1 to 8192 px")
     cfg.check_not_negative("seed", "data.workers", "log.rank_every", "model.bn_split")

@@ -108,47 +108,49 @@ def font(size):
 # ---- Augmented pairs -----------------------------------------------------------------------------
 
 
-def views_page(slices, views, boxes, points, keep, captions, side=288):
-    """One row a slice: the slice with both crop boxes, and both views with the matched regions, numbered.
+def views_page(slices, views, outlines, flips, points, keep, captions, side=288):
+    """One row a slice: it with the outlines of both views, and the views with the matched regions, numbered.
 
-    slices (N, H, W), views two of (N, h, w), in [0, 1]; boxes two of (N, 5); points two of (N, R, 2), x
-    and y in [0, 1] of the view, R = grid * grid, row-major; keep (N,) False where the crops overlap too
-    little to be matched.
+    slices (N, H, W), views two of (N, h, w), in [0, 1]; outlines two of (N, 4, 2), the views' corners, x and
+    y in [0, 1] of the slice; flips two of N, whether a view is mirrored; points two of (N, R, 2), x and y in
+    [0, 1] of the view, R = grid * grid, row-major; keep (N,) False where the crops overlap too little to be
+    matched.
     """
     tiles, labels = [], []
     for row in range(len(slices)):
         source = Image.fromarray(gray_tile(slices[row], side))
-        for box, color in zip(boxes, ((70, 240, 240), (245, 130, 48))):
-            draw_box(source, box[row], color)
+        for corners, color in zip(outlines, ((70, 240, 240), (245, 130, 48))):
+            draw_outline(source, corners[row], color)
         tiles += [np.asarray(source)]
         tiles += [regions_drawn(view[row], place[row], keep[row], side) for view, place in zip(views, points)]
-        flips = ["flipped" if box[row][4] > 0.5 else "" for box in boxes]
+        flipped = ["flipped" if flip[row] else "" for flip in flips]
         matched = "" if keep[row] else "no match: the crops overlap too little"
         labels += [
             captions[row],
-            f"view 1 (cyan) {flips[0]} {matched}",
-            f"view 2 (orange) {flips[1]} {matched}",
+            f"view 1 (cyan) {flipped[0]} {matched}",
+            f"view 2 (orange) {flipped[1]} {matched}",
         ]
     return contact_sheet(tiles, labels, columns=3)
 
 
-def draw_box(picture, box, color):
-    width, height = picture.size
-    corners = [box[0] * width, box[1] * height, box[2] * width - 1, box[3] * height - 1]
-    ImageDraw.Draw(picture).rectangle([round(float(corner)) for corner in corners], outline=color, width=2)
+def draw_outline(picture, corners, color):
+    """Corners (4, 2) in [0, 1] of the picture; of those at its edge the line is still seen."""
+    places = np.round(np.asarray(corners) * (np.array(picture.size) - 1)).tolist()
+    ImageDraw.Draw(picture).polygon([*map(tuple, places)], outline=color, width=2)
 
 
 def regions_drawn(view, points, keep, side):
-    """A view with one numbered, coloured cell around each of its points (R, 2)."""
+    """A view with one numbered, coloured cell around each of its points (R, 2), 2 x 2 or more."""
     picture = Image.fromarray(gray_tile(view, side))
     if not keep:
         return np.asarray(picture)
     grid = round(len(points) ** 0.5)
     place = np.asarray(points).reshape(grid, grid, 2) * picture.size
-    half = np.abs(place[-1, -1] - place[0, 0]) / max(grid - 1, 1) / 2 - 1
+    right, down = (place[0, 1] - place[0, 0]) * 0.47, (place[1, 0] - place[0, 0]) * 0.47
     draw = ImageDraw.Draw(picture)
     for index, (x, y) in enumerate(place.reshape(-1, 2)):
         color = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(index / len(points), 0.7, 1.0))
-        draw.rectangle((x - half[0], y - half[1], x + half[0], y + half[1]), outline=color)
+        cell = [np.array([x, y]) + i * right + j * down for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+        draw.polygon([tuple(corner) for corner in cell], outline=color)
         draw.text((x, y), str(index + 1), color, font(13), "mm", stroke_width=2, stroke_fill=BACKGROUND)
     return np.asarray(picture)

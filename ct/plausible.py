@@ -22,6 +22,7 @@ DENSE = 300  # HU; soft tissue is below
 BONE = 800  # HU; only thick bone and metal are above
 SCALED = 20  # HU; no scan stays below, but values scaled to [0, 1], or to mean 0 and deviation 1, and ids do
 AIR = (-1200, -900)  # HU
+CUT = 0.05  # the share of air, at least, in slices of a body
 METAL = 10_000  # HU; nothing in a patient is beyond, metal on scanners with an extended range is
 AS_STORED = '"kind": "stored" in set.json with data.window=[low,high] takes them as they are'
 NAMED = 13  # so many absent classes are named, the organs of BTCV
@@ -138,8 +139,11 @@ def judge_values(values, where, mend, otherwise=""):
             return [*doubts, Doubt(f"{text}; an offset too large?", fatal=True)]
     air = values.share(PADDING, OUTSIDE)
     if not air or (air < 0.001 and values.share(BONE, LIMIT) > 0.1):  # interpolation can leave a little
-        text = f"{found}, {'hardly any' if air else 'none'} below {OUTSIDE} as air would be: no HU"
-        doubts.append(Doubt(text + proposal, fatal=offset is not None))
+        text = f"{found}, {'hardly any' if air else 'none'} below {OUTSIDE} as air would be: no HU" + proposal
+        cut = values.share(values.lowest, values.lowest)
+        if offset is None and values.lowest > OUTSIDE and cut > CUT:
+            text = f"{found}, {100 * cut:.0f} % of them the lowest: HU that were cut there, air with them"
+        doubts.append(Doubt(text, fatal=offset is not None))
     return doubts
 
 

@@ -22,15 +22,17 @@ from data import Grid, Intensity, SliceDataset, default_window
 from engine.config import ConfigError, OneLineParser
 from engine.files import write_whole, written_whole
 from engine.ownership import claim, contents, refuse_foreign, refuse_other_folder
-from losses import matched_points
+from losses import matched_points, to_slice
 from prepare.check import check_set, read_mask_map
 from prepare.lists import files_beside_images, remove_lists, split_cases, write_lists
 from prepare.medmnist import make_from_medmnist
 from prepare.phantom import phantom_case, phantom_spacing
 from prepare.slicing import slice_volumes
+from prepare.transunet import make_from_transunet
 
 # By which the files of a command are known, see engine/ownership.py.
 PACK, PHANTOM, SHOW = "data.py pack", "data.py phantom", "data.py show"
+WARPS = {"rotate": (180, "degrees"), "shear": (1, "a factor"), "translate": (1, "a share")}  # at most, and in
 
 # ---- Packing -------------------------------------------------------------------------------------
 
@@ -143,9 +145,7 @@ def show(args):
     chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     captions, slices, masks = zip(*read_shown(dataset, chosen, args))
     slices = torch.stack(slices)  # (N, 1, H, W)
-    page = (
-        show_views(slices, captions, args.seed) if args.views else show_masks(slices, masks, captions, args)
-    )
+    page = show_views(slices, captions, args) if args.views else show_masks(slices, masks, captions, args)
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out, made_by=SHOW) as file:
         page.save(file, format="PNG")
@@ -176,12 +176,16 @@ def read_shown(dataset, chosen, args):
     return [(name, Intensity(window).to_unit(slice), mask) for name, slice, mask in found]
 
 
-def show_views(slices, captions, seed):
-    views = TwoViews(size=min(slices.shape[-2:]), flip=0.5)
-    view1, view2, box1, box2 = views(slices, torch.Generator().manual_seed(seed))
-    points1, points2, keep = matched_points(box1, box2, grid=4)
+def show_views(slices, captions, args):
+    warp = {name: getattr(args, name) for name in WARPS}
+    views = TwoViews(size=min(slices.shape[-2:]), flip=0.5, **warp)
+    view1, view2, *boxes = views(slices, torch.Generator().manual_seed(args.seed))
+    points1, points2, keep = matched_points(*boxes, grid=4)
     pair = view1[:, 0].numpy(), view2[:, 0].numpy()
-    return views_page(slices[:, 0].numpy(), pair, (box1, box2), (points1, points2), keep, captions)
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]).expand(len(slices), 4, 2)
+    outlines = [to_slice(corners, box).numpy() for box in boxes]
+    flips = [(box[:, 4] > 0.5).tolist() for box in boxes]
+    return views_page(slices[:, 0].numpy(), pair, outlines, flips, (points1, points2), keep, captions)
 
 
 def show_masks(slices, masks, captions, args):
@@ -199,7 +203,7 @@ def show_masks(slices, masks, captions, args):
 def parse(argv):
     parser = OneLineParser(description="Data sets of CT slices: make, convert, check and show them.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="phantom|slice|medmnist|pack|check|show"
+        dest="command", required=True, metavar="phantom|slice|medmnist|transunet|pack|check|show"
     )
 
     def command(name, function, help):
@@ -267,6 +271,12 @@ def parse(argv):
     sub.add_argument("--out", required=True, help="folder of the new set")
     sub.add_argument("--names", help="of the classes, from 0 on: bladder,femur-left,...; without: numbers")
 
+    sub = command("transunet", make_from_transunet, "TransUNet's files of Synapse to slices, masks and lists")
+    sub.add_argument("folder", metavar="DIR", help="with train_npz, test_vol_h5 and their lists")
+    sub.add_argument("--out", required=True, help="folder of the new set")
+    sub.add_argument("--classes", help="names of classes 1, 2 ...: spleen,liver,...; without: numbers")
+    sub.add_argument("--flip", choices=("rows", "columns", "both"), help="of slices upside down or mirrored")
+
     sub = command("pack", pack, "the slices of a list in one file, NAME.npy, with their names in NAME.json")
     set_options(sub, masks=False)
     sub.add_argument("--list", required=True, help="list file below the root")
@@ -287,6 +297,9 @@ def parse(argv):
     )
     sub.add_argument("--count", type=at_least(1), help="slices on the page")
     sub.add_argument("--seed", type=at_least(0), default=0, help="of the views")
+    for name, (most, unit) in WARPS.items():
+        help = f"of the views, up to this ({unit}), as augment.{name}"
+        sub.add_argument(f"--{name}", type=between(0, most), default=0.0, help=help)
     return parser.parse_args(argv)
 
 
@@ -300,6 +313,15 @@ def positive(text):
     if (value := finite(text)) <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
+
+
+def between(low, high):
+    def number(text):
+        if not low <= (value := finite(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} to {high}")
+        return value
+
+    return number
 
 
 def at_least(least):

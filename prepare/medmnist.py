@@ -8,9 +8,6 @@ and test_ likewise. It names neither classes nor patients.
 import csv
 import io
 import json
-import math
-import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +20,10 @@ from engine.config import one_line
 from engine.files import write_whole
 from engine.ownership import claim, contents, refuse_foreign, refuse_other_folder, sha256
 from prepare.lists import files_beside_images, remove_lists, write_lists
+from prepare.npz import opened
 
 MEDMNIST = "data.py medmnist"  # by which its files are known, see engine/ownership.py
 PARTS = ("train", "val", "test")
-AT_ONCE = 256  # images read at a time
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def make_from_medmnist(args):
@@ -37,7 +33,7 @@ def make_from_medmnist(args):
     over.
     """
     out, about = Path(args.out), {"sha256": sha256(Path(args.file)), "names": args.names}
-    with opened(args.file) as archive:
+    with opened(args.file, "a file of MedMNIST") as archive:
         shapes = {part: image_shape(archive, part) for part in PARTS}
         if len({shape[1:] for shape in shapes.values()}) > 1:
             raise DataError(f"{args.file}: images of different sizes: {', '.join(map(str, shapes.values()))}")
@@ -100,57 +96,6 @@ def write_images(archive, names, out):
 
 
 # ---- What the file holds -------------------------------------------------------------------------
-
-
-@contextmanager
-def opened(path):
-    """The file's Archive; DataError if it is none."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except Exception as error:  # damaged ones: many kinds
-        raise DataError(f"{path}: not an .npz file, or damaged ({one_line(error)})") from None
-    with archive:
-        yield Archive(path, archive)
-
-
-class Archive:
-    """The arrays of an .npz file, read row by row: large published ones are larger than memory, and np.load
-    would take all of an array. Pickled objects are not read. DataError for whatever is damaged."""
-
-    def __init__(self, path, archive):
-        self.path, self.archive = path, archive
-
-    def header(self, name):
-        """Shape and dtype of an array."""
-        with self.member(name) as (_, shape, dtype):
-            return shape, dtype
-
-    def blocks(self, name):
-        """Yields the rows of an array, at most AT_ONCE at a time."""
-        with self.member(name) as (file, shape, dtype):
-            row = math.prod(shape[1:]) * dtype.itemsize
-            for start in range(0, shape[0], AT_ONCE):
-                count = min(AT_ONCE, shape[0] - start)
-                yield np.frombuffer(file.read(count * row), dtype).reshape(count, *shape[1:])
-
-    @contextmanager
-    def member(self, name):
-        """The file of an array, after its header; shape and dtype."""
-        if f"{name}.npy" not in self.archive.namelist():
-            raise DataError(f"{self.path}: no {name} in it; is it a file of MedMNIST?")
-        try:
-            with self.archive.open(f"{name}.npy") as file:
-                shape, by_columns, dtype = HEADERS[np.lib.format.read_magic(file)](file)
-                size = self.archive.getinfo(f"{name}.npy").file_size - file.tell()
-                if by_columns and len(shape) > 1:
-                    raise DataError(f"{self.path}: {name}: in Fortran order; np.ascontiguousarray mends it")
-                if not dtype.hasobject and size != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{size} bytes do not make {shape} of {dtype}")
-                yield file, shape, dtype
-        except DataError:
-            raise
-        except Exception as error:  # zipfile, zlib, and ast in numpy's header: many kinds
-            raise DataError(f"{self.path}: {name}: damaged ({one_line(error)})") from None
 
 
 def image_shape(archive, part):

@@ -52,7 +52,7 @@ def call(script, root, out, config, *settings):
     assert script.main([str(one) for one in given]) == 0
 
 
-def pretrain(root, out, config):
+def pretrain(root, out, config, *settings):
     tiny = [
         "data.size=64",
         "optim.batch_size=4",
@@ -60,7 +60,7 @@ def pretrain(root, out, config):
         "model.queue_size=8",
         "model.bn_split=4",
     ]
-    call(train_moco, root, out, config, *tiny)
+    call(train_moco, root, out, config, *tiny, *settings)
 
 
 def evaluate(root, out, config, *settings):
@@ -77,13 +77,16 @@ def test_abdomen1k_then_btcv_as_they_come(abdomen1k, btcv, tmp_path):
     linear = evaluate(btcv, tmp_path / "linear", "btcv_linear.yaml", encoder)
     assert sorted(linear["cases"]) == ["img0001_slice", "img0002_slice"]
     assert list(linear["dice"])[0] == "spleen" and len(linear["dice"]) == 13
+    half = evaluate(btcv, tmp_path / "half", "btcv_linear_50.yaml", encoder)
+    assert half["mode"] == "linear" and half["label_fraction"] == 0.5
     for config, fraction in (("btcv_finetune.yaml", 1), ("btcv_50.yaml", 0.5)):
         tuned = evaluate(btcv, tmp_path / config, config, encoder, "data.size=32")
         assert tuned["mode"] == "finetune" and tuned["label_fraction"] == fraction
 
 
-def test_the_papers_setting_runs(abdomen1k, tmp_path):
-    pretrain(abdomen1k, tmp_path, "paper.yaml")
+@pytest.mark.parametrize("config", ("paper.yaml", "released_code.yaml"))
+def test_the_papers_settings_run(abdomen1k, tmp_path, config):
+    pretrain(abdomen1k, tmp_path, config, "model.init=random")
     assert (tmp_path / "encoder.pth").is_file()
     with Image.open(tmp_path / "features.png") as page:
         assert page.width > 1000 and page.height > 1000  # eight slices and their features

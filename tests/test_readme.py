@@ -122,6 +122,7 @@ def test_tests_that_the_docs_name_exist():
     tests = "".join(files.values())
     for page in PAGES:
         named = set(re.findall(r"\btest_\w+(?:\.py)?\b", page.read_text()))
+        named -= {"test_vol", "test_vol_h5"}  # TransUNet's
         missing = [name for name in named if name not in files and f"def {name}(" not in tests]
         assert missing == [], page.name
 

@@ -9,6 +9,7 @@ import torch
 from handmade import one_line_of, put, random_set, run
 from PIL import Image
 
+from augment import TwoViews
 from ct import organs
 from ct.slices import DataError
 from data import SegmentationDataset, SliceDataset
@@ -62,6 +63,30 @@ def test_show(phantom, tmp_path, capsys):
         tmp_path / "b.png",
     )
     assert code == 0 and Image.open(tmp_path / "b.png").width > 800, error
+
+
+def test_show_outlines_what_a_turned_view_shows(tmp_path, capsys):
+    """The middles of its four sides, from its box and its matrix by hand, are cyan or under orange."""
+    random_set(tmp_path, shape=(40, 40))
+    strengths = {"rotate": 30.0, "shear": 0.2, "translate": 0.1}
+    show = ("show", "--root", tmp_path, "--list", "train.txt", "--out", tmp_path / "a.png", "--views")
+    words = [word for name, value in strengths.items() for word in (f"--{name}", value)]
+    code, _, error = run(capsys, *show, "--count", 3, *words)
+    assert code == 0, error
+    page = np.array(Image.open(tmp_path / "a.png")).astype(int)
+    box = TwoViews(40, flip=0.5, **strengths)(torch.zeros(3, 1, 40, 40), torch.Generator().manual_seed(0))[2]
+    seen = 0
+    for row, (x0, y0, x1, y1, _, a, b, c, d) in enumerate(box.tolist()):
+        for u, v in ((0.5, 0), (-0.5, 0), (0, 0.5), (0, -0.5)):
+            place = x0 + (x1 - x0) * (0.5 + a * u + b * v), y0 + (y1 - y0) * (0.5 + c * u + d * v)
+            if min(place) > 0.02 and max(place) < 0.98:
+                x, y = (round(8 + 287 * share) for share in place)
+                near = page[y - 3 + 312 * row : y + 4 + 312 * row, x - 3 : x + 4].reshape(-1, 3)
+                assert (np.abs(near - (70, 240, 240)).max(1) < 30).sum() > 5, (row, u, v)
+                seen += 1
+    assert seen > 5
+    code, _, error = run(capsys, *show, "--rotate", 200)
+    assert code == 2 and one_line_of(error) and "--rotate" in error
 
 
 def test_show_names_what_it_cannot_read_and_goes_on(tmp_path, capsys):
