@@ -12,7 +12,8 @@ from data import Intensity
 from engine.config import ConfigError
 from engine.files import written_whole
 from engine.process import Process
-from models import Encoder, WeightsError, fits, read_weights
+from models import Encoder
+from weights import WeightsError, fits, read_weights
 
 
 @dataclass
