@@ -83,7 +83,8 @@ from evaluation.script import (
 )
 from evaluation.settings import COMMON_NULLABLE, FREE_KEYS, check_cache, check_common
 from evaluation.supervised import train
-from models import Encoder, WeightsError
+from models import Encoder
+from weights import WeightsError
 
 NULLABLE = COMMON_NULLABLE | {"cache": (str, bool), "labels.table": str, "labels.columns": list}
 SCRIPT = "eval_cls.py"  # whose folders these are, see engine/ownership.py

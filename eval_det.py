@@ -73,7 +73,7 @@ from evaluation.script import (
 from evaluation.settings import COMMON_NULLABLE, FREE_KEYS, check_common
 from evaluation.supervised import train
 from evaluation.trained import Description, load_model, save_model
-from models import WeightsError
+from weights import WeightsError
 
 NULLABLE = COMMON_NULLABLE | {"optim.lr": float}
 SCRIPT = "eval_det.py"  # whose folders these are, see engine/ownership.py

@@ -74,7 +74,7 @@ from evaluation.settings import COMMON_NULLABLE, FREE_KEYS, check_cache, check_c
 from evaluation.supervised import train
 from evaluation.trained import Description, load_model, save_model
 from losses import segmentation_loss
-from models import WeightsError
+from weights import WeightsError
 
 NULLABLE = COMMON_NULLABLE | {"cache": (str, bool), "optim.lr": float, "eval.window": int}
 SCRIPT = "eval_seg.py"  # whose folders these are, see engine/ownership.py

@@ -132,14 +132,13 @@ from models import (
     LAYERS,
     Encoder,
     Method,
-    WeightsError,
     load_encoder_weights,
     row_ranges,
     seeded,
 )
 from pretraining.method_settings import check_method, own_settings, settle
 from pretraining.optimizers import make_optimizer
-from pretraining.run import NotFinite, Run, check_folder
+from pretraining.run import FAILURES, Run, check_folder
 
 # Settings that may be null, and their type otherwise.
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "data.hu_offset": float}
@@ -336,4 +335,4 @@ def make_views(cfg: Config, dataset: SliceDataset, intensity: Intensity):
 
 
 if __name__ == "__main__":
-    run_script(main, expected=(DataError, WeightsError, NotFinite))
+    run_script(main, expected=FAILURES)

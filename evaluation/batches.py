@@ -14,7 +14,8 @@ from engine.config import Config
 from engine.process import Process, progress
 from engine.stopping import ignore_stop_signals
 from losses import effective_rank_of
-from models import WeightsError, seeded
+from models import seeded
+from weights import WeightsError
 
 
 class Batches:

@@ -11,7 +11,8 @@ from engine.config import ConfigError
 from engine.files import written_whole
 from engine.process import Process, progress
 from evaluation.batches import Batches
-from models import Encoder, WeightsError, fits, read_weights
+from models import Encoder
+from weights import WeightsError, fits, read_weights
 
 
 class Classifier(nn.Module):

@@ -15,7 +15,8 @@ from engine.stopping import StopRequest, leave
 from evaluation.batches import Batches
 from evaluation.encoder_file import check_same_encoder, sha256_of
 from evaluation.results import percent
-from models import WeightsError, fits, seed_of, seeded
+from models import seed_of, seeded
+from weights import WeightsError, fits
 
 
 class Stopped(Exception):

@@ -12,7 +12,8 @@ from data import Intensity
 from engine.config import ConfigError
 from engine.files import written_whole
 from engine.process import Process
-from models import Encoder, WeightsError, fits, read_weights
+from models import Encoder
+from weights import WeightsError, first_class, fits, read_weights
 
 
 @dataclass
@@ -48,7 +49,7 @@ def load_model(path: Path, process: Process, build) -> tuple[nn.Module, Descript
         about, state = description_of(content["about"]), content["state"]
         sound = isinstance(state, dict) and 1 < len(about.classes) <= IGNORE
         first = next(rows for name, rows in state.items() if name.endswith("encoder.conv1.weight"))
-        sound = sound and about.in_channels == first.shape[1]
+        sound = sound and about.in_channels == first.shape[1] and first_class(content) is None
         if not sound or not Intensity(**about.normalisation)(torch.zeros(1)).isfinite():
             raise ValueError
         model = build(about, Encoder(about.arch, about.in_channels, output_stride=about.output_stride))

@@ -37,7 +37,7 @@ from engine.stopping import STOPPED, run_script
 from evaluation import encoder_file, results
 from experiments.findings import kendall_tau
 from experiments.jobs import PROJECT, Jobs, Stopped
-from models import WeightsError
+from weights import WeightsError
 
 BENCHMARK = "experiments.benchmark"  # whose folders these are, see engine/ownership.py
 FEW = 5  # encoders, below which an order says little

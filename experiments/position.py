@@ -23,9 +23,10 @@ from engine.ownership import refuse_foreign
 from engine.process import start_process
 from engine.stopping import run_script
 from losses import at_least_float32, local_nce_per_image
-from models import MoCo, fits, seeded
+from models import MoCo, seeded
 from pretraining.monitor import validation_slices
 from train_moco import build_model, make_views
+from weights import fits
 
 POSITION = "experiments.position"  # by which position.json is known, see engine/ownership.py
 IMAGES = 256  # slices (at most) and images of noise

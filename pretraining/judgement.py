@@ -7,7 +7,7 @@ from ct.plausible import Doubt, heed, judge_facts
 from data import Intensity, SliceDataset, encoder_card, judge
 from engine.config import Config
 from engine.process import Process
-from models import initial_weights
+from weights import initial_weights
 
 
 def heed_data(cfg: Config, process: Process, dataset: SliceDataset, intensity: Intensity) -> None:

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import BatchReader, Intensity
+from data import BatchReader, DataError, Intensity
 from engine.config import Config
 from engine.files import make_run_folder, refuse_other_run, written_whole
 from engine.process import Process, Readback, only_warning
 from engine.stopping import StopRequest, batch_loader, begin, leave
-from models import Method, initial_weights, whole_slices
+from models import Method, whole_slices
 from pretraining.guard import Guard, NotFinite, bad_steps_text
 from pretraining.journal import Journal
 from pretraining.judgement import heed_data
@@ -27,8 +27,10 @@ from pretraining.method_settings import check_norms
 from pretraining.monitor import CollapseMonitor, draw, show
 from pretraining.run_state import average_running_statistics, averaged_statistics, export, resume, save
 from pretraining.schedule import Due, StepBatches, count_steps, learning_rate
+from weights import WeightsError, initial_weights
 
 SCRIPT = "train_moco.py"  # whose folders these are, see engine/ownership.py
+FAILURES = (DataError, WeightsError, NotFinite)  # that end a run with one line
 
 
 def check_folder(cfg: Config) -> None:

@@ -21,8 +21,9 @@ from engine.files import (
 from engine.ownership import sha256
 from engine.process import Process, warn
 from losses import gather
-from models import Method, fits, is_sound
+from models import Method
 from pretraining.guard import running_statistics
+from weights import fits, is_sound
 
 # What the names of settings begin with that a resumed run may change: the method does not depend on them.
 RUN_FREE = ("out", "device", "compile", "save", "max_bad", "skip", "timeout", "deterministic")

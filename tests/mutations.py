@@ -6,9 +6,11 @@ confuse it with.
 
 import gzip
 import json
+import pickletools
 import re
 import shutil
 import struct
+import zipfile
 import zlib
 
 import numpy as np
@@ -52,6 +54,7 @@ ARRAY_TYPES = ["i2", "i8", "u8", "f2", "f4", "f8", "c8", "?", "O", "U5", "S5", "
 VOLUME_SHAPES = [(12, 12, 10), (12, 12, 10), (12, 12), (12,), (12, 12, 10, 1), (12, 12, 10, 3), (1, 1, 1)]
 VOXEL_TYPES = ["i2", "u1", "f4", "f8", "c8", "i4", "u2", "i8"]
 # fmt: on
+OPCODES = [ord(one.code) for one in pickletools.opcodes]
 
 
 # ---- Any file ----
@@ -268,6 +271,28 @@ def change_torch(rng, path, folder):
     torch.save(rng.choice([content] * 8 + [rng.choice(VALUES), [content], {"x": content}]), path)
 
 
+def change_pickle(rng, path, folder):
+    """The instructions of a zip file of torch.save are others; its checksums are right."""
+    with zipfile.ZipFile(path) as old:
+        files = {name: old.read(name) for name in old.namelist()}
+    name = next(name for name in files if name.endswith("data.pkl"))
+    data = bytearray(files[name])
+    for _ in range(rng.choice([1, 1, 3, 20])):
+        at, size = rng.randrange(len(data)), rng.choice([1, 1, 4, 50])
+        other = rng.randrange(len(data))
+        new = [
+            rng.randbytes(size),
+            rng.choices(OPCODES, k=size),
+            data[other : other + size],
+            b"",
+            b"\xff" * size,
+        ]
+        data[at : at + rng.choice([0, size])] = bytes(rng.choice(new))
+    with zipfile.ZipFile(path, "w") as archive:
+        for one, content in files.items():
+            archive.writestr(one, bytes(data) if one == name else content)
+
+
 SMALL = [small_value]
 YAML = [replace_value, replace_value, replace_word, replace_line, *TEXT, *ANY]
 JSON = [change_json, change_json, change_json, change_json, *TEXT, *ANY]
@@ -276,3 +301,4 @@ PNG = [png_header, png_header, more_png, other_picture, other_picture, *ANY]
 NPY = [npy_header, npy_header, npy_header, other_array, other_array, *ANY]
 NIFTI = [nifti_header, nifti_header, nifti_header, other_volume, other_volume, *ANY]
 TORCH = [change_torch, change_torch, change_torch, *ANY]
+FOREIGN = [change_pickle, change_pickle, change_pickle, *ANY]

@@ -11,8 +11,8 @@ import torch
 import eval_seg
 from engine.config import ConfigError
 from evaluation import batches, report
-from models import WeightsError
 from pretraining import monitor, run
+from weights import WeightsError
 
 # ---- Pretraining --------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from PIL import Image
 import eval_seg
 import train_moco
 from ct.slices import write_png
-from models import Encoder, load_encoder_weights
+from models import LAYERS, Encoder, load_encoder_weights
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ["run.device=cpu", "data.workers=0", "model.arch=tiny"]
@@ -153,6 +153,50 @@ def test_weights_go_strictly_into_timm_and_come_back(exported, tmp_path):
     again = Encoder(encoder.arch).eval()
     assert load_encoder_weights(again, tmp_path / "timm.pth").left_out == []
     same_function(again, model.forward_features)
+
+
+def torchvision_detector(state):
+    model = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, image_mean=[0.0], image_std=[1.0], min_size=64, max_size=64
+    )
+    model.backbone.body.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    model.backbone.body.load_state_dict(state)
+    with torch.no_grad():
+        assert len(model.eval()([torch.rand(1, 64, 64)])) == 1
+    return lambda x: list(model.backbone.body(x).values())
+
+
+def timm_features(state):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model("resnet50", features_only=True, in_chans=1)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def smp_unet(state):
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="it is not installed")
+    model = smp.Unet("resnet50", encoder_weights=None, in_channels=1, classes=14)
+    model.encoder.load_state_dict(state)
+    return model.eval().encoder
+
+
+def monai_unet(state):
+    nets = pytest.importorskip("monai.networks.nets", reason="monai is not installed")
+    model = nets.FlexibleUNet(1, 14, "resnet50", spatial_dims=2)
+    model.encoder.load_state_dict(state)
+    return model.eval().encoder
+
+
+@pytest.mark.parametrize("exported", ["resnet50"], indirect=True, scope="module")
+@pytest.mark.parametrize("build", [torchvision_detector, timm_features, smp_unet, monai_unet])
+def test_other_tools_make_the_same_maps(exported, build):
+    """Of all four layers, as docs/COMPATIBILITY.md has them."""
+    encoder, state = exported
+    maps_of, x = build(state), torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        last_four, own = maps_of(x)[-4:], encoder(x, LAYERS).values()
+        for found, wanted in zip(last_four, own, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_weights_go_into_mmseg_under_a_prefix(exported, tmp_path):

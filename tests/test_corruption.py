@@ -7,6 +7,7 @@ A traceback, more than 30 s or 2 GB, or results that a failed command leaves as 
     python tests/test_corruption.py "png: check" 17        # one case again, with all that it prints
 """
 
+import argparse
 import gzip
 import io
 import os
@@ -26,7 +27,7 @@ import pytest
 import torch
 from forks import PROJECT, Server
 from handmade import write_series
-from mutations import ANY, JSON, LIST, NIFTI, NPY, PNG, SMALL, TORCH, YAML, png_chunk
+from mutations import ANY, FOREIGN, JSON, LIST, NIFTI, NPY, PNG, SMALL, TORCH, YAML, png_chunk
 
 CASES = 50  # of a kind
 LONGEST = 1200  # characters of a line on stderr
@@ -123,6 +124,7 @@ KINDS = {
                               ("stopped/encoder.pth",), 2),
     # evaluation
     "encoder.pth: evaluate": Kind(f"{EVAL} encoder={{target}}", "run/encoder.pth", TORCH, SCORES, 5),
+    "foreign.pth: evaluate": Kind(f"{EVAL} encoder={{target}}", "foreign.pth", FOREIGN, SCORES, 5),
     "encoder.json: evaluate": Kind(f"{EVAL} encoder=run/encoder.pth", "run/encoder.json", JSON, SCORES, 4),
     "mask: evaluate": Kind(EVAL, MASKS, PNG, SCORES, 4),
     "set.json: evaluate": Kind(EVAL, "set/set.json", JSON, SCORES, 4),
@@ -238,7 +240,7 @@ NASTY = {
     "a flipped bit in encoder.pth": (f"{EVAL} encoder={WEIGHTS}", WEIGHTS, flip, 2, "damaged"),
     "a flipped bit in model.pth": (f"{PREDICT} one", "done/model.pth", flip, 2, "damaged"),
     "code in a checkpoint": (f"{TRAIN} run.out=stopped", STOPPED, torch_file(Code()), 2, "cannot read"),
-    "code in weights": (f"{EVAL} encoder=x.pth", "x.pth", torch_file(Code()), 2, "refused"),
+    "code in weights": (f"{EVAL} encoder=x.pth", "x.pth", torch_file(Code()), 2, "holds an object of"),
     "an archive unpacks to more": (f"{STEP} model.init={WEIGHTS}", WEIGHTS, deflate, 2, "less"),
 }
 # fmt: on
@@ -332,6 +334,9 @@ def write_sound_files(root, command):
             shutil.copy(root / "run" / file, root / out / file)
         os.link(root / "run" / newest, root / out / "checkpoint.pth")
     os.link(root / "run/checkpoint.pth.previous", root / "two/checkpoint.pth.previous")
+    state = torch.load(root / "run/encoder.pth", weights_only=True)
+    beside = {"meta": argparse.Namespace(lr=0.1), "best": np.float64(3), "path": Path("x"), "kinds": {1, 2}}
+    torch.save({"state_dict": state, **beside}, root / "foreign.pth")
     command(f"{EVAL} run.out=done")
     shutil.copytree(root / "done", root / "done2")
     # An evaluation that ends after its training, at a damaged mask: with the checkpoint of its first step.

@@ -21,7 +21,8 @@ from engine.config import ConfigError
 from evaluation.boxes import boxes_of, coco_metrics, mean_boxes
 from evaluation.detector import Found, build_detector, targets_of
 from evaluation.trained import Description
-from models import Encoder, WeightsError
+from models import Encoder
+from weights import WeightsError
 
 PROJECT = Path(eval_det.__file__).parent
 TINY = ["model.arch=tiny", "model.width=16", "data.workers=0", "run.device=cpu", "boxes.min_pixels=5"]

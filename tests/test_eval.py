@@ -21,7 +21,8 @@ from ct.slices import DataError
 from engine import stopping
 from engine.config import ConfigError
 from evaluation import batches, report, supervised
-from models import Encoder, WeightsError
+from models import Encoder
+from weights import WeightsError
 
 PROJECT = Path(eval_seg.__file__).parent
 TINY = ["model.arch=tiny", "model.output_stride=16", "data.workers=0", "run.device=cpu"]

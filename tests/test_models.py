@@ -17,10 +17,10 @@ from models import (
     LinearDecoder,
     MoCo,
     SplitBatchNorm2d,
-    WeightsError,
     load_encoder_weights,
     seeded,
 )
+from weights import WeightsError
 
 
 def torchvision_resnet(arch, in_channels=1):

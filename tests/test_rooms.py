@@ -11,11 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("engine", "ct", "prepare", "pretraining", "evaluation", "experiments")
-BELOW_THE_SCRIPTS = {"data", "models", "losses", "augment", "collapse", "ct", "engine"}
+BELOW_THE_SCRIPTS = {"data", "models", "weights", "losses", "augment", "collapse", "ct", "engine"}
 MAY_IMPORT = {  # of the project, besides modules of its own room; a new module or room has to be added here
     "losses": set(),
     "augment": set(),
-    "models": {"losses"},
+    "weights": set(),
+    "models": {"losses", "weights"},
     "methods": {"losses", "models", "spark"},
     "spark": {"losses", "models"},
     "collapse": {"losses"},
@@ -34,6 +35,7 @@ MAY_IMPORT = {  # of the project, besides modules of its own room; a new module 
 THIRD_PARTIES = {  # of these; of the others, whatever requirements.txt has
     "losses": {"torch"},
     "augment": {"torch"},
+    "weights": {"torch"},
     "models": {"torch", "torchvision"},
     "collapse": {"torch"},
     "engine": {"torch", "yaml", "tqdm", "numpy"},
@@ -115,6 +117,11 @@ def test_third_parties(place):
         for name, inside, _ in imports if top(module) == place else []:
             if top(name) not in OURS | sys.stdlib_module_names:
                 assert top(name) in allowed or (inside and top(name) in extras), f"{module} imports {name}"
+
+
+def test_models_reads_files_only_where_weights_are_loaded():
+    """So that it can be copied with losses.py alone."""
+    assert all(inside for name, inside, _ in IMPORTS["models"] if top(name) == "weights")
 
 
 def test_requirements_are_what_is_imported():

@@ -13,8 +13,9 @@ from tiny import tiny_resnet
 from ct.slices import DataError
 from engine.config import ConfigError
 from methods import METHODS
-from models import Encoder, WeightsError
+from models import Encoder
 from pretraining.run import Run
+from weights import WeightsError
 
 
 def losses_of(rows):

@@ -8,7 +8,9 @@ import torchvision
 
 import eval_seg
 import models
-from models import ARCHITECTURES, Encoder, WeightsError, architecture_of, load_encoder_weights, weights_file
+import weights
+from models import ARCHITECTURES, Encoder, architecture_of, load_encoder_weights
+from weights import WeightsError, weights_file
 
 EVALUATE = ["data.workers=0", "run.device=cpu", "model.output_stride=16"]
 EVALUATE += ["optim.steps=1", "optim.batch_size=4"]
@@ -94,8 +96,8 @@ def holding(monkeypatch, tmp_path):
         small = {
             name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in state.items()
         }
-        monkeypatch.setattr(models, "read_weights", lambda path: {"state_dict": small})
-        monkeypatch.setattr(models, "is_sound", lambda value: True)
+        monkeypatch.setattr(weights, "read_weights", lambda path: {"state_dict": small})
+        monkeypatch.setattr(weights, "is_sound", lambda value: True)
         (tmp_path / "x.pth").touch()
         return tmp_path / "x.pth"
 

@@ -18,7 +18,7 @@ from engine.config import ConfigError
 from experiments import benchmark
 from experiments.benchmark import Cell, columns_of, correlations, table
 from experiments.jobs import Jobs, as_yaml
-from models import WeightsError
+from weights import WeightsError
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
