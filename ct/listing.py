@@ -65,7 +65,7 @@ def slices_and_volumes(source):
         for endings in (SUFFIXES, VOLUMES)
     ]
     if not any(found):
-        kinds = "neither slices (.png, .npy) nor volumes (.nii, .nii.gz)"
+        kinds = f"neither slices ({', '.join(SUFFIXES)}) nor volumes (.nii, .nii.gz)"
         raise DataError(f"{source}: {kinds}; give such a file or a folder of them")
     return found
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from augment import TwoViews
-from ct.layout import mask_path, split_folder
+from ct.layout import mask_paths, split_folder
 from ct.organs import BTCV_ORGANS, class_colors
 from ct.pictures import contact_sheet, outlined, views_page
 from ct.plausible import Values
@@ -157,9 +157,10 @@ def read_shown(dataset, chosen, args):
     """(name, slice (1, H, W) in [0, 1], mask (H, W)) of the chosen slices; without a mask it is 0."""
     mapping = mask_mapping(read_mask_map(args.mask_map))
     folder, found, values = split_folder(args.root, args.list, args.masks), [], Values()
-    for name, index in ((dataset.names[index], index) for index in chosen):
+    names = [dataset.names[index] for index in chosen]
+    for name, index, path in zip(names, chosen, mask_paths(folder, names)):
         try:
-            path, slice = mask_path(folder, name), dataset.read(index)
+            slice = dataset.read(index)
             mask = read_mask(path, mapping) if path.exists() else np.zeros(dataset.size, np.uint8)
         except DataError as error:
             reason = error
@@ -218,7 +219,7 @@ def parse(argv):
         sub.add_argument(
             "--hu-offset",
             type=finite,
-            help="HU = value of a 16-bit PNG - this; without: the set's, or 1024",
+            help="HU = value of a 16-bit picture - this; without: the set's, or 1024",
         )
 
     sub = command("phantom", make_phantom, "procedural abdominal CT with 13 organs, 60/20/20 by case")
