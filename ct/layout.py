@@ -7,6 +7,7 @@ root/train.txt ...            one path per line, relative to images/
 
 import os
 import re
+import shlex
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from engine.config import one_line
 from engine.text import encoding_of
 
 LONGEST_LINE = 8192  # characters of a list
+SPLITS = ("train", "val", "test", "unlabelled")  # what lists are called
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
 
@@ -92,8 +94,7 @@ def read_list(path, folder=None):
             lines = iter(lambda: file.readline(LONGEST_LINE + 1), "")
             names = [name_in(checked(line, path)) for line in lines if not line.isspace()]
     except FileNotFoundError:
-        there = files_below(path.parent, ".txt", deep=False) if path.parent.is_dir() else []
-        raise DataError(f"{path}: no such list file (there: {', '.join(there[:8]) or 'none'})") from None
+        raise DataError(f"{path}: no such list file ({mend_missing(path, folder)})") from None
     except UnicodeError:
         raise DataError(f"{path}: not a text in UTF-8 or UTF-16; save it as UTF-8") from None
     except DataError:
@@ -113,6 +114,19 @@ def read_list(path, folder=None):
         if "\\" in name or "\0" in name:
             raise DataError(f"{path}: {one_line(name)} has a backslash or a NUL; folders are separated by /")
     return names
+
+
+def mend_missing(path, folder):
+    """Which lists there are; for a set of slices without any, the command that writes them."""
+    root = path.parent
+    there = files_below(root, ".txt", deep=False) if root.is_dir() else []
+    images = os.path.relpath(folder, root) if folder and os.path.isdir(folder) else ".."
+    own = {f"{split}.txt" for split in SPLITS} & {*there} or images.startswith("..")
+    if own or path.stem in images.split("/") or not files_below(folder, SUFFIXES):
+        return f"there: {', '.join(there[:8]) or 'none'}"
+    option = "" if images == "images" else f" --images {shlex.quote(images)}"
+    command = f"python data.py list --root {shlex.quote(str(root))}{option}"
+    return f"{command} writes train.txt, val.txt, test.txt and unlabelled.txt"
 
 
 def relative_to(folder, name, places):

@@ -24,7 +24,7 @@ from engine.files import write_whole, written_whole
 from engine.ownership import claim, contents, refuse_foreign, refuse_other_folder
 from losses import matched_points
 from prepare.check import check_set, read_mask_map
-from prepare.lists import files_beside_images, remove_lists, split_cases, write_lists
+from prepare.lists import files_beside_images, list_set, remove_lists, split_cases, write_lists
 from prepare.medmnist import make_from_medmnist
 from prepare.phantom import phantom_case, phantom_spacing
 from prepare.slicing import slice_volumes
@@ -200,7 +200,7 @@ def show_masks(slices, masks, captions, args):
 def parse(argv):
     parser = OneLineParser(description="Data sets of CT slices: make, convert, check and show them.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="phantom|slice|medmnist|pack|check|show"
+        dest="command", required=True, metavar="phantom|slice|medmnist|list|pack|check|show"
     )
 
     def command(name, function, help):
@@ -264,6 +264,11 @@ def parse(argv):
     sub.add_argument("file", metavar="FILE", help="such as organamnist_64.npz")
     sub.add_argument("--out", required=True, help="folder of the new set")
     sub.add_argument("--names", help="of the classes, from 0 on: bladder,femur-left,...; without: numbers")
+
+    sub = command("list", list_set, "lists of slices that lie in a folder, 60/20/20 by case")
+    sub.add_argument("--root", required=True, help="the data set's folder")
+    sub.add_argument("--images", default="images", help="folder of the slices")
+    sub.add_argument("--masks", default="masks", help="folder of the masks, if there are any")
 
     sub = command("pack", pack, "the slices of a list in one file, NAME.npy, with their names in NAME.json")
     set_options(sub, masks=False)
