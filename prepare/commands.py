@@ -28,6 +28,7 @@ from prepare.lists import files_beside_images, list_set, remove_lists, split_cas
 from prepare.medmnist import make_from_medmnist
 from prepare.phantom import phantom_case, phantom_spacing
 from prepare.slicing import slice_volumes
+from prepare.thinning import thin
 
 # By which the files of a command are known, see engine/ownership.py.
 PACK, PHANTOM, SHOW = "data.py pack", "data.py phantom", "data.py show"
@@ -200,7 +201,7 @@ def show_masks(slices, masks, captions, args):
 def parse(argv):
     parser = OneLineParser(description="Data sets of CT slices: make, convert, check and show them.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="phantom|slice|medmnist|list|pack|check|show"
+        dest="command", required=True, metavar="phantom|slice|medmnist|list|thin|pack|check|show"
     )
 
     def command(name, function, help):
@@ -270,6 +271,13 @@ def parse(argv):
     sub.add_argument("--images", default="images", help="folder of the slices")
     sub.add_argument("--masks", default="masks", help="folder of the masks, if there are any")
 
+    sub = command("thin", thin, "a shorter list, of the slices that differ most from each other")
+    set_options(sub, masks=False)
+    sub.add_argument("--list", required=True, help="list file below the root")
+    sub.add_argument("--keep", type=share, required=True, help="share of the slices, above 0 and up to 1")
+    sub.add_argument("--encoder", metavar="FILE", help="compare its features; without: 16 x 16 px averages")
+    sub.add_argument("--out", default="thinned.txt", help="the new list, below the root; beside it a .png")
+
     sub = command("pack", pack, "the slices of a list in one file, NAME.npy, with their names in NAME.json")
     set_options(sub, masks=False)
     sub.add_argument("--list", required=True, help="list file below the root")
@@ -296,6 +304,12 @@ def parse(argv):
 def finite(text):
     if not math.isfinite(value := float(text)):
         raise argparse.ArgumentTypeError(f"{text} is no number")
+    return value
+
+
+def share(text):
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
     return value
 
 
