@@ -36,7 +36,8 @@ MODES = {  # of Pillow: bits a value, and the kind of colour
     "F": (32, "float"),
 }
 MODES |= dict.fromkeys(("I;16", "I;16B", "I;16L"), (16, "grey"))
-WHITE_IS_ZERO, BITS, PHOTOMETRIC = 0, 258, 262  # of TIFF: a value and two tags
+BITS, COMPRESSION, PHOTOMETRIC = 258, 259, 262  # tags of TIFF
+JPEG_INSIDE, WHITE_IS_ZERO = (6, 7), 0  # and values of the last two
 
 # Of a damaged file it is an error that says so, or a second header is warned of: we check the first.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -51,12 +52,13 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """Of a picture: size (height, width) in px, bits a value, and the kind of colour."""
+    """Of a picture: size (height, width) in px, bits a value, the kind of colour; lossy: by JPEG."""
 
     format: str
     size: tuple
     depth: int
     color: str
+    lossy: bool = False
 
     def __str__(self):
         return f"{self.depth}-bit {self.color} {self.format}"
@@ -98,7 +100,8 @@ def pillow_header(path, format):
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             pages = getattr(image, "is_animated", False)
             white_is_zero = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
-            found = Header(format, image.size[::-1], depth, color)
+            lossy = format == "JPEG" or tags.get(COMPRESSION) in JPEG_INSIDE
+            found = Header(format, image.size[::-1], depth, color, lossy)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(f"{path}: too large; 1 to {MAX_SIDE} px a side can be read") from None
     except Exception as error:  # as in `pixels`
@@ -135,7 +138,7 @@ def grey_pixels(path, header):
         return pixels(path, header)
     red, green, blue, alpha = np.moveaxis(pixels(path, header, "RGBA"), -1, 0)
     apart = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
-    if apart.max() > (JPEG_ROUNDING if header.format == "JPEG" else 0):
+    if apart.max() > (JPEG_ROUNDING if header.lossy else 0):
         row, column = (int(i) for i in np.unravel_index(apart.argmax(), apart.shape))
         color = tuple(int(channel[row, column]) for channel in (red, green, blue))
         raise DataError(f"{path}: in colour, such as {color} in row {row}, column {column}; grey is expected")

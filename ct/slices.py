@@ -133,7 +133,7 @@ def mask_size(path, mapping=None):
 
 def mask_header(path, mapping=None):
     picture = header(path)
-    if picture.format == "JPEG":
+    if picture.lossy:
         raise DataError(f"{path}: a JPEG is lossy and keeps no labels; save the mask anew, as PNG")
     colored = picture.color in ("RGB", "RGB with alpha") and picture.depth == 8
     grey = (picture.depth, picture.color) == (8, "grey")

@@ -139,8 +139,9 @@ def test_masks_are_exact_in_tiff_and_bmp_and_refused_in_jpeg(tmp_path, suffix):
     red = np.where(labels[..., None] > 6, [255, 0, 0], 0).astype(np.uint8)
     coloured = save(tmp_path / f"c.{suffix}", red)
     assert np.array_equal(read_mask(coloured, mask_mapping({"255,0,0": 3, "0,0,0": 0})), 3 * (labels > 6))
-    with pytest.raises(DataError, match="lossy"):
-        read_mask(save(tmp_path / "a.jpg", labels))
+    for lossy in (save(tmp_path / "a.jpg", labels), save(tmp_path / "d.tif", labels, compression="jpeg")):
+        with pytest.raises(DataError, match="lossy"):
+            read_mask(lossy)
 
 
 def test_a_set_of_tiff_slices_with_bmp_masks_is_the_set_of_png(tmp_path, capsys):
