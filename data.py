@@ -10,6 +10,8 @@ Files on disk are read by ct/. Run as a script it makes, packs, checks and shows
     python data.py slice --images ct.nii.gz|DIR --labels seg.nii.gz|DIR --out data/ct --label-map MAP.json
     python data.py medmnist organamnist_64.npz --out data/organ
     python data.py transunet Synapse --out data/synapse
+    python data.py list --root data/ct
+    python data.py thin --root data/ct --list unlabelled.txt --keep 0.25
     python data.py pack --root data/ct --list train.txt --out data/ct-train
     python data.py check --root data/ct
     python data.py show --root data/ct --list train.txt --out page.png --views
@@ -33,11 +35,11 @@ from ct.layout import (
     Cases,
     Strings,
     all_slices,
+    find_masks,
     find_slices,
     packed_at,
     read_list,
     split_folder,
-    without_suffix,
 )
 from ct.plausible import AS_STORED, Doubt, Values, judge_spacings, judge_values, judge_window
 from ct.properties import (
@@ -142,12 +144,12 @@ class SliceDataset(Dataset):
     root      the data set's folder, or a packed set (NAME, NAME.npy or NAME.json; it is its own list then)
     list      list file below root; None: every slice in the images folder
     images    folder below root; "{split}" in it stands for the list's name without .txt
-    hu_offset     HU = value of a 16-bit PNG - this; None: the set's own, else 1024; 0: values as stored
+    hu_offset     HU = value of a 16-bit picture - this; None: the set's own, else 1024; 0: as stored
     size      (H, W) of all slices; None: that in set.json, else the most frequent one of LOOKED_AT slices.
               Slices of another size are scaled to fit, see `Grid`.
     skip_bad  leave out listed files that are missing, and give the next readable slice of the list for an
               unreadable one, both with a warning; without it they are a DataError
-    names, cases    one per slice;  kind: of the values, "hu", "uint8" (8-bit PNGs) or "stored"
+    names, cases    one per slice;  kind: of the values, "hu", "uint8" (8-bit pictures) or "stored"
     properties, grid    what set.json says, and what slices are brought to
     """
 
@@ -284,7 +286,7 @@ class SliceDataset(Dataset):
 class SegmentationDataset(SliceDataset):
     """Slices with their masks: FloatTensor (1, H, W) as in SliceDataset, and LongTensor (H, W), 255 = ignore.
 
-    masks        folder below root, with the slice's name and the suffix .png
+    masks        folder below root, with pictures of the slices' names
     num_classes  a mask with a label outside 0 ... num_classes - 1 and 255 is an error; None: not checked
     like         the training set, to whose grid these slices are brought; None: this is the training set
     mask_map     see ct.slices.read_mask
@@ -312,8 +314,8 @@ class SegmentationDataset(SliceDataset):
             self.cases = Cases(self.names)
         self.num_classes, self.mask_map = num_classes, mask_map
         self.mask_folder = split_folder(root, list, masks)
-        wanted = [without_suffix(name) + ".png" for name in self.names]
-        self.mask_names = present(wanted, self.mask_folder, f"masks of {list}")
+        found = find_masks(self.mask_folder, self.names)
+        self.mask_names = present(self.names, found, self.mask_folder, f"masks of {list}")
         self.grid = like.grid if like else replace(self.grid, pixel_mm=self.pixel_mm)
 
     def __getitem__(self, index):
@@ -375,12 +377,12 @@ def listed_slices(root, list, images, skip_bad):
     folder = split_folder(root, list, images)
     if list is None:
         return folder, Strings(all_slices(folder))
-    return folder, present(read_list(Path(root) / list, folder), folder, list, skip_bad)
+    names = read_list(Path(root) / list, folder)
+    return folder, present(names, find_slices(folder, names), folder, list, skip_bad)
 
 
-def present(names, folder, what, skip_bad=False):
-    """The names of existing files, with suffix. If any is missing: DataError, with skip_bad a warning."""
-    found = find_slices(folder, names)
+def present(names, found, folder, what, skip_bad=False):
+    """The names as they were found. If any is missing (None): DataError, with skip_bad a warning."""
     missing = [name for name, there in zip(names, found) if there is None]
     if missing:
         first = ", ".join(map(one_line, missing[:3])) + (" ..." if len(missing) > 3 else "")

@@ -1,12 +1,13 @@
 """A data set on disk: its lists and cases, and packed sets (what it knows of itself: ct/properties.py).
 
-root/images/CASE/SLICE.png    8- or 16-bit greyscale PNG, or .npy (H, W) int16 in HU
-root/masks/CASE/SLICE.png     8-bit PNG, pixel = class index, 255 = ignore
+root/images/CASE/SLICE.png    8- or 16-bit grey PNG, TIFF, BMP or JPEG, or .npy (H, W) int16 in HU
+root/masks/CASE/SLICE.png     8-bit PNG, TIFF or BMP, pixel = class index, 255 = ignore
 root/train.txt ...            one path per line, relative to images/
 """
 
 import os
 import re
+import shlex
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,20 +18,26 @@ import numpy as np
 
 from ct.listing import files_below
 from ct.properties import parse_properties, read_json
-from ct.slices import SUFFIXES, DataError, open_npy
+from ct.slices import PICTURES, SUFFIXES, DataError, open_npy
 from engine.config import one_line
 from engine.text import encoding_of
 
 LONGEST_LINE = 8192  # characters of a list
+SPLITS = ("train", "val", "test", "unlabelled")  # what lists are called
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
 
 
-def mask_path(folder, name):
-    """Where the mask of a slice lies in the masks folder, NAME.png or NAME.PNG."""
-    path = Path(folder) / (without_suffix(name) + ".png")
-    others = (path.with_suffix(suffix) for suffix in (".PNG", ".Png"))
-    return path if path.exists() else next((other for other in others if other.exists()), path)
+def find_masks(folder, names):
+    """The masks of slices as they are on disk, pictures of the slices' names: NAME.png, else of another
+    suffix; None where there is none."""
+    return find_slices(folder, map(without_suffix, names), PICTURES)
+
+
+def mask_paths(folder, names):
+    """Where the masks of slices lie in the masks folder; NAME.png where there is none."""
+    found = find_masks(folder, names)
+    return [Path(folder) / (there or f"{without_suffix(name)}.png") for there, name in zip(found, names)]
 
 
 # ---- Lists and cases -----------------------------------------------------------------------------
@@ -75,8 +82,8 @@ def checked(line, path):
 def read_list(path, folder=None):
     """The slice names of a list file, relative to the images `folder`, in which absolute paths may lie.
 
-    A name ends at .png or .npy, and a second column goes. In a line without either suffix a last column,
-    which may be a part of the name, is left: find_slices knows. A path that leaves the folder is a DataError;
+    A name ends at a suffix of slices, and a second column goes. In a line without one a last column, which
+    may be a part of the name, is left: find_slices knows. A path that leaves the folder is a DataError;
     whether the files exist is not looked at.
     """
     path = Path(path)
@@ -87,8 +94,7 @@ def read_list(path, folder=None):
             lines = iter(lambda: file.readline(LONGEST_LINE + 1), "")
             names = [name_in(checked(line, path)) for line in lines if not line.isspace()]
     except FileNotFoundError:
-        there = files_below(path.parent, ".txt", deep=False) if path.parent.is_dir() else []
-        raise DataError(f"{path}: no such list file (there: {', '.join(there[:8]) or 'none'})") from None
+        raise DataError(f"{path}: no such list file ({mend_missing(path, folder)})") from None
     except UnicodeError:
         raise DataError(f"{path}: not a text in UTF-8 or UTF-16; save it as UTF-8") from None
     except DataError:
@@ -110,6 +116,19 @@ def read_list(path, folder=None):
     return names
 
 
+def mend_missing(path, folder):
+    """Which lists there are; for a set of slices without any, the command that writes them."""
+    root = path.parent
+    there = files_below(root, ".txt", deep=False) if root.is_dir() else []
+    images = os.path.relpath(folder, root) if folder and os.path.isdir(folder) else ".."
+    own = {f"{split}.txt" for split in SPLITS} & {*there} or images.startswith("..")
+    if own or path.stem in images.split("/") or not files_below(folder, SUFFIXES):
+        return f"there: {', '.join(there[:8]) or 'none'}"
+    option = "" if images == "images" else f" --images {shlex.quote(images)}"
+    command = f"python data.py list --root {shlex.quote(str(root))}{option}"
+    return f"{command} writes train.txt, val.txt, test.txt and unlabelled.txt"
+
+
 def relative_to(folder, name, places):
     """An absolute path inside the folder, relative to it; others as they are. places: how lists call the
     folder, each ending in /; a link that leads there is added to them."""
@@ -125,12 +144,14 @@ def name_in(line):
     if len(columns) == 1:  # as in most lists of a million lines
         return columns[0].removeprefix("./")
     line = line.strip().removeprefix("./")
-    with_suffix = re.match(r".+?\.(png|npy)(?=\s|$)", line, re.IGNORECASE)
+    with_suffix = re.match(rf".+?({'|'.join(map(re.escape, SUFFIXES))})(?=\s|$)", line, re.IGNORECASE)
     return with_suffix.group() if with_suffix else line
 
 
 def without_suffix(name):
-    return name[:-4] if name.lower().endswith(SUFFIXES) else name
+    """The name of a slice without .png, .npy ...; other endings stay."""
+    stem, _, ending = name.rpartition(".")
+    return stem if f".{ending.lower()}" in SUFFIXES else name
 
 
 def case_of(name):
@@ -163,7 +184,7 @@ class Cases(Strings):
         return map(case_of, self.names)
 
 
-def find_slices(folder, names):
+def find_slices(folder, names, suffixes=(*SUFFIXES, "")):
     """The names as they are on disk, where suffixes may be written in capitals; a name that is not there
     becomes None.
 
@@ -180,10 +201,11 @@ def find_slices(folder, names):
         there = listed.get(parent)
         if there is None:
             there = listed[parent] = files_in(os.path.join(folder, parent))
-        if file in there and file[-4:] in SUFFIXES:
+        stem = without_suffix(file)
+        ending = file[len(stem) :].lower()
+        if ending and file in there:
             return name
-        stem = file[:-4] if file[-4:].lower() in SUFFIXES else file
-        endings = (file[-4:].lower(),) if stem != file else (*SUFFIXES, "")
+        endings = (ending,) if ending else suffixes
         forms = (stem + form for ending in endings for form in (ending, ending.upper(), ending.title()))
         spelled = next((form for form in forms if form in there), None)
         return spelled and name[: len(name) - len(file)] + spelled
@@ -206,13 +228,13 @@ def files_in(folder):
 
 
 def all_slices(folder):
-    """Every .png and .npy below a folder, as names relative to it in natural order."""
+    """Every slice below a folder, as names relative to it in natural order."""
     if not os.path.isdir(folder):
         raise DataError(
             f"{folder}: no such folder; data.root (--root) holds it, data.images (--images) names it"
         )
     if not (names := files_below(folder, SUFFIXES)):
-        raise DataError(f"{folder}: no .png or .npy slices there")
+        raise DataError(f"{folder}: no slices ({', '.join(SUFFIXES)}) there")
     return names
 
 

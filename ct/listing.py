@@ -71,7 +71,7 @@ def slices_and_volumes(source):
         for endings in (SUFFIXES, VOLUMES)
     ]
     if not any(found):
-        kinds = f"neither slices (.png, .npy) nor volumes ({', '.join(VOLUMES)})"
+        kinds = f"neither slices ({', '.join(SUFFIXES)}) nor volumes ({', '.join(VOLUMES)})"
         raise DataError(f"{source}: {kinds}; give such a file or a folder of them")
     return found
 

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from ct.slices import IGNORE, MAX_SIDE, DataError, read_stored, slice_header
+from ct.slices import IGNORE, MAX_SIDE, DataError, is_npy, read_stored, slice_header
 from engine.config import one_line
 from engine.files import write_whole
 from engine.text import read_text
@@ -22,7 +22,7 @@ from engine.text import read_text
 NAME = "set.json"
 MAX_JSON = 2**29  # bytes
 MAX_SPACING = 1000  # mm between voxels
-HU_OFFSET = 1024  # of 16-bit PNGs, if nobody says
+HU_OFFSET = 1024  # of 16-bit pictures, if nobody says
 AXES = ("sagittal", "coronal", "axial")
 KINDS = {"hu": "HU", "uint8": "8-bit values", "stored": "values as stored"}
 
@@ -31,8 +31,8 @@ KINDS = {"hu": "HU", "uint8": "8-bit values", "stored": "values as stored"}
 class Properties:
     """What set.json says; None or {} where it does not.
 
-    kind       of the values: "hu"; "uint8", 8-bit PNG; or "stored", which are no HU and taken as they are
-    hu_offset  HU = value of a 16-bit PNG - this
+    kind       of the values: "hu"; "uint8", 8-bit pictures; or "stored", no HU and taken as they are
+    hu_offset  HU = value of a 16-bit picture - this
     axis       that the slices lie across: 0 sagittal, 1 coronal, 2 axial
     size       (rows, columns) in px that all slices are brought to
     spacing    {case: (slice, row, column) in mm}
@@ -63,7 +63,7 @@ def assumed(properties, kind, size, root):
     """What is taken for granted of slices of this kind and size where set.json says nothing, as a line; "" if
     it says all."""
     meant = {
-        "kind": KINDS[kind] + (" + 1024 in 16-bit PNGs" if kind == "hu" else ""),
+        "kind": KINDS[kind] + (" + 1024 in 16-bit pictures" if kind == "hu" else ""),
         "axis": "unknown",
         "size": f"{size[0]} x {size[1]} px",
         "spacing": "unknown",
@@ -142,7 +142,7 @@ def is_size(value):
 
 @dataclass(frozen=True)
 class Reading:
-    """A 16-bit PNG's values minus hu_offset are of `kind`, "hu" or "stored", those of .npy of `arrays`."""
+    """16-bit pictures' values minus hu_offset are of `kind`, "hu" or "stored", those of .npy of `arrays`."""
 
     kind: str = "hu"
     hu_offset: float = HU_OFFSET
@@ -161,7 +161,7 @@ class Reading:
     def kind_of(self, stored, path):
         if stored == "uint8":
             return stored
-        return self.arrays if str(path).lower().endswith(".npy") else self.kind
+        return self.arrays if is_npy(path) else self.kind
 
 
 def reading_of(properties, hu_offset=None):
@@ -194,7 +194,7 @@ class Facts:
     """What is known of the slices that an encoder or a model was trained on; None: unknown.
 
     kind      of their values, "hu", "uint8" or "stored"
-    hu_offset     by which values of that set's 16-bit PNGs exceed HU
+    hu_offset     by which values of that set's 16-bit pictures exceed HU
     axis, size    that they lie across; (H, W) in px that they were brought to
     pixel_mm  how many mm apart rows and columns are then, ((least, most), (least, most))
     source    of the set

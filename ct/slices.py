@@ -1,12 +1,11 @@
-"""One slice, one mask: 8- and 16-bit PNG, .npy in HU; what they may hold, how they are read and written.
+"""One slice, one mask: pictures of 8 and 16 bits, .npy in HU; what they may hold, how they are read and
+written.
 
 Every problem with a file raises `DataError`, one line that names the file.
 """
 
 import os
 import re
-import struct
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,41 +13,33 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ct.raster import MAX_SIDE, DataError, check_side, grey_pixels, header, pixels  # noqa: F401
 from engine.config import one_line
 from engine.files import written_whole
 
 IGNORE = 255  # the mask value of pixels that neither train nor count
-MAX_SIDE = 8192  # px; a header that claims more is refused before any memory is allocated
-PIXELS_PER_BYTE = 8 * 1032  # of a PNG, at most: deflate shrinks by no more than 1032 to 1
 AIR = {"hu": -1024.0, "uint8": 0.0, "stored": 0.0}  # what fills a slice that is brought to the common size
-PNG_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
-SUFFIXES = (".png", ".npy")
-
-# Of a damaged PNG it is an error that says so. The second warning is of a second header: we check the first.
-warnings.filterwarnings("ignore", module=r"PIL\.PngImagePlugin")
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message is one line with the file and the reason."""
+PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".npy", *PICTURES[1:])  # of several files with one name the first is meant
 
 
 def read_slice(path, hu_offset=1024):
-    """One slice as float32 (H, W) in HU. 16-bit PNG: value - hu_offset; .npy: the value; 8-bit PNG: the
-    value, whatever it means."""
+    """One slice as float32 (H, W) in HU. 16-bit picture: value - hu_offset; .npy: the value; 8-bit picture:
+    the value, whatever it means."""
     return read_stored(path, hu_offset)[0]
 
 
 def read_stored(path, hu_offset=1024):
-    """A slice as `read_slice` gives it, and what it is stored as: "hu", or "uint8" (an 8-bit PNG)."""
-    size, stored = slice_header(path)
-    if Path(path).suffix.lower() == ".npy":
+    """A slice as `read_slice` gives it, and what it is stored as: "hu", or "uint8" (an 8-bit picture)."""
+    if is_npy(path):
         with np.errstate(over="ignore"):
             values = np.array(open_npy(path, ndim=2), dtype=np.float32)
         if not np.isfinite(values).all():
             raise DataError(f"{path}: values that are not finite")
-        return values, stored
-    values = decode_png(path, size).astype(np.float32)
+        return values, "hu"
+    picture = header(path)
+    stored = stored_as(path, picture)
+    values = grey_pixels(path, picture).astype(np.float32)
     return values - hu_offset if stored == "hu" else values, stored
 
 
@@ -63,22 +54,22 @@ def whole_hu(values):
 
 
 def read_mask(path, mapping=None):
-    """One mask as uint8 (H, W): the pixels of an 8-bit grey PNG, or the indices of a palette PNG.
+    """One mask as uint8 (H, W): the pixels of an 8-bit grey PNG, TIFF or BMP, or the indices of its palette.
 
     mapping: {pixel value or (red, green, blue): class}, see `mask_mapping`. Grey values that it does not name
     stay, colours are an error. With colours in it, the pixels of a palette are colours, too.
     """
-    size = mask_size(path, mapping)
+    picture = mask_header(path, mapping)
     if not mapping:
-        return decode_png(path, size)
-    colors = any(isinstance(key, tuple) for key in mapping)
-    mask = decode_png(path, size, colors)
+        return pixels(path, picture)
+    colors = picture.color.startswith("RGB") or any(isinstance(key, tuple) for key in mapping)
+    mask = pixels(path, picture, "RGB" if colors else None)
     if mask.ndim == 2:
         table = np.arange(256, dtype=np.uint8)
         table[[*mapping]] = [*mapping.values()]
         return table[mask]
-    codes = mask[..., :3].astype(np.int32) @ [1 << 16, 1 << 8, 1]
-    classes = np.zeros(size, np.uint8)
+    codes = mask.astype(np.int32) @ [1 << 16, 1 << 8, 1]
+    classes = np.zeros(picture.size, np.uint8)
     for code in np.unique(codes):
         color = (int(code) >> 16, int(code) >> 8 & 255, int(code) & 255)
         grey = color[0] if len({*color}) == 1 else None  # a grey value stored as a colour
@@ -114,53 +105,42 @@ def mask_mapping(given):
 
 
 def slice_header(path):
-    """(height, width) in px and "hu" or "uint8" (an 8-bit PNG), without reading the pixels."""
-    if Path(path).suffix.lower() == ".npy":
+    """(height, width) in px and "hu" or "uint8" (an 8-bit picture), without reading the pixels."""
+    if is_npy(path):
         return open_npy(path, ndim=2).shape, "hu"
-    size, depth, color = png_header(path)
-    if color != "grey" or depth not in (8, 16):
-        raise DataError(f"{path}: an 8- or 16-bit grey PNG is expected, this is {depth}-bit {color}")
-    return size, "hu" if depth == 16 else "uint8"
+    picture = header(path)
+    return picture.size, stored_as(path, picture)
+
+
+def is_npy(path):
+    return Path(path).suffix.lower() == ".npy"
+
+
+def stored_as(path, picture):
+    """ "hu" or "uint8". Whether what is stored in colours is grey shows only in its pixels."""
+    if (picture.depth, picture.color) == (16, "grey"):
+        return "hu"
+    colored = picture.color in ("RGB", "RGB with alpha", "grey with alpha")
+    if picture.color == "palette" or (picture.depth == 8 and (colored or picture.color == "grey")):
+        return "uint8"
+    raise DataError(f"{path}: 8- or 16-bit grey is expected, this is a {picture}; save it so, or HU as .npy")
 
 
 def mask_size(path, mapping=None):
     """(height, width) in px of a mask, without reading the pixels."""
-    size, depth, color = png_header(path)
-    colored = color in ("RGB", "RGB with alpha") and depth == 8
-    if color != "palette" and (color, depth) != ("grey", 8) and not (mapping and colored):
+    return mask_header(path, mapping).size
+
+
+def mask_header(path, mapping=None):
+    picture = header(path)
+    if picture.lossy:
+        raise DataError(f"{path}: a JPEG is lossy and keeps no labels; save the mask anew, as PNG")
+    colored = picture.color in ("RGB", "RGB with alpha") and picture.depth == 8
+    grey = (picture.depth, picture.color) == (8, "grey")
+    if picture.color != "palette" and not grey and not (mapping and colored):
         mend = "; data.mask_map={'255,0,0': 1} maps colours" if colored else "; save it with 8 bits"
-        raise DataError(
-            f"{path}: an 8-bit grey or palette PNG is expected as a mask, this is {depth}-bit {color}{mend}"
-        )
-    return size
-
-
-def png_header(path):
-    """(height, width), bits a value, and the kind of colour; sizes are checked before anything is
-    allocated."""
-    try:
-        with open(path, "rb") as file:
-            start, length = file.read(26), os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    if len(start) < 26 or start[:8] != b"\x89PNG\r\n\x1a\n" or start[12:16] != b"IHDR":
-        raise DataError(f"{path}: not a PNG image")
-    width, height, depth, color = struct.unpack(">IIBB", start[16:])
-    check_side(path, (height, width))
-    if width * height > length * PIXELS_PER_BYTE:
-        raise DataError(f"{path}: damaged, too short for the {height} x {width} px its header claims")
-    return (height, width), depth, PNG_COLORS.get(color, "of an unknown colour type")
-
-
-def decode_png(path, size, colors=False):
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.size != size[::-1]:
-                raise DataError("two headers")  # before it allocates what the second one says
-            return np.array(image.convert("RGB") if colors else image)
-    except Exception as error:
-        # OSError, SyntaxError, struct.error, zlib.error ...: whatever a damaged chunk causes
-        raise DataError(f"{path}: damaged PNG ({one_line(error)})") from None
+        raise DataError(f"{path}: a mask is an 8-bit grey or palette picture, this is a {picture}{mend}")
+    return picture
 
 
 def open_npy(path, ndim):
@@ -178,11 +158,6 @@ def open_npy(path, ndim):
         raise DataError(f"{path}: {ndim} dimensions are expected, not shape {array.shape}")
     check_side(path, array.shape[-2:])
     return array
-
-
-def check_side(path, size):
-    if min(size) < 1 or max(size) > MAX_SIDE:
-        raise DataError(f"{path}: {size[0]} x {size[1]} px; 1 to {MAX_SIDE} a side can be read")
 
 
 def write_png(path, array, made_by=None, record=None):

@@ -211,19 +211,20 @@ def collect(root, lists, args):
         images, masks = (layout.split_folder(root, list_name, folder) for folder in (args.images, args.masks))
         names = layout.read_list(root / list_name, images) if list_name else layout.all_slices(images)
         found = layout.find_slices(images, names)
-        missing = [name for name, there in zip(names, found) if there is None]
+        missing = [name for name, file in zip(names, found) if file is None]
         bad += [f"{images / name}: in {list_name}, but missing" for name in missing]
         if repeated := len(names) - len(missing) - len({*found} - {None}):
             text = "slices are listed more than once; pretraining takes them as often, evaluation once"
             print(f"warning: {list_name}: {repeated} {text}")
         needs_mask = masks.is_dir() and split != "unlabelled"
-        for name in filter(None, found):
-            new = Slice(name, images / name, layout.mask_path(masks, name), needs_mask, set())
+        there = [*filter(None, found)]
+        for name, mask in zip(there, layout.mask_paths(masks, there)):
+            new = Slice(name, images / name, mask, needs_mask, set())
             known = slices.setdefault(new.image, new)
             known.needs_mask |= needs_mask
             known.splits.add(split)
         masks_too = "with masks" if needs_mask else "masks not needed"
-        cases = len({*map(layout.case_of, filter(None, found))})
+        cases = len({*map(layout.case_of, there)})
         print(f"{list_name or images}: {len(names)} slices, {masks_too}; cases: {cases}")
     twice = [one for one in slices.values() if one.held_out() and len(one.splits) > 1]
     if twice:

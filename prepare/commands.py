@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from augment import TwoViews
-from ct.layout import mask_path, split_folder
+from ct.layout import mask_paths, split_folder
 from ct.organs import BTCV_ORGANS, class_colors
 from ct.pictures import contact_sheet, outlined, views_page
 from ct.plausible import Values
@@ -24,10 +24,11 @@ from engine.files import write_whole, written_whole
 from engine.ownership import claim, contents, refuse_foreign, refuse_other_folder
 from losses import matched_points, to_slice
 from prepare.check import check_set, read_mask_map
-from prepare.lists import files_beside_images, remove_lists, split_cases, write_lists
+from prepare.lists import files_beside_images, list_set, remove_lists, split_cases, write_lists
 from prepare.medmnist import make_from_medmnist
 from prepare.phantom import phantom_case, phantom_spacing
 from prepare.slicing import slice_volumes
+from prepare.thinning import thin
 from prepare.transunet import make_from_transunet
 
 # By which the files of a command are known, see engine/ownership.py.
@@ -157,9 +158,10 @@ def read_shown(dataset, chosen, args):
     """(name, slice (1, H, W) in [0, 1], mask (H, W)) of the chosen slices; without a mask it is 0."""
     mapping = mask_mapping(read_mask_map(args.mask_map))
     folder, found, values = split_folder(args.root, args.list, args.masks), [], Values()
-    for name, index in ((dataset.names[index], index) for index in chosen):
+    names = [dataset.names[index] for index in chosen]
+    for name, index, path in zip(names, chosen, mask_paths(folder, names)):
         try:
-            path, slice = mask_path(folder, name), dataset.read(index)
+            slice = dataset.read(index)
             mask = read_mask(path, mapping) if path.exists() else np.zeros(dataset.size, np.uint8)
         except DataError as error:
             reason = error
@@ -203,7 +205,7 @@ def show_masks(slices, masks, captions, args):
 def parse(argv):
     parser = OneLineParser(description="Data sets of CT slices: make, convert, check and show them.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="phantom|slice|medmnist|transunet|pack|check|show"
+        dest="command", required=True, metavar="phantom|slice|medmnist|transunet|list|thin|pack|check|show"
     )
 
     def command(name, function, help):
@@ -222,7 +224,7 @@ def parse(argv):
         sub.add_argument(
             "--hu-offset",
             type=finite,
-            help="HU = value of a 16-bit PNG - this; without: the set's, or 1024",
+            help="HU = value of a 16-bit picture - this; without: the set's, or 1024",
         )
 
     sub = command("phantom", make_phantom, "procedural abdominal CT with 13 organs, 60/20/20 by case")
@@ -232,7 +234,7 @@ def parse(argv):
     sub.add_argument("--size", type=at_least(16), default=128, help="px")
     sub.add_argument("--seed", type=at_least(0), default=0)
 
-    sub = command("slice", slice_volumes, "NIfTI volumes to 16-bit PNG slices (HU + 1024) and 8-bit masks")
+    sub = command("slice", slice_volumes, "volumes to 16-bit PNG slices (HU + 1024) and 8-bit masks")
     sub.add_argument(
         "--images",
         required=True,
@@ -276,6 +278,18 @@ def parse(argv):
     sub.add_argument("--out", required=True, help="folder of the new set")
     sub.add_argument("--classes", help="names of classes 1, 2 ...: spleen,liver,...; without: numbers")
     sub.add_argument("--flip", choices=("rows", "columns", "both"), help="of slices upside down or mirrored")
+
+    sub = command("list", list_set, "lists of slices that lie in a folder, 60/20/20 by case")
+    sub.add_argument("--root", required=True, help="the data set's folder")
+    sub.add_argument("--images", default="images", help="folder of the slices")
+    sub.add_argument("--masks", default="masks", help="folder of the masks, if there are any")
+
+    sub = command("thin", thin, "a shorter list, of the slices that differ most from each other")
+    set_options(sub, masks=False)
+    sub.add_argument("--list", required=True, help="list file below the root")
+    sub.add_argument("--keep", type=share, required=True, help="share of the slices, above 0 and up to 1")
+    sub.add_argument("--encoder", metavar="FILE", help="compare its features; without: 16 x 16 px averages")
+    sub.add_argument("--out", default="thinned.txt", help="the new list, below the root; beside it a .png")
 
     sub = command("pack", pack, "the slices of a list in one file, NAME.npy, with their names in NAME.json")
     set_options(sub, masks=False)
@@ -322,6 +336,12 @@ def between(low, high):
         return value
 
     return number
+
+
+def share(text):
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
+    return value
 
 
 def at_least(least):

@@ -1,18 +1,26 @@
-"""The lists of a new set: which cases are for training, validation and test."""
+"""The lists of a set: which cases are for training, validation and test.
+
+Those of new sets; and `data.py list`, for slices that did not come through a command.
+"""
 
 import re
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 
+from ct.layout import SPLITS, all_slices, case_of, find_masks, packed_at
 from ct.listing import natural_order
 from ct.properties import read_json
 from ct.slices import DataError
 from engine.files import write_whole
-from engine.ownership import remove_own
+from engine.ownership import refuse_foreign, remove_own
 from prepare.pairing import number_in, print_names
 
-SPLITS = ("train", "val", "test", "unlabelled")
+LIST = "data.py list"  # by which its files are known, see engine/ownership.py
 ABOUT = ("set.json",)  # what else lies beside the lists
+FOLDER_OF = {"train": "train", "training": "train", "imagestr": "train", "val": "val", "valid": "val"}
+FOLDER_OF |= {"validation": "val", "test": "test", "testing": "test", "imagests": "test"}
 
 
 def split_cases(cases, val=None, test=None):
@@ -105,16 +113,28 @@ def find_case(entry, cases, path):
 
 
 def make_lists(records, split):
-    """{"train": names of slices ...} of the split, without one 60/20/20 by labelled case, or blocks of the
-    only one. "unlabelled" has every slice outside val and test, for pretraining."""
+    """{"train": names of slices ...} of the split of sliced cases, see `divide`."""
     names = {case: [f"{case}/{i:04d}.png" for i in range(r["slices"])] for case, r in records.items()}
-    labelled = [case for case, record in records.items() if record["labelled"] is not None]
+    labelled = {
+        case: [names[case][i] for i in record["labelled"]]
+        for case, record in records.items()
+        if record["labelled"] is not None
+    }
+    return divide(names, labelled, split)
+
+
+def divide(names, labelled, split=None):
+    """{"train": names of slices ...} of the split, without one 60/20/20 by labelled case, or blocks of the
+    only one. "unlabelled" has every slice outside val and test, for pretraining.
+
+    names, labelled: {case: its slices}, of all cases, and those with labels of the labelled ones.
+    """
     dropped = []
     if split is None and len(labelled) == 1:
-        case = labelled[0]
-        lists, dropped = blocks(case, names[case], [names[case][i] for i in records[case]["labelled"]])
+        [(case, own)] = labelled.items()
+        lists, dropped = blocks(case, names[case], own)
     else:
-        split = split or split_cases(labelled)
+        split = split or split_cases([*labelled])
         lists = {part: [name for case in cases for name in names[case]] for part, cases in split.items()}
     held_out = {*lists["val"], *lists["test"], *dropped}
     everything = (name for own in names.values() for name in own)
@@ -140,3 +160,57 @@ def blocks(case, names, labelled, gap=2):
     ]
     print(f"train {ranges[0]}, val {ranges[1]}, test {ranges[2]}; {gap} slices dropped between two blocks")
     return lists, inside[train:val] + inside[val + held_out : test]
+
+
+# ---- The list command ----------------------------------------------------------------------------
+
+
+def list_set(args):
+    """The list command: train.txt, val.txt, test.txt and unlabelled.txt of the slices in a folder.
+
+    By case, 60/20/20; slices that lie in folders called train, val or test stay in these. If there are masks
+    only slices with a mask are in the first three. Lists that it did not write are never written over.
+    """
+    root = Path(args.root)
+    if packed_at(root):
+        raise DataError(f"{root}: a packed set, whose list is its own; list the folder it was made of")
+    if "{split}" in args.images + args.masks:
+        raise DataError("--images, --masks: name folders without {split}, also as data.images, data.masks")
+    slices = all_slices(root / args.images)
+    refuse_foreign([root / f"{split}.txt" for split in SPLITS], [], LIST, "--root")
+    found = find_masks(root / args.masks, slices)
+    masked = {name for name, mask in zip(slices, found) if mask}
+    lists = lists_of(slices, masked)
+    remove_lists(root, LIST)
+    write_lists(root, lists, LIST)
+    print(f"{root}: {len(slices)} slices, {len(masked)} with masks; cases: {len({*map(case_of, slices)})}")
+    for split, names in lists.items():
+        count = f"{len(names)} slices; cases: {len({*map(case_of, names)})}" if names else "none"
+        print(f"{split}.txt: {count}")
+    return 0
+
+
+def lists_of(slices, masked):
+    """The lists of named slices; masked: those with a mask, without any all count as labelled."""
+    cases, labelled, folders = defaultdict(list), defaultdict(list), defaultdict(list)
+    for name in slices:
+        cases[case_of(name)].append(name)
+        if name in masked or not masked:
+            labelled[case_of(name)].append(name)
+        folders[folder_split(name)].append(name)
+    if len(folders.keys() - {None}) > 1:
+        lists = {split: folders[split] for split in ("train", "val", "test")}
+        lists["unlabelled"] = [name for name in slices if folder_split(name) in ("train", None)]
+        print("the slices lie in folders of a split, which is kept")
+    else:
+        lists = divide(cases, labelled)
+    lists |= {
+        split: [n for n in lists[split] if n in masked or not masked] for split in ("train", "val", "test")
+    }
+    return lists
+
+
+def folder_split(name):
+    """The list that a folder above a slice means, as in train/case1_000.png; None: no such folder."""
+    parts = name.lower().split("/")[:-1]
+    return next((FOLDER_OF[part] for part in parts if part in FOLDER_OF), None)

@@ -201,6 +201,52 @@ def other_picture(rng, path, folder):
     image.save(path, format=rng.choice(["PNG", "PNG", "PNG", "TIFF"]))
 
 
+def jpeg_segment(rng, path, folder):
+    """A byte of the tables and headers before the picture: sizes, samplings, Huffman codes, lengths."""
+    data = bytearray(path.read_bytes())
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        data[rng.randrange(2, data.index(b"\xff\xda") + 12)] = rng.choice(NUMBERS) % 256
+    path.write_bytes(data)
+
+
+def tiff_tag(rng, path, folder):
+    """The kind, type, count or value of an entry of the directory."""
+    data = bytearray(path.read_bytes())
+    at = int.from_bytes(data[4:8], "little")
+    for _ in range(rng.choice([1, 1, 2])):
+        entry = at + 2 + 12 * rng.randrange(int.from_bytes(data[at : at + 2], "little"))
+        field, size = rng.choice([(0, 2), (2, 2), (4, 4), (8, 2), (8, 4), (8, 4)])
+        number = rng.choice([rng.choice(NUMBERS), rng.randrange(254, 350), rng.randrange(8)])
+        data[entry + field : entry + field + size] = (number % 256**size).to_bytes(size, "little")
+    path.write_bytes(data)
+
+
+def bmp_header(rng, path, folder):
+    data = bytearray(path.read_bytes())
+    at, size = rng.choice([(10, 4), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2), (30, 4), (34, 4), (46, 4)])
+    data[at : at + size] = (rng.choice(NUMBERS) % 256**size).to_bytes(size, "little")
+    path.write_bytes(data)
+
+
+def other_mode(rng, path, folder):
+    """A sound picture of the same format, of another mode, size or compression, of several pages, turned."""
+    format = {".jpg": "JPEG", ".tif": "TIFF", ".bmp": "BMP"}[path.suffix]
+    modes = {"JPEG": ["L", "RGB", "CMYK"], "BMP": ["1", "L", "P", "RGB", "RGBA"]}
+    mode = rng.choice(
+        modes.get(format, ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F"])
+    )
+    size = rng.choice([(48, 48), (48, 48), (48, 47), (1, 1), (1, 8192), (8193, 1), (1000, 1000)])
+    noise = np.frombuffer(rng.randbytes(size[0] * size[1]), np.uint8).reshape(size[::-1])
+    image, options = Image.fromarray(noise).convert("RGB").convert(mode), {}
+    if format == "TIFF" and mode not in ("I", "F"):
+        options["compression"] = rng.choice([None, "tiff_lzw", "packbits", "tiff_adobe_deflate", "zstd"])
+        pages = rng.choice([0, 0, 1])
+        options |= {"save_all": True, "append_images": [image] * pages}
+    exif = Image.Exif()
+    exif[274] = rng.choice([0, 1, 1, 3, 6, 9])
+    image.save(path, format=format, **options, **({"exif": exif} if format == "JPEG" else {}))
+
+
 def npy_header(rng, path, folder):
     order = rng.choice(["False", "False", "True", "7"])
     shape, dtype = rng.choice(NPY_SHAPES), rng.choice(NPY_TYPES)
@@ -298,6 +344,9 @@ YAML = [replace_value, replace_value, replace_word, replace_line, *TEXT, *ANY]
 JSON = [change_json, change_json, change_json, change_json, *TEXT, *ANY]
 LIST = [replace_line, replace_line, *TEXT, *ANY]
 PNG = [png_header, png_header, more_png, other_picture, other_picture, *ANY]
+JPEG = [jpeg_segment, jpeg_segment, jpeg_segment, other_mode, *ANY]
+TIFF = [tiff_tag, tiff_tag, tiff_tag, tiff_tag, tiff_tag, other_mode, other_mode, *ANY]
+BMP = [bmp_header, bmp_header, bmp_header, other_mode, *ANY]
 NPY = [npy_header, npy_header, npy_header, other_array, other_array, *ANY]
 NIFTI = [nifti_header, nifti_header, nifti_header, other_volume, other_volume, *ANY]
 TORCH = [change_torch, change_torch, change_torch, *ANY]

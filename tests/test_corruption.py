@@ -27,7 +27,23 @@ import pytest
 import torch
 from forks import PROJECT, Server
 from handmade import write_series
-from mutations import ANY, FOREIGN, JSON, LIST, NIFTI, NPY, PNG, SMALL, TORCH, YAML, png_chunk
+from mutations import (
+    ANY,
+    BMP,
+    FOREIGN,
+    JPEG,
+    JSON,
+    LIST,
+    NIFTI,
+    NPY,
+    PNG,
+    SMALL,
+    TIFF,
+    TORCH,
+    YAML,
+    png_chunk,
+)
+from PIL import Image
 
 CASES = 50  # of a kind
 LONGEST = 1200  # characters of a line on stderr
@@ -75,6 +91,7 @@ SLICE = "data.py slice --labels volumes/seg.nii.gz --out fresh --images volumes/
 ALONE = "data.py slice --out fresh --images"
 PHANTOM = "data.py phantom --out set --cases 5 --slices 6 --size 48"
 FEW, MASKS, ARRAYS = "set/images/phantom000/*.png", "set/masks/phantom000/*.png", "set/images/numpy/*.npy"
+COLLECT = "data.py check --root other --list"
 LISTS = tuple(f"fresh/{split}.txt" for split in ("train", "val", "test", "unlabelled"))
 ENCODER, SCORES, PACKED, PAGE = (
     ("fresh/encoder.pth",),
@@ -93,6 +110,12 @@ KINDS = {
     # slices, masks and what stands beside them
     "png: check": Kind(CHECK, FEW, PNG, fast=20),
     "npy: check": Kind(CHECK, ARRAYS, NPY, fast=20),
+    "jpeg: check": Kind(f"{COLLECT} jpg.txt", "other/images/jpg/*", JPEG, fast=8),
+    "tiff: check": Kind(f"{COLLECT} tif.txt", "other/images/tif/*", TIFF, fast=12),
+    "bmp: check": Kind(f"{COLLECT} bmp.txt", "other/images/bmp/*", BMP, fast=6),
+    "tiff mask: check": Kind(f"{COLLECT} tif.txt", "other/masks/tif/*", TIFF, fast=4),
+    "tiff: pack": Kind("data.py pack --root other --out fresh --list tif.txt", "other/images/tif/*", TIFF,
+                       PACKED, 3),
     "mask: check": Kind(CHECK, MASKS, PNG, fast=20),
     "list: check": Kind("data.py check --root set --list few.txt", "set/few.txt", LIST, fast=20),
     "set.json: check": Kind(CHECK, "set/set.json", JSON),
@@ -309,6 +332,7 @@ def write_sound_files(root, command):
     (root / "set/images/numpy").mkdir()
     for name in ("000", "001"):
         np.save(root / f"set/images/numpy/{name}.npy", np.full((48, 48), 40, np.int16))
+    write_pictures(root / "other")
     (root / "names.json").write_text('["background", "bright"]')
     (root / "map.json").write_text('{"1": 1, "2": 2, "7": 3, "255": 255}')
     (root / "one").mkdir()
@@ -345,6 +369,23 @@ def write_sound_files(root, command):
     mask.write_bytes(data[: len(data) // 2])
     command(PART, code=2)
     mask.write_bytes(data)
+
+
+def write_pictures(root):
+    """Slices as other programs save them: 8-bit JPEG and BMP, grey and RGB; 16-bit TIFF, plain and packed."""
+    deep = np.random.default_rng(0).integers(0, 3000, (48, 48)).astype(np.uint16)
+    grey = Image.fromarray((deep // 12).astype(np.uint8))
+    labels = Image.fromarray((deep % 14).astype(np.uint8))
+    for suffix, images in (("jpg", [grey] * 2), ("tif", [Image.fromarray(deep)] * 2), ("bmp", [grey] * 2)):
+        for number, image in enumerate(images):
+            (root / "images" / suffix).mkdir(parents=True, exist_ok=True)
+            image = image.convert("RGB") if number and suffix != "tif" else image
+            options = {"compression": "tiff_lzw"} if number and suffix == "tif" else {}
+            image.save(root / f"images/{suffix}/{number}.{suffix}", **options)
+        (root / f"{suffix}.txt").write_text(f"{suffix}/0\n{suffix}/1\n")
+        (root / "masks" / suffix).mkdir(parents=True)
+        for number in range(2):
+            labels.save(root / f"masks/{suffix}/{number}.tif")
 
 
 def complaint(end, left):

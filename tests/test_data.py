@@ -96,7 +96,9 @@ def test_too_many_bad_slices_are_an_error(tmp_path):
     for name in names[10:115]:
         put(tmp_path / "images" / name, b"")
     assert torch.equal(dataset[16], dataset[115])
-    with pytest.raises(DataError, match="114.png: not a PNG image; 100 unreadable slices in a row"):
+    with pytest.raises(
+        DataError, match="114.png: not a PNG, JPEG, TIFF or BMP image; 100 unreadable slices in a row"
+    ):
         dataset[15]
 
 

@@ -273,15 +273,18 @@ def test_predicting_a_volume_of_any_orientation_equals_predicting_its_slices(lin
     assert expected.any() and np.array_equal(back, expected)
 
 
-def test_a_single_slice_and_npy_slices_are_predicted(linear, phantom, tmp_path):
+def test_a_single_slice_npy_and_tiff_are_predicted(linear, phantom, tmp_path):
     name = (phantom / "test.txt").read_text().split()[0]
     run(*TINY, f"run.out={linear[0]}", "--predict", phantom / "images" / name, "--out", tmp_path / "png")
     np.save(tmp_path / "slice.npy", slices.read_slice(phantom / "images" / name).astype(np.int16))
     run(*TINY, f"run.out={linear[0]}", "--predict", tmp_path / "slice.npy", "--out", tmp_path / "npy")
-    first, second = (
-        np.asarray(Image.open(p)) for p in (tmp_path / "png" / Path(name).name, tmp_path / "npy/slice.png")
-    )
-    assert first.dtype == np.uint8 and first.shape == (48, 48) and np.array_equal(first, second)
+    with Image.open(phantom / "images" / name) as image:
+        image.save(tmp_path / "slice.tiff", compression="tiff_lzw")
+    run(*TINY, f"run.out={linear[0]}", "--predict", tmp_path / "slice.tiff", "--out", tmp_path / "tiff")
+    found = (tmp_path / "png" / Path(name).name, tmp_path / "npy/slice.png", tmp_path / "tiff/slice.png")
+    first, second, third = (np.asarray(Image.open(path)) for path in found)
+    assert first.dtype == np.uint8 and first.shape == (48, 48)
+    assert np.array_equal(first, second) and np.array_equal(first, third)
 
 
 def test_predicting_without_a_model_or_without_images_is_refused(linear, tmp_path):

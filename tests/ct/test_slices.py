@@ -34,8 +34,8 @@ def bad_slices():
     gray = np.zeros((5, 5), np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, (60, 60)).astype(np.uint8)
     return {
-        "colour.png": (png_bytes(np.zeros((5, 5, 3), np.uint8), color=2), "8-bit RGB"),
-        "palette.png": (png_bytes(gray, color=3, palette=range(48)), "8-bit palette"),
+        "colour.png": (png_bytes(np.full((5, 5, 3), 7, np.uint16), color=2), "16-bit RGB PNG"),
+        "palette.png": (png_bytes(gray, color=3, palette=range(48)), "in colour, such as (0, 1, 2)"),
         "truncated.png": (png_bytes(noise)[:900], "damaged"),
         "crc.png": (png_bytes(noise).replace(b"IDAT", b"IDAX"), "damaged"),
         "text.png": (b"not an image at all", "not a PNG"),

@@ -219,7 +219,7 @@ def test_what_is_damaged_is_named_and_passed_over(mixed, tmp_path, capsys):
     with pytest.raises(DataError, match=r"no masks for 1 of 3 files, the first: .*1\.png"):
         run(f"run.out={mixed.parent / 'forth'}", "--predict", folder, "--out", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["0.png", "2.png"]
-    assert "1.png: not a PNG image; passed over" in capsys.readouterr().err
+    assert "1.png: not a PNG, JPEG, TIFF or BMP image; passed over" in capsys.readouterr().err
 
 
 def test_a_volume_that_is_no_hu_is_refused_until_somebody_insists(mixed, tmp_path, nibabel):

@@ -103,7 +103,7 @@ def test_show_names_what_it_cannot_read_and_goes_on(tmp_path, capsys):
         (tmp_path / "images" / name).unlink(missing_ok=True)
     put(tmp_path / "images" / names[0], b"damaged")
     code, _, error = run(capsys, *show)
-    assert code == 2 and "not a PNG image" in error
+    assert code == 2 and "not a PNG, JPEG, TIFF or BMP image" in error
 
 
 def test_show_draws_values_as_stored(tmp_path, capsys):

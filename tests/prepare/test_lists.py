@@ -1,5 +1,14 @@
 """prepare/lists.py: cases divided into lists."""
 
+import re
+import shlex
+
+import numpy as np
+import pytest
+from handmade import one_line_of, put, random_set, run
+
+from ct.slices import DataError
+from data import SegmentationDataset, SliceDataset
 from prepare.lists import read_split, split_cases
 
 
@@ -15,3 +24,86 @@ def test_split_cases():
         parts = split_cases(cases)
         assert tuple(map(len, parts.values())) == sizes
         assert sorted(sum(parts.values(), [])) == sorted(cases)
+
+
+# ---- data.py list ----
+
+
+def lists_in(root):
+    return {path.stem: path.read_text().split() for path in root.glob("*.txt")}
+
+
+def test_a_missing_list_is_written_by_the_command_that_the_message_shows(tmp_path, capsys):
+    names = random_set(tmp_path / "my set", cases=[f"case{index}" for index in range(10)])
+    (tmp_path / "my set/train.txt").unlink()
+    with pytest.raises(DataError) as error:
+        SliceDataset(tmp_path / "my set", "unlabelled.txt")
+    command = re.search(r"\(python data.py (.*) writes train.txt", str(error.value)).group(1)
+    assert "\n" not in str(error.value)
+    code, out, _ = run(capsys, *shlex.split(command))
+    assert code == 0 and "test.txt: 6 slices; cases: 2" in out
+    lists = lists_in(tmp_path / "my set")
+    cases = {split: {name.split("/")[0] for name in own} for split, own in lists.items()}
+    assert {split: len(own) for split, own in cases.items()} == {
+        "train": 6,
+        "val": 2,
+        "test": 2,
+        "unlabelled": 6,
+    }
+    assert not (
+        cases["train"] & cases["val"] or cases["train"] & cases["test"] or cases["val"] & cases["test"]
+    )
+    assert sorted(lists["train"] + lists["val"] + lists["test"]) == sorted(names)
+    assert sorted(lists["unlabelled"]) == sorted(lists["train"])
+    before = lists
+    assert (
+        run(capsys, *shlex.split(command))[0] == 0 and lists_in(tmp_path / "my set") == before
+    )  # the same again
+    code, out, _ = run(capsys, "check", "--root", tmp_path / "my set")
+    assert code == 0 and "30 files read, 0 bad" in out
+
+
+def test_a_list_of_ones_own_is_never_written_over(tmp_path, capsys):
+    random_set(tmp_path)
+    before = lists_in(tmp_path)
+    code, _, err = run(capsys, "list", "--root", tmp_path)
+    assert code == 2 and one_line_of(err) and "train.txt: would be written over" in err
+    assert lists_in(tmp_path) == before
+    with pytest.raises(DataError, match=r"no such list file \(there: train.txt\)$"):
+        SliceDataset(tmp_path, "val.txt")
+
+
+def test_only_slices_with_masks_are_for_evaluation(tmp_path, capsys):
+    names = random_set(tmp_path, cases=[f"case{index}" for index in range(8)], slices=4)
+    (tmp_path / "train.txt").unlink()
+    for name in names:  # three cases without masks, and the others' last slices
+        if name[4] in "012" or name.endswith("03.png"):
+            (tmp_path / "masks" / name).unlink()
+    assert run(capsys, "list", "--root", tmp_path)[0] == 0
+    lists = lists_in(tmp_path)
+    labelled = lists["train"] + lists["val"] + lists["test"]
+    assert len(labelled) == 15 and all((tmp_path / "masks" / name).exists() for name in labelled)
+    held_out = {name.split("/")[0] for name in lists["val"] + lists["test"]}
+    assert lists["unlabelled"] == [name for name in names if name.split("/")[0] not in held_out]
+    assert len(SegmentationDataset(tmp_path, "val.txt")) == 3
+
+
+def test_a_split_into_folders_is_kept(tmp_path, capsys):
+    for split in ("train", "valid", "test"):
+        put(tmp_path / f"images/{split}/p{len(split)}_1.png", np.zeros((4, 4), np.uint8))
+    code, out, _ = run(capsys, "list", "--root", tmp_path)
+    assert code == 0 and "which is kept" in out
+    expected = {"train": ["train/p5_1.png"], "val": ["valid/p5_1.png"], "test": ["test/p4_1.png"]}
+    assert lists_in(tmp_path) == expected | {"unlabelled": ["train/p5_1.png"]}
+
+
+def test_one_case_becomes_blocks_and_other_folders_are_named(tmp_path, capsys):
+    for index in range(20):
+        put(tmp_path / f"pictures/scan_{index}.png", np.full((4, 4), index, np.uint8))
+    with pytest.raises(DataError, match="list --root .* --images pictures writes"):
+        SliceDataset(tmp_path, images="pictures")
+    assert run(capsys, "list", "--root", tmp_path, "--images", "pictures")[0] == 0
+    lists = lists_in(tmp_path)
+    assert [len(lists[split]) for split in ("train", "val", "test")] == [10, 3, 3]
+    code, _, err = run(capsys, "list", "--root", tmp_path, "--images", "pictures/{split}")
+    assert code == 2 and one_line_of(err) and "without {split}" in err
