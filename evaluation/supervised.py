@@ -141,8 +141,9 @@ def save(cfg: Config, trained: nn.Module, optimizer, step: int, best: float | No
 
 
 def parameter_groups(cfg: Config, trained: nn.Module) -> list[dict]:
-    """The encoder, if it is trained, at its own rate; then everything else."""
-    parameters = [("encoder" in name.split("."), p) for name, p in trained.named_parameters()]
+    """The encoder, if it is trained, at its own rate; then everything else that is trained."""
+    named = [(name, p) for name, p in trained.named_parameters() if p.requires_grad]
+    parameters = [("encoder" in name.split("."), p) for name, p in named]
     encoder = [p for within, p in parameters if within]
     others = [p for within, p in parameters if not within]
     groups = [(encoder, cfg.optim.lr * cfg.optim.encoder_lr_factor), (others, cfg.optim.lr)]

@@ -206,8 +206,9 @@ def test_boxes_of_a_volume_are_those_of_its_slices(frozen, phantom, tmp_path, ni
         assert score == pytest.approx(other_score, abs=2e-4)
 
 
-def test_it_goes_on_where_it_was_stopped(phantom, tmp_path, monkeypatch):
-    settings = ["mode=finetune", "optim.steps=6", "eval.every=4"]
+@pytest.mark.parametrize("mode", ("frozen", "finetune"))
+def test_it_goes_on_where_it_was_stopped(phantom, tmp_path, monkeypatch, mode):
+    settings = [f"mode={mode}", "optim.steps=6", "eval.every=4"]
     whole = evaluate(phantom, tmp_path / "whole", *settings)
     out, steps = tmp_path / "run", iter(range(6))
 
