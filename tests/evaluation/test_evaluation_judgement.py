@@ -79,7 +79,7 @@ def test_colours_and_palettes_are_mapped(tmp_path):
     for name in ("rgb.png", "palette.png"):
         mask = read_mask(tmp_path / name, mapping)
         assert mask.dtype == np.uint8 and mask[:, 0].tolist() == [0, 1, 2, 255, 0, 0]
-    with pytest.raises(DataError, match=r"rgb\.png: .*RGB; data\.mask_map="):
+    with pytest.raises(DataError, match=r"rgb\.png: .*RGB PNG; data\.mask_map="):
         read_mask(tmp_path / "rgb.png")
     with pytest.raises(DataError, match=r"the colour \(0, 255, 0\)"):
         read_mask(tmp_path / "rgb.png", mask_mapping({"255,0,0": 1}))
@@ -142,9 +142,16 @@ def test_what_set_json_does_not_say_is_said_once(tmp_path, capsys):
 
 
 def test_a_test_case_of_finer_pixels_is_said(tmp_path):
-    spacing = {case: (5, mm, mm) for case, mm in (("a", 0.8), ("b", 1.0), ("c", 0.4))}
+    spacing = {case: (5, mm, mm) for case, mm in (("a", 0.8), ("b", 0.9), ("c", 0.4))}
     [said] = evaluate(labelled_set(tmp_path / "set", spacing=spacing))["warnings"]
-    assert said.startswith("c: rows 0.4 mm apart") and "0.8 to 1: scaled down to these" in said
+    assert said.startswith("c: rows 0.4 mm apart") and "0.8 to 0.9: scaled down to these" in said
+
+
+def test_training_cases_whose_pixels_differ_are_one_note(tmp_path):
+    spacing = {case: (5, mm, mm) for case, mm in (("a", 0.8), ("b", 1.0), ("c", 0.9))}
+    [said] = evaluate(labelled_set(tmp_path / "set", spacing=spacing))["warnings"]
+    assert "rows from 0.8 mm (a) to 1 mm (b) apart: organs differ in size by that" in said
+    assert "data.py slice --spacing MM" in said
 
 
 def test_a_test_case_with_gaps_between_its_slices_is_said(tmp_path):
