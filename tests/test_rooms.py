@@ -27,7 +27,7 @@ MAY_IMPORT = {  # of the project, besides modules of its own room; a new module 
     "eval_det": BELOW_THE_SCRIPTS | {"evaluation"},
     "engine": set(),
     "ct": {"engine"},
-    "prepare": {"ct", "data", "augment", "losses", "models", "engine"},
+    "prepare": {"ct", "data", "augment", "losses", "models", "weights", "engine"},
     "pretraining": BELOW_THE_SCRIPTS,
     "evaluation": BELOW_THE_SCRIPTS,
     "experiments": BELOW_THE_SCRIPTS | {"prepare", "pretraining", "evaluation", "train_moco", "eval_seg"},
