@@ -1,6 +1,7 @@
 """Input that tests write by hand, not with the code under test, and data.py in this process."""
 
 import json
+import locale
 import struct
 import zlib
 from pathlib import Path
@@ -104,6 +105,7 @@ def write_series(folder, hu, uid="1.2.3", name="IM{:04d}", spacing=0.7, mm=2.0, 
     """One file a slice of hu (S, H, W), from the feet up. changed: {tag: text, or text of each slice}."""
     import SimpleITK as sitk
 
+    kept = locale.setlocale(locale.LC_ALL)  # its writer leaves another one, and with it another encoding
     folder.mkdir(parents=True, exist_ok=True)
     for index, one in enumerate(hu):
         image = sitk.GetImageFromArray(one[None])
@@ -130,4 +132,5 @@ def write_series(folder, hu, uid="1.2.3", name="IM{:04d}", spacing=0.7, mm=2.0, 
         writer.SetFileName(str(folder / "part.dcm"))
         writer.Execute(image)
         (folder / "part.dcm").rename(folder / name.format(index))
+    locale.setlocale(locale.LC_ALL, kept)
     return folder
