@@ -60,6 +60,7 @@ from evaluation.boxes import Boxes, Found, boxes_of, coco_metrics, mean_boxes, p
 from evaluation.detector import BoxPredictor, build_detector, detect, shown, targets_of
 from evaluation.judgement import heed_evaluation
 from evaluation.prediction import predict
+from evaluation.report import shown_slice
 from evaluation.script import (
     begin_run,
     check_batch,
@@ -245,12 +246,10 @@ def draw(path: Path, dataset, truth: list[Boxes], found: list[Found], intensity,
     tiles, captions = [], []
     for positions in list(by_case.values())[:PICTURE_CASES]:
         position = positions[len(positions) // 2]
-        unit = intensity.to_unit(dataset[position][0][0])
-        if intensity.window is None:
-            unit = (unit - unit.min()) / (unit.max() - unit.min()).clamp(min=1e-6)
+        unit = shown_slice(dataset[position][0][0], intensity)
         real, sure = truth[position], shown(found[position], PICTURE_SCORE)
-        tiles += [gray_tile(unit.numpy(), TILE)]
-        tiles += [boxed(unit.numpy(), one.boxes, one.labels, TILE, colors) for one in (real, sure)]
+        tiles += [gray_tile(unit, TILE)]
+        tiles += [boxed(unit, one.boxes, one.labels, TILE, colors) for one in (real, sure)]
         captions += [dataset.names[position], "truth", f"found, score {PICTURE_SCORE} or more"]
     with written_whole(path) as file:
         contact_sheet(tiles, captions, classes, columns=3).save(file, format="PNG")

@@ -17,6 +17,7 @@ import numpy as np
 
 from ct.slices import IGNORE
 from engine.config import ConfigError
+from evaluation.scores import mean
 
 
 @dataclass
@@ -160,11 +161,6 @@ def class_means(precision: np.ndarray) -> np.ndarray:
     """(IoU, recall, class) -> the mean of each class; nan where there is nothing to find."""
     means = precision.mean((0, 1))
     return np.where(means < 0, np.nan, means)
-
-
-def mean(values: list[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if defined else None
 
 
 def intervals_of(judged, precision: np.ndarray, cases: list[str]) -> dict[str, list[float] | None]:

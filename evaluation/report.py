@@ -208,12 +208,17 @@ def draw_predictions(
     for one in list(scores.values())[:PICTURE_CASES]:
         position, prediction = one.shown
         image, truth = dataset[position]
-        unit = intensity.to_unit(image[0])
-        if intensity.window is None:
-            unit = (unit - unit.min()) / (unit.max() - unit.min()).clamp(min=1e-6)
-        rows.append((dataset.names[position], unit.numpy(), truth.numpy(), prediction))
+        rows.append((dataset.names[position], shown_slice(image[0], intensity), truth.numpy(), prediction))
     with written_whole(path) as file:
         prediction_page(rows, classes).save(file, format="PNG")
+
+
+def shown_slice(stored: Tensor, intensity: Intensity) -> np.ndarray:
+    """A slice (H, W) in stored values as pictures show it, in [0, 1]."""
+    unit = intensity.to_unit(stored)
+    if intensity.window is None:
+        unit = (unit - unit.min()) / (unit.max() - unit.min()).clamp(min=1e-6)
+    return unit.numpy()
 
 
 def prediction_page(rows: list[tuple], classes: list[str]) -> Image.Image:

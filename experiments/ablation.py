@@ -29,7 +29,7 @@ from engine.process import start_process
 from engine.stopping import STOPPED, run_script
 from experiments import figures, findings
 from experiments.cells import Cell, Cells, best_rate, evaluation_name, evaluation_record, pretraining_record
-from experiments.jobs import PROJECT, Jobs, Stopped
+from experiments.jobs import PROJECT, Jobs, Stopped, without_machine
 
 ABLATION = "experiments.ablation"  # whose folders these are, see engine/ownership.py
 PROTOCOL = PROJECT / "experiments" / "configs" / "ablation.yaml"
@@ -284,10 +284,6 @@ def check_same_protocol(path: Path, protocol: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     claim(path.parent, ABLATION)
     write_whole(path, yaml.safe_dump(protocol, sort_keys=False), ABLATION)
-
-
-def without_machine(settings: dict | None) -> dict:
-    return {name: value for name, value in (settings or {}).items() if not name.startswith("run.")}
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from engine.process import only_warning
 from engine.stopping import STOPPED, run_script
 from evaluation import encoder_file, results
 from experiments.findings import kendall_tau
-from experiments.jobs import PROJECT, Jobs, Stopped
+from experiments.jobs import PROJECT, Jobs, Stopped, without_machine
 from weights import WeightsError
 
 BENCHMARK = "experiments.benchmark"  # whose folders these are, see engine/ownership.py
@@ -278,10 +278,6 @@ def check_same_protocol(out: Path, protocol: dict) -> None:
     claim(out, BENCHMARK)
     protocol = protocol | {"benchmarks": before["benchmarks"] | protocol["benchmarks"]}
     write_whole(path, yaml.safe_dump(protocol, sort_keys=False))
-
-
-def without_machine(settings: dict) -> dict:
-    return {name: value for name, value in settings.items() if not name.startswith("run.")}
 
 
 def check_encoders(encoders: list[str], seeds: list[int]) -> None:

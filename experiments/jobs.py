@@ -96,3 +96,8 @@ def as_yaml(value) -> str:
     return yaml.safe_dump(str(value) if isinstance(value, Path) else value, default_flow_style=True).split(
         "\n"
     )[0]
+
+
+def without_machine(settings: dict | None) -> dict:
+    """Those that decide about results: precision and device are the machine's."""
+    return {name: value for name, value in (settings or {}).items() if not name.startswith("run.")}

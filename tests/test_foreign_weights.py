@@ -253,6 +253,7 @@ def test_such_files_would_run_something_if_unpickled(tmp_path, monkeypatch):
     for name in ("os.system", "builtins.eval", "__setstate__", "getattr", "codecs", "a key", "a set"):
         with suppress(TypeError):  # after it has run
             pickle.loads(pickled({"x": OBJECTS[name]}))
+        assert os.path.isdir("owned"), name
         os.rmdir("owned")
 
 
