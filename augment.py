@@ -76,8 +76,8 @@ class TwoViews:
         )
 
     def __call__(self, batch, generator, offset=0, total=None):
-        """batch (N, 1, H, W), rows offset to offset + N of a global batch of `total` (default: N) slices
-        -> two views (N, 1, size, size) and their boxes (N, 5), or (N, 9) of warped ones.
+        """batch (N, C, H, W), rows offset to offset + N of a global batch of `total` (default: N) slices
+        -> two views (N, C, size, size) and their boxes (N, 5), or (N, 9) of warped ones.
 
         generator: a CPU generator that the caller seeds from (seed, step). A slice's views are the same
         bits in whatever part of the batch it is computed, but for the last one of gamma where several
@@ -144,7 +144,7 @@ class SegmentationAugment:
         self.photometric = Photometric(brightness, contrast, gamma, noise=noise)
 
     def __call__(self, images, masks, generator, offset=0, total=None):
-        """images (N, 1, H, W) in [0, 1], masks (N, H, W) -> (N, 1, *size), and (N, *size) int64."""
+        """images (N, C, H, W) in [0, 1], masks (N, H, W) -> (N, C, *size), and (N, *size) int64."""
         (table,) = draw_tables(1, len(images), generator, offset, total)
         field = self.photometric.noise_field(self.size, generator, images.device)
         boxes = self.boxes(table, *images.shape[-2:])
@@ -241,7 +241,7 @@ class Warp:
 
 
 def crop(batch, boxes, size, mode="bilinear", padding="border"):
-    """The boxes (N, 5 or 9, on the CPU) of a batch (N, 1, H, W), resampled to `size`, flipped where they say
+    """The boxes (N, 5 or 9, on the CPU) of a batch (N, C, H, W), resampled to `size`, flipped where they say
     so.
 
     A crop that shrinks by 2 or more is read from the batch averaged over 2 x 2 px, one that shrinks by 4 or
@@ -331,7 +331,8 @@ def sampling_grid(x, y):
 
 @dataclass
 class Photometric:
-    """Changes of the grey values of (N, 1, h, w), each image by its own row of the table; see TwoViews."""
+    """Changes of the grey values of (N, C, h, w), each image by its own row of the table; see TwoViews. Its
+    channels are changed alike, but for the noise, which is another one in each."""
 
     brightness: float = 0.0
     contrast: float = 0.0
@@ -354,7 +355,7 @@ class Photometric:
         if not any(strengths):
             return x
         numbers = self.numbers(to_device(table, x.device))
-        corners = noise_corners(table, x.shape[-2:])
+        corners = noise_corners(table, x.shape[1:])
         for rows in pieces(len(x), x.shape[-2:], x.device):
             self.change(x[rows], numbers[rows].unbind(1), field, corners[rows])
         return x
@@ -401,7 +402,7 @@ class Photometric:
 
 @dataclass
 class Erasing:
-    """Black rectangles in views (N, 1, h, w), each by its own row of the table; see TwoViews."""
+    """Black rectangles in views (N, C, h, w), each by its own row of the table; see TwoViews."""
 
     probability: float = 0.0
     area: tuple = (0.02, 0.2)
@@ -439,7 +440,7 @@ def blur_weights(amount, largest):
 
 
 def blur_or_sharpen(x, weights):
-    """x (N, 1, h, w) in place, by weights (N, 1, 1, 1) of blur_weights."""
+    """x (N, C, h, w) in place, by weights (N, 1, 1, 1) of blur_weights."""
     share, centre, *sides = weights
     radius = len(sides)
     blurred = F.pad(x, (radius, radius, radius, radius), mode="replicate")
@@ -452,21 +453,24 @@ def blur_or_sharpen(x, weights):
     return x.lerp_(blurred, share)
 
 
-def noise_corners(table, size):
-    """Top row and left column of each image's part of the field of noise, (N, 2), on the CPU."""
-    top, left = (column(table, name) * (side + 1) for name, side in zip(("noise_row", "noise_column"), size))
-    return torch.stack([top, left], 1).long()
+def noise_corners(table, shape):
+    """Top row and left column of each channel's part of the field of noise, (N, C, 2), on the CPU."""
+    channels, *size = shape
+    size = torch.tensor(size)
+    shares = torch.stack([column(table, name) for name in ("noise_row", "noise_column")], 1)
+    first = (shares * (size + 1)).long()[:, None]
+    return (first + torch.arange(channels)[:, None] * (size // channels)) % (size + 1)
 
 
 def read_noise(field, corners, size):
-    """(N, 1, h, w) out of the field (2h, 2w), each image from its own corner."""
+    """(N, C, h, w) out of the field (2h, 2w), each channel from its own corner (N, C, 2)."""
     h, w = size
     if field.device.type == "cpu":  # one by one: twice as fast as to gather
-        parts = [field[top : top + h, left : left + w] for top, left in corners.tolist()]
-        return torch.stack(parts).unsqueeze(1)
-    rows, columns = corners[:, :1] + torch.arange(h), corners[:, 1:].expand(-1, h)
+        parts = [field[top : top + h, left : left + w] for top, left in corners.flatten(0, 1).tolist()]
+        return torch.stack(parts).unflatten(0, corners.shape[:2])
+    rows, columns = corners[..., :1] + torch.arange(h), corners[..., 1:].expand(-1, -1, h)
     windows = field.unfold(1, w, 1)  # (2h, w + 1, w), a view
-    return windows[to_device(rows, field.device), to_device(columns, field.device)].unsqueeze(1)
+    return windows[to_device(rows, field.device), to_device(columns, field.device)]
 
 
 def autocontrast(x):

@@ -22,7 +22,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ from ct.layout import (
     packed_at,
     read_list,
     split_folder,
+    stacks_in,
 )
 from ct.plausible import AS_STORED, Doubt, Values, judge_spacings, judge_values, judge_window
 from ct.properties import (
@@ -56,6 +57,7 @@ from ct.slices import AIR, IGNORE, DataError, mask_size, read_mask
 from engine.config import one_line
 
 LOOKED_AT = 32  # slices of a list, for its size and kind, and for what is odd about it
+RECENT = 8  # slices that are kept for others of a batch whose neighbours they are
 BAD_IN_A_ROW = 100  # consecutive unreadable slices that end a run even with skip_bad
 log = logging.getLogger("med-moco")
 
@@ -110,9 +112,15 @@ def default_window(kind):
 
 
 def network_input(unit: Tensor, intensity: Intensity, in_channels: int) -> Tensor:
-    """Windowed images (N, 1, H, W) -> what the network sees, (N, in_channels, H, W) channels_last."""
+    """Windowed images (N, 1 or in_channels, H, W) -> what the network sees, (N, in_channels, H, W)
+    channels_last."""
     images = intensity.normalise(unit).expand(-1, in_channels, -1, -1)
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def middle(channels):
+    """Slices (..., C, H, W), which may lie between their neighbours -> they alone, (..., 1, H, W)."""
+    return channels.narrow(-3, channels.shape[-3] // 2, 1)
 
 
 # ---- What travels with an encoder ----------------------------------------------------------------
@@ -147,24 +155,37 @@ class SliceDataset(Dataset):
     hu_offset     HU = value of a 16-bit picture - this; None: the set's own, else 1024; 0: as stored
     size      (H, W) of all slices; None: that in set.json, else the most frequent one of LOOKED_AT slices.
               Slices of another size are scaled to fit, see `Grid`.
+    neighbours    1: the slices below and above are further channels, (3, H, W), whether the list has them or
+              not; at the ends of a case, the last slice twice
     skip_bad  leave out listed files that are missing, and give the next readable slice of the list for an
               unreadable one, both with a warning; without it they are a DataError
-    names, cases    one per slice;  kind: of the values, "hu", "uint8" (8-bit pictures) or "stored"
+    names, cases    one per slice;  files, stack: with neighbours, see ct.layout.stacks_in
+    kind      of the values, "hu", "uint8" (8-bit pictures) or "stored"
     properties, grid    what set.json says, and what slices are brought to
     """
 
-    def __init__(self, root, list="train.txt", images="images", hu_offset=None, size=None, skip_bad=False):
-        self.root, self.skip_bad = root, skip_bad
+    def __init__(
+        self,
+        root,
+        list="train.txt",
+        images="images",
+        hu_offset=None,
+        size=None,
+        skip_bad=False,
+        neighbours=0,
+    ):
+        self.root, self.skip_bad, self.neighbours = root, skip_bad, neighbours
         # Shared, so that all workers together say each of these once.
         self.said = {about: torch.zeros(1, dtype=torch.bool).share_memory_() for about in ("size", "bad")}
         self.packed = packed_at(root)
         if self.packed:
             self.names, self.cases = self.packed.names, self.packed.cases
+            self.files, self.stack = self.names, self.packed.stacks(neighbours) if neighbours else None
             self.properties = self.packed.properties
             self.kind, sizes = self.properties.kind, [self.packed.shape[1:]]
         else:
-            self.folder, self.names = listed_slices(root, list, images, skip_bad)
-            self.cases = Cases(self.names)
+            self.folder, names = listed_slices(root, list, images, skip_bad)
+            self.take(names)
             self.properties = read_properties(root)
             self.reading = reading_of(self.properties, hu_offset)
             sizes, kinds = zip(*self.look(self.header))
@@ -173,6 +194,11 @@ class SliceDataset(Dataset):
         if said and (said == "uint8") != (self.kind == "uint8"):
             raise DataError(f"{root}: holds {KINDS[self.kind]}, but its set.json says {KINDS[said]}")
         self.grid = Grid(tuple(size or self.properties.size or most_frequent(sizes)))
+
+    def take(self, names):
+        self.names, self.cases, self.files, self.stack = names, Cases(names), names, None
+        if self.neighbours:
+            self.files, self.stack = stacks_in(self.folder, names, self.neighbours)
 
     def look(self, read):
         """read(index) of LOOKED_AT slices, evenly spaced, in which is noticed early what is odd about a set;
@@ -202,7 +228,24 @@ class SliceDataset(Dataset):
         return len(self.names)
 
     def __getitem__(self, index):
-        return self.on_common_size(self.read_or_next(self.read, index))[None]
+        return self.item(index, self.reading_once())
+
+    def __getitems__(self, indices):
+        """A batch for a DataLoader."""
+        read = self.reading_once()
+        return [self.item(index, read) for index in indices]
+
+    def item(self, index, read):
+        return torch.stack(self.read_or_next(partial(self.channels, read=read), index))
+
+    def channels(self, index, read, mm=None):
+        """A slice, with neighbours between them, on the common grid: [FloatTensor (H, W)]."""
+        files = [index] if self.stack is None else self.stack[index].tolist()
+        return [self.on_common_size(read(file), mm) for file in files]
+
+    def reading_once(self):
+        """`read` for a batch: what is a neighbour of several slices there is read once."""
+        return self.read if self.stack is None else lru_cache(RECENT)(self.read)
 
     def read_or_next(self, read, index):
         """read(index), or with skip_bad read(i) of the first slice from there on that can be read."""
@@ -218,10 +261,10 @@ class SliceDataset(Dataset):
         raise DataError(f"{reason}; {tried + 1} unreadable slices in a row are too many to skip")
 
     def path(self, index):
-        return self.packed.path if self.packed else self.folder / self.names[index]
+        return self.packed.path if self.packed else self.folder / self.files[index]
 
     def read(self, index):
-        """One slice as it is on disk, float32 (H, W)."""
+        """One slice, or one of `files`, as it is on disk, float32 (H, W)."""
         if self.packed:
             return next(self.packed.read([index]))
         path = self.path(index)
@@ -230,9 +273,9 @@ class SliceDataset(Dataset):
             raise DataError(f"{path}: {KINDS[kind]}, but the set has {KINDS[self.kind]}")
         return slice
 
-    def on_common_size(self, slice):
+    def on_common_size(self, slice, mm=None):
         """A slice float32 (h, w) as it is on disk -> FloatTensor (H, W) on the common grid."""
-        return self.to_grid(torch.from_numpy(slice), AIR[self.kind])
+        return self.to_grid(torch.from_numpy(slice), AIR[self.kind], mm)
 
     def to_grid(self, image, fill, mm=None, nearest=False):
         if tuple(image.shape) != self.size:
@@ -278,13 +321,12 @@ class SliceDataset(Dataset):
         offset = self.properties.hu_offset
         if offset is None and self.kind == "hu":
             offset = HU_OFFSET if self.packed else self.reading.hu_offset
-        return Facts(
-            self.kind, offset, self.properties.axis, self.size, self.pixel_mm, self.properties.source
-        )
+        own = self.properties
+        return Facts(self.kind, offset, own.axis, self.size, self.pixel_mm, own.source, self.neighbours)
 
 
 class SegmentationDataset(SliceDataset):
-    """Slices with their masks: FloatTensor (1, H, W) as in SliceDataset, and LongTensor (H, W), 255 = ignore.
+    """Slices as in SliceDataset with their masks, LongTensor (H, W), 255 = ignore.
 
     masks        folder below root, with pictures of the slices' names
     num_classes  a mask with a label outside 0 ... num_classes - 1 and 255 is an error; None: not checked
@@ -303,31 +345,30 @@ class SegmentationDataset(SliceDataset):
         size=None,
         like=None,
         mask_map=None,
+        neighbours=0,
     ):
         if packed_at(root):
             raise DataError(f"{root}: a packed set holds no masks; give the data set's folder")
-        super().__init__(root, list, images, hu_offset, size)
+        super().__init__(root, list, images, hu_offset, size, neighbours=neighbours)
         once = dict.fromkeys(self.names)
         if repeated := len(self.names) - len(once):  # a slice that counts twice would change its case's Dice
             log.warning(f"warning: {list}: {repeated} slices are listed again, and count once")
-            self.names = Strings(once)
-            self.cases = Cases(self.names)
+            self.take(Strings(once))
         self.num_classes, self.mask_map = num_classes, mask_map
         self.mask_folder = split_folder(root, list, masks)
         found = find_masks(self.mask_folder, self.names)
         self.mask_names = present(self.names, found, self.mask_folder, f"masks of {list}")
         self.grid = like.grid if like else replace(self.grid, pixel_mm=self.pixel_mm)
 
-    def __getitem__(self, index):
-        slice, mask = self.read(index), self.own_mask(index)
+    def item(self, index, read):
+        slice, mask = read(index), self.own_mask(index)
         if slice.shape != mask.shape:
             raise DataError(
                 f"{self.mask_path(index)}: {mask.shape} px (rows, columns), its image {slice.shape}"
             )
         mm = self.mm_of(index)
-        image = self.to_grid(torch.from_numpy(slice), AIR[self.kind], mm)
         mask = self.to_grid(torch.from_numpy(mask), IGNORE, mm, nearest=True)
-        return image[None], mask.long()
+        return torch.stack(self.channels(index, read, mm)), mask.long()
 
     def mask_path(self, index):
         return self.mask_folder / self.mask_names[index]
@@ -420,7 +461,7 @@ def judge(dataset, given_window, intensity):
 class BatchReader(Dataset):
     """Batches of a SliceDataset, for DataLoader(BatchReader(...), sampler=lists of indices, batch_size=None).
 
-    An item is a FloatTensor (n, 1, H, W) and the number of its slices that were unreadable and replaced
+    An item is a FloatTensor (n, C, H, W) and the number of its slices that were unreadable and replaced
     (`skip_bad`). `workers` is the loader's num_workers.
     """
 
@@ -431,22 +472,22 @@ class BatchReader(Dataset):
 
     def __getitem__(self, indices):
         worker = get_worker_info()
-        batch = empty((len(indices), 1, *self.dataset.size), shared=worker is not None)
+        channels = 1 + 2 * self.dataset.neighbours
+        batch = empty((len(indices), channels, *self.dataset.size), shared=worker is not None)
         note = self.reading[worker.id].numpy() if worker else [0, 0]
         note[0] = os.getpid()
 
-        def read(index):
-            note[1] = index
-            return index, self.dataset.read(index)
+        read_once = self.dataset.reading_once()
 
-        if self.dataset.packed:
-            note[1] = indices[0]
-            slices = zip(indices, self.dataset.packed.read(indices))
-        else:
-            slices = (self.dataset.read_or_next(read, index) for index in indices)
+        def read(file):
+            note[1] = file
+            return read_once(file)
+
         replaced = 0
-        for row, index, (found, slice) in zip(batch, indices, slices):
-            row[0] = self.dataset.on_common_size(slice)
+        for row, index in zip(batch, indices):
+            found, images = self.dataset.read_or_next(lambda at: (at, self.dataset.channels(at, read)), index)
+            for channel, image in zip(row, images):
+                channel[:] = image
             replaced += found != index
         note[1] = -1
         return batch, replaced

@@ -29,7 +29,7 @@ labels:
   folds: 0                  # K: cross-validation by case over all labelled slices; 0: by the lists
 model:
   arch: null                # resnet18 | 26 | 26_half | 34 | 50 | 101; null: the encoder's
-  in_channels: 1            # 3: the slice three times
+  in_channels: 1            # 3: the slice three times; with data.neighbours always 3
   output_stride: 32         # 8 | 16 | 32
 optim:                      # finetune: SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9
   steps: 1000
@@ -156,7 +156,7 @@ def encoder_of(cfg: Config, slices: LabelledSlices, process: Process) -> tuple[E
     card = encoder_card(encoder_file.path_of(cfg))
     intensity = encoder_file.normalisation(cfg, card, slices.train.dataset.kind)
     torch.manual_seed(cfg.seed)  # of random weights
-    encoder = encoder_file.build_encoder(cfg, card, process)
+    encoder = encoder_file.build_encoder(cfg, card, slices.train.dataset.neighbours, process)
     return encoder.to(process.device, memory_format=torch.channels_last).eval(), intensity
 
 

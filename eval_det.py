@@ -21,7 +21,7 @@ boxes:
   min_pixels: 20            # smaller components are neither learnt nor demanded
 model:
   arch: null                # resnet18 | 26 | 26_half | 34 | 50 | 101; null: the encoder's
-  in_channels: 1            # 3: the slice three times
+  in_channels: 1            # 3: the slice three times; with data.neighbours always 3
   output_stride: 32         # 8 | 16 | 32
   width: 256                # channels of the feature pyramid; its box head has four times as many
 optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9
@@ -111,7 +111,7 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     intensity = encoder_file.normalisation(cfg, card, sets["train"].kind)
     warnings = heed_evaluation(cfg, weights, card, sets, positions["train"], classes, intensity, process)
     truth = {split: true_boxes(cfg, sets[split], positions[split], classes, process) for split in sets}
-    encoder = encoder_file.build_encoder(cfg, card, process)
+    encoder = encoder_file.build_encoder(cfg, card, sets["train"].neighbours, process)
     shape = (encoder.arch, encoder.in_channels, encoder.output_stride)
     facts = sets["train"].facts()
     about = Description(cfg.mode, *shape, classes, intensity.as_dict(), facts, cfg.model.width)
@@ -246,7 +246,7 @@ def draw(path: Path, dataset, truth: list[Boxes], found: list[Found], intensity,
     tiles, captions = [], []
     for positions in list(by_case.values())[:PICTURE_CASES]:
         position = positions[len(positions) // 2]
-        unit = shown_slice(dataset[position][0][0], intensity)
+        unit = shown_slice(dataset[position][0], intensity)
         real, sure = truth[position], shown(found[position], PICTURE_SCORE)
         tiles += [gray_tile(unit, TILE)]
         tiles += [boxed(unit, one.boxes, one.labels, TILE, colors) for one in (real, sure)]

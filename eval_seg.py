@@ -23,7 +23,7 @@ cache: auto                 # linear: compute the features once: on | off | auto
 cache_gb: 4.0               # GiB of memory for features; the file is in run.out, and gone at the end
 model:
   arch: null                # resnet18 | 26 | 26_half | 34 | 50 | 101; null: the encoder's
-  in_channels: 1            # 3: the slice three times
+  in_channels: 1            # 3: the slice three times; with data.neighbours always 3
   output_stride: 8          # 8 | 16 | 32
 optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9
   steps: 2000
@@ -112,7 +112,7 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     card = encoder_card(weights)
     intensity = encoder_file.normalisation(cfg, card, sets["train"].kind)
     warnings = heed_evaluation(cfg, weights, card, sets, positions["train"], classes, intensity, process)
-    encoder = encoder_file.build_encoder(cfg, card, process)
+    encoder = encoder_file.build_encoder(cfg, card, sets["train"].neighbours, process)
     shape = (encoder.arch, encoder.in_channels, encoder.output_stride)
     facts = sets["train"].facts()
     about = Description(cfg.mode, *shape, classes, intensity.as_dict(), facts)

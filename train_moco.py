@@ -40,6 +40,7 @@ data:
   val: val.txt              # the slices that the collapse monitor looks at; without this file those of list
   size: 224                 # side of the views, px
   window: auto              # [low, high] HU; auto: [-160, 240], or [0, 255] for 8-bit slices; null: unscaled
+  neighbours: 0             # 1: the slices below and above are further channels, 3 in all
   hu_offset: null           # HU = 16-bit value - hu_offset; null: the set's, or 1024; 0: values as stored
   mean: 0.5                 # of the windowed values; `data.py check` measures both
   std: 0.25
@@ -65,7 +66,7 @@ augment:
   small_scale: [0.05, 0.2]  # and area
 model:
   arch: resnet50            # resnet18 | resnet26 | resnet26_half | resnet34 | resnet50 | resnet101
-  in_channels: 1
+  in_channels: 1            # 3: the slice three times; with data.neighbours always 3
   output_stride: 32         # 32 | 16 | 8, during pretraining
   init: random              # or weights to start from: a file, or the folder of a run
   bn_split: 32              # samples that BatchNorm normalises together; divides a process's share; 0: the
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     if unused:
         process.say(f"note: {cfg.method} has no use for {', '.join(unused)}")
     source = (cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
-    dataset = SliceDataset(*source, skip_bad=cfg.run.skip_bad)
+    dataset = SliceDataset(*source, skip_bad=cfg.run.skip_bad, neighbours=cfg.data.neighbours)
     if len(counts := set(process.gather(len(dataset)))) > 1:
         raise DataError(f"{cfg.data.list}: not the same for all processes, {sorted(counts)} slices")
     reader = BatchReader(dataset, cfg.data.workers)
@@ -184,12 +185,12 @@ def pretrain(cfg: Config, process: Process, reader: BatchReader, stop: StopReque
     network, guard = run.distributed(), run.guard
     share = cfg.optim.batch_size // process.world  # of each global batch
     parts = row_ranges(share, cfg.optim.accumulate)
-    for stored, unreadable in run.batches():  # (n, 1, H, W), HU or 8-bit values
+    for stored, unreadable in run.batches():  # (n, 1, H, W), HU or 8-bit values; with neighbours (n, 3, H, W)
         run.set_schedule()  # the learning rate, and how much of the run is done
         guard.remember()
 
         # Two views of each slice, cropped and changed at random, and the boxes that they were cropped from.
-        unit = intensity.to_unit(stored)  # (n, 1, H, W) in [0, 1]
+        unit = intensity.to_unit(stored)  # in [0, 1]
         generator = seeded("views", cfg.seed, run.step)
         cropped, boxes = views_of(unit, generator, process.rank * share, cfg.optim.batch_size)
         views = [network_input(view, intensity, cfg.model.in_channels) for view in cropped]
@@ -246,6 +247,7 @@ def check_config(cfg: Config) -> None:
     cfg.check_choice("decorrelation.position", "output", "bn3")
     cfg.check("model.output_stride", cfg.model.output_stride in (8, 16, 32), "8, 16 or 32")
     cfg.check("model.in_channels", cfg.model.in_channels in (1, 3), "1 or 3")
+    cfg.check("data.neighbours", cfg.data.neighbours in (0, 1), "0 or 1")
     cfg.check_positive("data.size", "data.std")
     cfg.check_positive("local.grid", "local.temperature", "run.max_bad_steps", "run.timeout_minutes")
     cfg.check("data.size", cfg.data.size <= 8192, "1 to 8192 px")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ct.listing import files_below
+from ct.listing import files_below, natural_order
 from ct.properties import parse_properties, read_json
 from ct.slices import PICTURES, SUFFIXES, DataError, open_npy
 from engine.config import one_line
@@ -243,12 +243,46 @@ def split_folder(root, list, folder):
     return Path(root) / folder.replace("{split}", Path(list).stem if list else "")
 
 
+# ---- Neighbours ----------------------------------------------------------------------------------
+
+
+def stacks_in(folder, names, reach):
+    """Slices with their neighbours in the images folder, `reach` below and as many above, listed or not.
+
+    Returns the names with those of further files behind them, and (N, 1 + 2 reach) int64: where in there the
+    stack of a slice is, from below to above. Beyond the ends of a case its last slice is repeated.
+    """
+    cases = {}
+    for parent in dict.fromkeys(name.rpartition("/")[0] for name in names):
+        for file in files_below(os.path.join(folder, parent), SUFFIXES, deep=False):
+            suffix = os.path.splitext(file)[1].lower()  # a copy in another format is no neighbour
+            name = os.path.join(parent, file)
+            cases.setdefault((case_of(name), suffix), []).append(name)
+    return stacks(names, cases.values(), reach)
+
+
+def stacks(names, cases, reach):
+    """As stacks_in, of slices that lie in cases: lists of names from below to above."""
+    listed, further = {}, {}
+    for row, name in enumerate(names):
+        listed.setdefault(name, row)
+    rows = np.arange(len(names))[:, None].repeat(1 + 2 * reach, axis=1)
+    for case in cases:
+        for at, name in enumerate(case):
+            for column in range(1 + 2 * reach) if name in listed else ():
+                other = case[min(max(at + column - reach, 0), len(case) - 1)]
+                if other not in listed:
+                    further.setdefault(other, len(names) + len(further))
+                rows[listed[name], column] = listed.get(other, further.get(other))
+    return Strings([*names, *further]), rows[[listed[name] for name in names]]
+
+
 # ---- Packed sets ---------------------------------------------------------------------------------
 
 
 class PackedSlices:
-    """NAME.npy (N, H, W) int16, and NAME.json with the names and cases of the slices and the set's
-    properties, spacing being that on the common size."""
+    """NAME.npy (N, H, W) int16, and NAME.json with the names and cases of the slices, whether all neighbours
+    of them are among them, and the set's properties, spacing being that on the common size."""
 
     def __init__(self, path):
         self.path = path.with_name(path.name + ".npy")
@@ -267,6 +301,17 @@ class PackedSlices:
         self.properties = parse_properties(content | {"kind": kind}, about)
         if self.properties.kind is None:
             raise DataError(f"{about}: kind: says nothing of what the values are")
+        self.complete = content.get("complete", True)
+
+    def stacks(self, reach):
+        """Of each slice its row with those below and above, (N, 1 + 2 reach) int64, as in stacks_in."""
+        if not self.complete:
+            text = "was packed without some of its slices' neighbours"
+            raise DataError(f"{self.path}: {text}; pack a list of whole cases, or give the set's folder")
+        cases = {}
+        for case, name in sorted(zip(self.cases, self.names), key=lambda both: natural_order(both[1])):
+            cases.setdefault(case, []).append(name)
+        return stacks(self.names, cases.values(), reach)[1]
 
     def read(self, indices):
         """Yields the slices, float32 (H, W).

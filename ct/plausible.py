@@ -239,6 +239,9 @@ def judge_facts(theirs, ours, where):
     if None not in (theirs.axis, ours.axis) and theirs.axis != ours.axis:
         axes = f"{AXES[theirs.axis]} slices, these are {AXES[ours.axis]}"
         doubts.append(Doubt(f"{where}: was trained on {axes}"))
+    if theirs.neighbours != ours.neighbours:
+        channels = f"data.neighbours={theirs.neighbours}, here it is {ours.neighbours}"
+        doubts.append(Doubt(f"{where}: was trained with {channels}"))
     for name, mine, other in zip(("rows", "columns"), theirs.pixel_mm or (), ours.pixel_mm or ()):
         if mine[1] * SPACING_TOLERANCE < other[0] or other[1] * SPACING_TOLERANCE < mine[0]:
             apart = (

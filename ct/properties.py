@@ -198,6 +198,7 @@ class Facts:
     axis, size    that they lie across; (H, W) in px that they were brought to
     pixel_mm  how many mm apart rows and columns are then, ((least, most), (least, most))
     source    of the set
+    neighbours    slices below and above that were further channels
     """
 
     kind: str | None = None
@@ -206,6 +207,7 @@ class Facts:
     size: tuple | None = None
     pixel_mm: tuple | None = None
     source: str | None = None
+    neighbours: int = 0
 
 
 def parse_facts(content, path):
@@ -224,7 +226,10 @@ def parse_facts(content, path):
         sound = False
     if not sound:
         raise DataError(f"{path}: pixel_mm: [[least, most], [least, most]] is expected, not {one_line(mm)}")
-    return Facts(known.kind, known.hu_offset, known.axis, size and tuple(size), mm, known.source)
+    neighbours = content.get("neighbours", 0)
+    if type(neighbours) is not int or neighbours not in (0, 1):
+        raise DataError(f"{path}: neighbours: 0 or 1 is expected, not {one_line(neighbours)}")
+    return Facts(known.kind, known.hu_offset, known.axis, size and tuple(size), mm, known.source, neighbours)
 
 
 # ---- Class names ---------------------------------------------------------------------------------

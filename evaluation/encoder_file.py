@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data import Intensity, default_window
+from data import Intensity, default_window, encoder_card
 from engine.config import Config, ConfigError, config_errors
 from engine.ownership import sha256
 from engine.process import Process
@@ -39,19 +39,28 @@ def normalisation(cfg: Config, card: dict, kind: str) -> Intensity:
     return Intensity(window, **{name: value for name, value in values.items() if value is not None})
 
 
+def neighbours(cfg: Config) -> int:
+    """data.neighbours, else that of the encoder."""
+    if cfg.data.neighbours is not None:
+        return cfg.data.neighbours
+    card = encoder_card(path_of(cfg))
+    return card["facts"].neighbours if card else 0
+
+
 def architecture(cfg: Config, card: dict) -> str:
     """As config or encoder say, else as its weights show, else resnet50."""
     path = path_of(cfg)
     return agreed(cfg, "model.arch", card) or (path and architecture_of(path)) or "resnet50"
 
 
-def build_encoder(cfg: Config, card: dict, process: Process) -> Encoder:
-    """The encoder with its initial weights, at the evaluation's output stride."""
+def build_encoder(cfg: Config, card: dict, neighbours: int, process: Process) -> Encoder:
+    """The encoder with its initial weights, at the evaluation's output stride, for slices with so many
+    neighbours."""
     path, arch = path_of(cfg), architecture(cfg, card)
     if agreed(cfg, "model.arch", card) is None and path and architecture_of(path):
         process.say(f"model.arch: {arch}, as the weights in {path} show")
     with config_errors():
-        encoder = Encoder(arch, cfg.model.in_channels)
+        encoder = Encoder(arch, 3 if neighbours else cfg.model.in_channels)
         encoder.set_output_stride(cfg.model.output_stride)
     if path:
         process.say(str(load_encoder_weights(encoder, path)))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from data import middle
 from models import Encoder
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -29,8 +30,8 @@ def pooled_stages(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
 
 
 def raw_pixels(images: Tensor) -> dict[str, Tensor]:
-    """Images (n, C, H, W) -> {"16 x 16 px": (n, 256)} of the first channel."""
-    return {f"{RAW_SIDE} x {RAW_SIDE} px": adaptive_avg_pool2d(images[:, :1], RAW_SIDE).flatten(1)}
+    """Images (n, C, H, W) -> {"16 x 16 px": (n, 256)} of the middle channel."""
+    return {f"{RAW_SIDE} x {RAW_SIDE} px": adaptive_avg_pool2d(middle(images), RAW_SIDE).flatten(1)}
 
 
 class Features:

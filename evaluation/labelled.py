@@ -23,7 +23,7 @@ from evaluation.supervised import training_positions
 
 
 class LabelledPart(Dataset):
-    """Slices (1, H, W) of a list with their targets: class numbers, or (K,) of 0 and 1."""
+    """Slices (C, H, W) of a list with their targets: class numbers, or (K,) of 0 and 1."""
 
     def __init__(self, dataset: SliceDataset, positions: list[int], targets: np.ndarray):
         self.dataset, self.positions, self.targets = dataset, positions, targets
@@ -34,8 +34,14 @@ class LabelledPart(Dataset):
         return len(self.positions)
 
     def __getitem__(self, index: int):
-        slice = SliceDataset.__getitem__(self.dataset, self.positions[index])  # of one with masks, too
-        return slice, torch.as_tensor(self.targets[index])
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]):
+        read = self.dataset.reading_once()
+        stacks = (self.dataset.channels(self.positions[index], read) for index in indices)
+        return [
+            (torch.stack(one), torch.as_tensor(self.targets[index])) for one, index in zip(stacks, indices)
+        ]
 
 
 @dataclass
@@ -78,15 +84,19 @@ def labelled_slices(cfg: Config, process: Process) -> LabelledSlices:
     """
     data, lists = cfg.data, {"train": cfg.data.train, "val": cfg.data.val, "test": cfg.data.test}
     lists = {"train": None} if cfg.labels.folds else {split: file for split, file in lists.items() if file}
-    sets = {}
+    sets, channels = {}, {"neighbours": encoder_file.neighbours(cfg)}
     for split, file in lists.items():
         like = sets.get("train")
         if cfg.labels.table:
             size = like and like.size
-            sets[split] = SliceDataset(data.root, file, data.images, data.hu_offset, size)
+            sets[split] = SliceDataset(data.root, file, data.images, data.hu_offset, size, **channels)
         else:
             names = class_names(data.root, data.classes)
-            how = {"like": like, "mask_map": mask_mapping(data.mask_map), "num_classes": len(names)}
+            how = {
+                "like": like,
+                "mask_map": mask_mapping(data.mask_map),
+                "num_classes": len(names),
+            } | channels
             sets[split] = SegmentationDataset(data.root, file, data.images, data.masks, data.hu_offset, **how)
         if (kind := sets[split].kind) != sets["train"].kind:
             raise DataError(f"{file}: {KINDS[kind]}, but {KINDS[sets['train'].kind]} in {data.train}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ct.grid import Grid
-from ct.layout import case_of
+from ct.layout import case_of, stacks_in
 from ct.listing import slices_and_volumes, without_masks
 from ct.plausible import Doubt, Values, heed, judge_values, judge_window
 from ct.properties import AXES, KINDS, Facts, Properties, Reading, read_properties, reading_of
@@ -51,14 +51,14 @@ def predict(kind: type["Predictor"], cfg: Config, process: Process, source: Path
     predictor = kind(model, about, inputs.reading(about.facts, cfg), cfg, process)
     predictor.judge(inputs)
     make_folder(out, process, "--out")
-    failed, volumes = [], {*inputs.volumes}
+    failed, volumes, stacks = [], {*inputs.volumes}, inputs.stacks(about.facts.neighbours)
     for path in progress(process, "predicting", [*targets][process.rank :: process.world]):
         targets[path].parent.mkdir(parents=True, exist_ok=True)
         try:
             if path in volumes:
                 predictor.volume(path, targets[path])
             else:
-                predictor.slice(path, targets[path], inputs.mm_of(path))
+                predictor.slice(path, stacks[path], targets[path], inputs.mm_of(path))
         except DataError as error:
             if len(targets) == 1:
                 raise
@@ -127,9 +127,22 @@ class Inputs:
         targets = {path: out / name_of(path.relative_to(self.base), False) for path in self.slices}
         return targets | {path: out / name_of(path.relative_to(self.base), True) for path in self.volumes}
 
+    def stacks(self, neighbours: int) -> dict[Path, list[Path]]:
+        """Of each slice the files that its channels come from."""
+        if not neighbours:
+            return {path: [path] for path in self.slices}
+        folder = self.images if all(map(self.is_inside, self.slices)) else self.base.absolute()
+        names = [path.absolute().relative_to(folder).as_posix() for path in self.slices]
+        files, rows = stacks_in(folder, names, neighbours)
+        return {path: [folder / files[i] for i in row] for path, row in zip(self.slices, rows.tolist())}
+
+    def is_inside(self, path: Path) -> bool:
+        """Whether it is a slice of the set around it."""
+        return self.images is not None and path.absolute().is_relative_to(self.images)
+
     def case(self, path: Path) -> str | None:
         """The case of a slice in the set around it; None without one."""
-        if self.images is None or not path.absolute().is_relative_to(self.images):
+        if not self.is_inside(path):
             return None
         return case_of(path.absolute().relative_to(self.images).as_posix())
 
@@ -206,11 +219,19 @@ class Predictor(ABC):
     def heed(self, doubts: list[Doubt], say=warn) -> None:
         heed(doubts, self.cfg.data.insist, "data.insist=true", say)
 
-    def slice(self, path: Path, target: Path, mm: tuple | None) -> None:
-        values, kind = self.reading.slice(path)
-        if kind != self.facts.kind:
-            raise DataError(f"{path}: {KINDS[kind]}, but the model was trained on {KINDS[self.facts.kind]}")
-        self.write(target, self.found(torch.from_numpy(values)[None], mm), None)
+    def slice(self, path: Path, stack: list[Path], target: Path, mm: tuple | None) -> None:
+        """stack: the files of its channels, of which it is the middle one."""
+        channels = []
+        for one in stack:
+            values, kind = self.reading.slice(one)
+            if kind != self.facts.kind:
+                raise DataError(
+                    f"{one}: {KINDS[kind]}, but the model was trained on {KINDS[self.facts.kind]}"
+                )
+            channels.append(torch.from_numpy(values))
+        if len({values.shape for values in channels}) > 1:
+            raise DataError(f"{path}: its neighbours are of another size")
+        self.write(target, self.found(torch.stack(channels), [[*range(len(stack))]], mm), None)
 
     def volume(self, path: Path, target: Path) -> None:
         volume = read_volume(path, self.axis)
@@ -223,19 +244,23 @@ class Predictor(ABC):
             raise DataError(f"{path}: HU, but the model was trained on {KINDS[self.facts.kind]}")
         doubts += judge_window(Values().add(values[some]), self.intensity.window, path)
         self.heed(doubts + self.grid(values.shape[1:]).judge(values.shape[1:], mm, path))
-        self.write(target, self.found(torch.from_numpy(values), mm), volume)
+        reach = self.facts.neighbours
+        around = np.arange(len(values))[:, None] + np.arange(-reach, reach + 1)
+        stacks = around.clip(0, len(values) - 1).tolist()
+        self.write(target, self.found(torch.from_numpy(values), stacks, mm), volume)
 
     def grid(self, own: tuple) -> Grid:
         """That of the training slices; for a model that does not know it, the slices' own."""
         return Grid(self.facts.size or tuple(own), self.facts.pixel_mm)
 
     @torch.no_grad()
-    def found(self, stored: Tensor, mm: tuple | None) -> list:
-        """What is found in each of the slices (S, H, W), in stored values, rows and columns `mm` apart."""
+    def found(self, stored: Tensor, stacks: list[list[int]], mm: tuple | None) -> list:
+        """What is found in each of the stacks, rows of `stored` (S, H, W), which are slices in stored values,
+        rows and columns `mm` apart."""
         own, found = tuple(stored.shape[1:]), []
         grid = self.grid(own)
-        for some in stored.split(self.cfg.optim.batch_size):
-            on_grid = grid.bring(some, AIR[self.facts.kind], mm)[:, None].to(self.process.device)
+        for some in torch.tensor(stacks).split(self.cfg.optim.batch_size):
+            on_grid = grid.bring(stored[some], AIR[self.facts.kind], mm).to(self.process.device)
             unit = self.intensity.to_unit(on_grid)
             with self.process.autocast():
                 images = network_input(unit, self.intensity, self.about.in_channels)

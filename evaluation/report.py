@@ -19,7 +19,7 @@ from torch import Tensor
 from ct.listing import natural_order
 from ct.organs import ORGAN_COLORS, class_colors
 from ct.pictures import contact_sheet, gray_tile, tile_size
-from data import Intensity
+from data import Intensity, middle
 from engine.config import ConfigError
 from engine.files import written_whole
 from engine.process import Process, progress
@@ -208,14 +208,15 @@ def draw_predictions(
     for one in list(scores.values())[:PICTURE_CASES]:
         position, prediction = one.shown
         image, truth = dataset[position]
-        rows.append((dataset.names[position], shown_slice(image[0], intensity), truth.numpy(), prediction))
+        rows.append((dataset.names[position], shown_slice(image, intensity), truth.numpy(), prediction))
     with written_whole(path) as file:
         prediction_page(rows, classes).save(file, format="PNG")
 
 
 def shown_slice(stored: Tensor, intensity: Intensity) -> np.ndarray:
-    """A slice (H, W) in stored values as pictures show it, in [0, 1]."""
-    unit = intensity.to_unit(stored)
+    """A slice (1, H, W), or between its neighbours (3, H, W), in stored values as pictures show it, (H, W) in
+    [0, 1]."""
+    unit = intensity.to_unit(middle(stored)[0])
     if intensity.window is None:
         unit = (unit - unit.min()) / (unit.max() - unit.min()).clamp(min=1e-6)
     return unit.numpy()

@@ -131,6 +131,7 @@ def open_sets(cfg: Config, num_classes: int) -> dict[str, SegmentationDataset]:
     for split, file in lists.items():
         if file:
             how = {"like": sets.get("train"), "mask_map": mask_mapping(data.mask_map)}
+            how["neighbours"] = encoder_file.neighbours(cfg)
             sets[split] = SegmentationDataset(data.root, file, *folders, **how)
             if (kind := sets[split].kind) != sets["train"].kind:
                 raise DataError(f"{file}: {KINDS[kind]}, but {KINDS[sets['train'].kind]} in {data.train}")

@@ -31,6 +31,7 @@ data:
   classes: null             # number of classes, or names, background first; null: those of set.json
   size: null                # side of the crops that a whole network is trained on, px; null: the slices' size
   window: auto              # [low, high] HU; null: unscaled; auto: the encoder's, else [-160, 240]
+  neighbours: null          # 1: the slices below and above are further channels; null: the encoder's, else 0
   mask_map: null            # {pixel value or "r,g,b": class}, as {255: 1}; other grey values stay
   hu_offset: null           # HU = 16-bit value - hu_offset; null: the set's, or 1024; 0: values as stored
   mean: null                # of the windowed values; null: the encoder's, else 0.5
@@ -55,6 +56,7 @@ COMMON_NULLABLE = {
     "data.classes": (int, list),
     "data.size": int,
     "data.mask_map": dict,
+    "data.neighbours": int,
     "data.hu_offset": float,
     "data.window": (list, str),
     "data.mean": float,
@@ -93,6 +95,7 @@ def check_common(cfg: Config) -> None:
     cfg.check("augment.scale", cfg.augment.scale[0] > 0, "[low, high], both above 0")
     cfg.check("data.size", cfg.data.size is None or 0 < cfg.data.size <= 8192, "1 to 8192 px, or null")
     cfg.check("model.in_channels", cfg.model.in_channels in (1, 3), "1 or 3")
+    cfg.check("data.neighbours", cfg.data.neighbours in (None, 0, 1), "0 or 1, or null")
     for name in ("data.train", "data.test"):
         cfg.check(name, cfg.flat()[name] != "", "a list file")
     cfg.check("data.std", cfg.data.std is None or cfg.data.std > 0, "a value above 0, or null")

@@ -74,7 +74,7 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
     model.eval()
 
     place = (cfg.data.root, cfg.data.list, cfg.data.images, cfg.data.hu_offset)
-    dataset = validation_slices(cfg) or SliceDataset(*place)
+    dataset = validation_slices(cfg) or SliceDataset(*place, neighbours=cfg.data.neighbours)
     rows = range(0, len(dataset), -(-len(dataset) // IMAGES))
     views = make_views(cfg, dataset, intensity)
     unit = intensity.to_unit(torch.stack([dataset[i] for i in rows]))
@@ -92,7 +92,7 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def noise(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two views (N, 1, h, w) in [0, 1] of smooth noise, independent of each other."""
+    """Two views (N, C, h, w) in [0, 1] of smooth noise, independent of each other."""
     white = torch.randn(2, *shape, generator=generator)
     smooth = F.avg_pool2d(F.pad(white.flatten(0, 1), (2, 2, 2, 2), mode="reflect"), 5, stride=1).view_as(
         white

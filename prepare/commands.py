@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from augment import TwoViews
-from ct.layout import mask_paths, split_folder
+from ct.layout import mask_paths, split_folder, stacks_in
 from ct.organs import BTCV_ORGANS, class_colors
 from ct.pictures import contact_sheet, outlined, views_page
 from ct.plausible import Values
@@ -53,11 +53,18 @@ def pack(args):
         for index, image in enumerate(images):
             file.write(as_int16(image[0], dataset.path(index)).numpy())
     content = packed_properties(dataset, f"{args.root} {args.list}").as_dict()
-    content |= {"names": [*dataset.names], "cases": [*dataset.cases]}
+    content |= {"names": [*dataset.names], "cases": [*dataset.cases], "complete": is_complete(dataset)}
     write_whole(about, json.dumps(content), PACK)
     size = f"{dataset.size[0]} x {dataset.size[1]}"
     print(f"{array}: {len(dataset)} slices of {size} px; cases: {len(set(dataset.cases))}")
     return 0
+
+
+def is_complete(dataset):
+    """Whether all neighbours of its slices are slices of a set, too."""
+    if dataset.packed:
+        return dataset.packed.complete
+    return len(stacks_in(dataset.folder, dataset.names, 1)[0]) == len(dataset)
 
 
 def as_int16(image, path):

@@ -11,8 +11,9 @@ SETTINGS = ("weight", "dim", "hidden", "queue_size", "momentum", "temperature", 
 
 
 def settle(cfg: Config, methods: dict[str, type[Method]], overrides: list[str]) -> list[str]:
-    """Put the method's own values where cfg has null. Returns the settings given in files that this method
-    does not have, which become null: a file may be there for several methods.
+    """Put the method's own values where cfg has null, and the number of channels with neighbours. Returns the
+    settings given in files that this method does not have, which become null: a file may be there for
+    several methods.
 
     overrides: "section.key=value" of the command line.
 
@@ -31,6 +32,7 @@ def settle(cfg: Config, methods: dict[str, type[Method]], overrides: list[str]) 
         if cfg.model[name] is not None:
             unused.append(f"model.{name}")
         cfg.model[name] = None
+    cfg.model["in_channels"] = 3 if cfg.data.neighbours else cfg.model.in_channels
     is_moco = cfg.method == "moco"  # whose default is the paper's whole method; others are as published
     if cfg.local.weight is None:
         cfg.local["weight"] = 0.5 if is_moco else 0.0

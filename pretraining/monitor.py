@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from collapse import SLICES, STRUCTURED, FeatureSample, dense_structure, grey_readout, some_positions
 from ct.pictures import contact_sheet, gray_tile, tile_size
-from data import Intensity, SliceDataset
+from data import Intensity, SliceDataset, middle, network_input
 from engine.config import Config
 from engine.files import written_whole
 from engine.process import Process, progress
@@ -105,7 +105,7 @@ class CollapseMonitor:
             encoder.train(training)
         tiles, captions = [], []
         for i, colors in zip(chosen, feature_colors(maps)):
-            unit = self.intensity.to_unit(self.slices[i][0])
+            unit = self.intensity.to_unit(middle(self.slices[i])[0])
             shown = (unit - unit.min()) / (unit.max() - unit.min()).clamp(min=1e-6)
             tiles.append(gray_tile(shown.numpy(), TILE))
             picture = Image.fromarray((255 * colors).round().byte().numpy())
@@ -114,22 +114,21 @@ class CollapseMonitor:
         return contact_sheet(tiles, captions, columns=4)
 
     def stored(self, rows) -> DataLoader:
-        """Stored values (n, 1, H, W) of the slices `rows`, in batches."""
+        """Stored values (n, 1 or 3, H, W) of the slices `rows`, in batches."""
         return DataLoader(Subset(self.slices, rows), batch_size=32)
 
     def maps(self, encoder: Encoder, stored: Tensor) -> Tensor:
-        """layer4 (n, C, h, w) of whole slices (n, 1, H, W) in stored values, scaled to the views' size."""
-        x = self.intensity.normalise(self.scaled(stored))
-        return encoder(x.expand(-1, self.channels, -1, -1))["layer4"]
+        """layer4 (n, C, h, w) of whole slices in stored values, scaled to the views' size."""
+        return encoder(network_input(self.scaled(stored), self.intensity, self.channels))["layer4"]
 
     def scaled(self, stored: Tensor) -> Tensor:
-        """Whole slices in stored values, windowed and scaled to the views' size (n, 1, size, size)."""
+        """Whole slices in stored values, windowed and scaled to the views' size (n, 1 or 3, size, size)."""
         unit = self.intensity.to_unit(stored.to(self.process.device))
         return F.interpolate(unit, (self.size, self.size), mode="bilinear", antialias=True)
 
     def neighbourhoods(self, stored: Tensor, shape: tuple[int, int]) -> Tensor:
         """Mean grey values of the 3 x 3 cells around each position of a map (h, w): (n, 9, h w)."""
-        cells = F.adaptive_avg_pool2d(self.scaled(stored), shape)
+        cells = F.adaptive_avg_pool2d(self.scaled(middle(stored)), shape)
         return F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3)
 
 
@@ -149,7 +148,7 @@ def validation_slices(cfg: Config, size: tuple[int, int] | None = None) -> Slice
     if not cfg.data.val or not (Path(cfg.data.root) / cfg.data.val).is_file():
         return None
     place = (cfg.data.root, cfg.data.val, cfg.data.images, cfg.data.hu_offset)
-    return SliceDataset(*place, size, cfg.run.skip_bad)
+    return SliceDataset(*place, size, cfg.run.skip_bad, cfg.data.neighbours)
 
 
 def feature_colors(maps: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Run:
         return trained
 
     def batches(self) -> Iterator[tuple[Tensor, int]]:
-        """For each step that is left: this process's slices (n, 1, H, W) as stored, on the device, and how
+        """For each step that is left: this process's slices (n, C, H, W) as stored, on the device, and how
         many of them were unreadable and replaced. First measures the encoder, if that is due."""
         cfg, process = self.cfg, self.process
         size, batch = len(self.dataset), cfg.optim.batch_size
