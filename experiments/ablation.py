@@ -4,6 +4,7 @@
     bash launch.sh ablation --only moco full --seeds 0
     bash launch.sh ablation --out runs/other phantom.seed=7        # the same on other patients
     bash launch.sh ablation --table                  # only the tables of what is finished
+    bash launch.sh compare                           # methods x benchmarks: experiments/configs/compare.yaml
 
 The protocol, with every setting, is the config file. In OUT: protocol.yaml; cells.jsonl, which tables and
 figures are made of (see cells.py); and work/, which may be deleted when nothing runs. What is in cells.jsonl
@@ -27,8 +28,17 @@ from engine.files import write_whole
 from engine.ownership import claim, refuse_foreign, refuse_other_folder
 from engine.process import start_process
 from engine.stopping import STOPPED, run_script
+from evaluation.results import has_metrics, percent, read_results
 from experiments import figures, findings
-from experiments.cells import Cell, Cells, best_rate, evaluation_name, evaluation_record, pretraining_record
+from experiments.cells import (
+    Cell,
+    Cells,
+    benchmark_record,
+    best_rate,
+    evaluation_name,
+    evaluation_record,
+    pretraining_record,
+)
 from experiments.jobs import PROJECT, Jobs, Stopped, without_machine
 
 ABLATION = "experiments.ablation"  # whose folders these are, see engine/ownership.py
@@ -51,6 +61,8 @@ class Ablation(Jobs):
         are too large to be kept with the results."""
         self.make_data()
         main = [name for name in methods if name in self.protocol["methods"]]
+        if not self.protocol["in_depth"]:
+            return self.all(lambda method: self.whole(method, seeds), main)
         first = self.protocol["seeds"][0]
         trained = [name for name in main if self.methods[name] is not None]
         tuning = [Cell(name, rate, first) for rate in self.protocol["rates"] for name in trained]
@@ -61,11 +73,21 @@ class Ablation(Jobs):
             self.variant, [self.chosen(name, first) for name in methods if name in self.protocol["variants"]]
         )
 
+    def whole(self, method: str, seeds: list[int]) -> None:
+        """All cells of a method; its encoders go when they are measured."""
+        for rate in self.protocol["rates"] if self.methods[method] is not None else ():
+            self.linear(Cell(method, rate, self.protocol["seeds"][0]))
+        for seed in seeds:
+            self.everything(self.chosen(method, seed))
+        shutil.rmtree(self.out / "work" / method, ignore_errors=True)
+
     def everything(self, cell: Cell) -> None:
         self.linear(cell)
         for fraction in self.protocol["fractions"]:
             self.evaluate(cell, "finetune", fraction)
-        if cell.seed == self.protocol["seeds"][0]:
+        for name in self.protocol["benchmarks"]:
+            self.benchmark(cell, name)
+        if self.protocol["in_depth"] and cell.seed == self.protocol["seeds"][0]:
             self.position_cues(cell)
             self.evaluate_snapshots(cell)
             self.predict(cell)
@@ -153,6 +175,22 @@ class Ablation(Jobs):
         print(f"{cell.name} {name}: {findings.describe(results)}", flush=True)
         if mode == "finetune" or step is not None:
             shutil.rmtree(self.work(cell) / name)
+
+    def benchmark(self, cell: Cell, name: str) -> None:
+        """Run the benchmark's script, if that is not done."""
+        done = self.cells.record(cell).get("benchmarks", {})
+        if name in done:
+            return
+        settings = {"data.root": self.root, "model.arch": self.protocol["pretrain"]["model.arch"]}
+        settings |= self.protocol["benchmarks"][name]
+        script, folder = settings.pop("script"), self.work(cell) / name
+        settings |= {"encoder": self.pretrain(cell), "seed": cell.seed, "run.out": folder}
+        self.script(self.log(cell), script, settings)
+        found = read_results(folder, has_metrics)
+        self.cells.keep(cell, benchmarks=done | {name: benchmark_record(found) | processor(settings)})
+        measure, metric = next(iter(found["metrics"].items()))
+        print(f"{cell.name} {name}: {measure} {percent(metric['value'])} %", flush=True)
+        shutil.rmtree(folder)
 
     def evaluate_snapshots(self, cell: Cell) -> None:
         """The encoders of earlier measurements of collapse: do label-free measures predict Dice?"""
@@ -255,9 +293,12 @@ def read_protocol(path: str, overrides: list[str]) -> dict:
         groups = {
             name: {method: None if own is None else own.flat() for method, own in protocol[name].items()}
             for name in ("methods", "variants")
+            if name in protocol
         }
-        plain = protocol.plain() | scripts | groups
-        assert plain["seeds"] and plain["rates"] and plain["fractions"]
+        benchmarks = {name: own.flat() for name, own in protocol.get("benchmarks", to_config({})).items()}
+        plain = {"in_depth": True, "variants": {}} | protocol.plain() | scripts | groups
+        plain |= {"benchmarks": benchmarks}
+        assert plain["seeds"] and plain["rates"] and all("script" in own for own in benchmarks.values())
         assert "root" in plain.get("data", {}) or {"cases", "slices", "size", "seed"} <= set(plain["phantom"])
     except (KeyError, AttributeError, TypeError, AssertionError):
         raise ConfigError(f"{path}: not a protocol like experiments/configs/ablation.yaml") from None
@@ -277,9 +318,9 @@ def check_same_protocol(path: Path, protocol: dict) -> None:
         for name in ("data", "phantom", "pretrain", "linear", "finetune"):
             if without_machine(before.get(name)) != without_machine(protocol.get(name)):
                 raise ConfigError(f"{name}: not that of {path}; choose another --out")
-        for group in ("methods", "variants"):
-            for name, own in before[group].items():
-                if name in protocol[group] and protocol[group][name] != own:
+        for group in ("methods", "variants", "benchmarks"):
+            for name, own in before.get(group, {}).items():
+                if name in protocol[group] and without_machine(protocol[group][name]) != without_machine(own):
                     raise ConfigError(f"{group}.{name}: not that of {path}; choose another name or --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     claim(path.parent, ABLATION)

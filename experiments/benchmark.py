@@ -24,7 +24,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import yaml
 from tqdm import tqdm
@@ -35,12 +35,11 @@ from engine.ownership import claim, refuse_other_folder
 from engine.process import only_warning
 from engine.stopping import STOPPED, run_script
 from evaluation import encoder_file, results
-from experiments.findings import kendall_tau
 from experiments.jobs import PROJECT, Jobs, Stopped, without_machine
+from experiments.side_by_side import correlations, encoders_of, table
 from weights import WeightsError
 
 BENCHMARK = "experiments.benchmark"  # whose folders these are, see engine/ownership.py
-FEW = 5  # encoders, below which an order says little
 
 
 @dataclass(frozen=True)
@@ -136,45 +135,6 @@ def columns_of(found: dict[Cell, dict]) -> dict[str, dict[str, list[float]]]:
             column = columns.setdefault(f"{cell.benchmark}: {name} %", {})
             column.setdefault(label_of(cell.encoder), []).append(100 * metric["value"])
     return columns
-
-
-def encoders_of(columns: dict) -> list[str]:
-    return list(dict.fromkeys(itertools.chain(*columns.values())))
-
-
-def table(columns: dict[str, dict[str, list[float]]]) -> str:
-    """Mean and standard deviation over seeds; the best mean of each column in bold."""
-    rows = [("encoder", *columns)]
-    for encoder in encoders_of(columns):
-        rows.append((encoder, *(shown(column, encoder) for column in columns.values())))
-    return results.table(rows)
-
-
-def shown(column: dict[str, list[float]], encoder: str) -> str:
-    if encoder not in column:
-        return "-"
-    values, most = column[encoder], max(map(len, column.values()))
-    text = f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-    text = f"**{text}**" if len(column) > 1 and mean(values) == max(map(mean, column.values())) else text
-    return text if len(values) == most else f"{text} (n={len(values)})"
-
-
-def correlations(columns: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Kendall's tau between benchmarks over the encoders that both have, of means over seeds."""
-    encoders = encoders_of(columns)
-    if len(encoders) < 3 or len(columns) < 2:
-        return ["", "Rank correlations of benchmarks need three encoders and two benchmarks."]
-    names = [name.partition(": ")[0] for name in columns]
-    rows = [("Kendall's tau", *names)]
-    for name, one in zip(names, columns.values()):
-        cells = []
-        for other in columns.values():
-            both = [encoder for encoder in encoders if encoder in one and encoder in other]
-            tau = kendall_tau([mean(one[e]) for e in both], [mean(other[e]) for e in both])
-            cells.append("-" if tau != tau else f"{tau:+.2f}")
-        rows.append((name, *cells))
-    few = f"\nOf {len(encoders)} encoders: an order of so few may be chance." if len(encoders) < FEW else ""
-    return ["", results.table(rows) + few]
 
 
 def as_csv(found: dict[Cell, dict]) -> str:

@@ -5,11 +5,11 @@ import math
 from collections.abc import Iterable
 from statistics import mean, stdev
 
-import numpy as np
-
 from evaluation.metrics import mean_or_none
 from evaluation.results import percent, table
 from experiments.cells import Cell, cell_of, chosen, evaluation_name, tuning
+from experiments.side_by_side import correlations, kendall_tau
+from experiments.side_by_side import table as table_of_seeds
 
 GROUPS = {  # of the organs of BTCV
     "large organs": ("spleen", "right kidney", "left kidney", "liver", "stomach"),
@@ -36,7 +36,8 @@ PAIRS = ("slices", "slices, reflected", "noise", "noise, reflected")  # see posi
 
 def tables(records: list[dict], protocol: dict) -> str:
     """All tables in Markdown; methods without a finished cell are left out."""
-    parts = [main_table(records, protocol), organ_table(records, protocol), tuning_table(records, protocol)]
+    parts = [main_table(records, protocol), benchmark_tables(records, protocol)]
+    parts += [organ_table(records, protocol), tuning_table(records, protocol)]
     parts += [variant_table(records, protocol), position_table(records)]
     found = checkpoints(records)
     parts += [measure_table(found), picked_table(found)]
@@ -79,6 +80,31 @@ def main_table(records: list[dict], protocol: dict) -> str:
         rows.append(tuple(row))
     main = markdown(heading, rows, "Test Dice in %, mean ± standard deviation over seeds")
     return "\n\n".join(part for part in (main, missing_organs(records, protocol)) if part)
+
+
+def benchmark_tables(records: list[dict], protocol: dict) -> str:
+    """All benchmarks side by side, and whether they order methods alike."""
+    if not protocol["benchmarks"]:
+        return ""
+    columns = {"linear": lambda record: record["linear"]["mean_dice"]}
+    for fraction in protocol["fractions"]:
+        name = evaluation_name("finetune", fraction)
+        columns[name] = lambda record, name=name: record.get(name, {}).get("mean_dice")
+    for name in protocol["benchmarks"]:
+        columns[name] = lambda record, name=name: first_metric(record, name)
+    found = {}
+    for column, value in columns.items():
+        for method in protocol["methods"]:
+            values = [100 * one for one in map(value, chosen(records, method)) if one is not None]
+            if values:
+                found.setdefault(column, {})[method] = values
+    return "\n\n".join([table_of_seeds(found), *correlations(found)]) if found else ""
+
+
+def first_metric(record: dict, name: str) -> float | None:
+    """The value of a benchmark's first metric, if that is finished."""
+    metrics = record.get("benchmarks", {}).get(name, {}).get("metrics", {})
+    return next((metric["value"] for metric in metrics.values()), None)
 
 
 def missing_organs(records: list[dict], protocol: dict) -> str:
@@ -190,15 +216,6 @@ def checkpoints(records: list[dict]) -> list[tuple[Cell, str, dict]]:
 def by_cell(found: list) -> dict[Cell, list]:
     """The checkpoints of each cell."""
     return {cell: list(run) for cell, run in itertools.groupby(found, key=lambda one: one[0])}
-
-
-def kendall_tau(x: list[float], y: list[float]) -> float:
-    """Kendall's tau-b: concordant less discordant pairs over the pairs that are not tied."""
-    pairs = list(itertools.combinations(zip(x, y), 2))
-    signs = [(np.sign(a[0] - b[0]), np.sign(a[1] - b[1])) for a, b in pairs]
-    agreement = sum(first * second for first, second in signs)
-    untied = [sum(sign[side] != 0 for sign in signs) for side in (0, 1)]
-    return float(agreement / (untied[0] * untied[1]) ** 0.5) if all(untied) else float("nan")
 
 
 def measure_table(found: list) -> str:

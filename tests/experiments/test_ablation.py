@@ -23,6 +23,7 @@ from experiments import ablation, figures, findings
 from experiments.cells import Cell, Cells, cell_of, evaluation_record, pretraining_record, thinned
 from experiments.jobs import as_yaml
 from experiments.position import local_task, noise, set_borders
+from experiments.side_by_side import kendall_tau
 from models import Encoder, MoCo
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,10 @@ def run(tmp_path, monkeypatch):
             dice = DICE.get((method, rate), 0.3)
             (folder / "results.json").write_text(json.dumps(results(dice) | {"encoder_sha256": machine[0]}))
             (folder / "model.pth").write_text("")
+        elif script == "eval_cls.py":
+            folder = Path(settings["run.out"])
+            folder.mkdir(parents=True)
+            (folder / "results.json").write_text(json.dumps(probe_results(settings)))
         elif script == "-m":
             cues = {name: {"accuracy": 0.25, "loss": 1.0} for name in findings.PAIRS}
             (Path(words[1]) / "position.json").write_text(json.dumps(cues))
@@ -110,6 +115,13 @@ def run(tmp_path, monkeypatch):
     yield run
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def probe_results(settings):
+    value = 0.25 if settings["encoder"].endswith("encoder.pth") else 0.5
+    metrics = {"mAP": {"value": value, "interval": None, "classes": {"liver": value}}}
+    about = {"mode": "knn", "encoder": "x", "encoder_sha256": "one", "label_fraction": 1.0}
+    return about | {"config": {"data": {"root": "x"}}, "metrics": metrics}
 
 
 def metrics():
@@ -163,6 +175,38 @@ def test_everything_runs_once_and_the_best_rate_goes_on(run, tmp_path, capsys):
     assert run() == (0, [])  # nothing is run again
     forget(tmp_path / "out", Cell("full", 0.01, 1), "finetune-50")
     assert [s["mode"] for _, s in run()[1]] == ["finetune"]
+
+
+COMPARED = """
+in_depth: false
+benchmarks:
+  knn: {script: eval_cls.py, mode: knn}
+"""
+
+
+def test_a_comparison_goes_method_by_method_through_its_benchmarks(run, tmp_path, capsys):
+    """Every rate once, the best one with every seed and benchmark; encoders go when they are measured."""
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text(PROTOCOL.split("variants:")[0] + COMPARED)
+    code, calls = run()
+    assert code == 0
+    pretrained = [s["run.out"].split("work/")[1] for script, s in calls if script == "train_moco.py"]
+    assert sorted(pretrained) == sorted(
+        [f"{method}/lr{rate}-seed0/pretrain" for method in ("moco", "full") for rate in (0.01, 0.04)]
+        + ["moco/lr0.04-seed1/pretrain", "full/lr0.01-seed1/pretrain"]
+    )
+    measured = [settings for script, settings in calls if script == "eval_cls.py"]
+    assert len(measured) == 3 * 2 and all(one["model.arch"] == "resnet18" for one in measured)
+    assert not any(script == "-m" or "encoder_3.pth" in str(s) for script, s in calls)
+    assert not any((tmp_path / "out/work" / method).exists() for method in ("random", "moco", "full"))
+    text = re.sub(" +", " ", capsys.readouterr().out)
+    assert "| encoder | linear | finetune-50 | finetune-100 | knn |" in text
+    assert "| full | **50.0 ± 0.0** | **50.0 ± 0.0** | **50.0 ± 0.0** | 25.0 ± 0.0 |" in text
+    assert "| knn |" in text.split("Kendall's tau")[1]
+    assert [script for script, _ in run()[1] if script != "data.py"] == []
+    protocol.write_text(protocol.read_text().replace("mode: knn", "mode: svm"))
+    with pytest.raises(ConfigError, match=r"benchmarks\.knn: not that of"):
+        run()
 
 
 def forget(out, cell, name):
@@ -405,10 +449,10 @@ def test_organs_that_are_not_there_leave_a_gap():
 
 
 def test_kendall_tau():
-    assert findings.kendall_tau([1, 2, 3], [10, 20, 30]) == 1
-    assert findings.kendall_tau([1, 2, 3], [3, 2, 1]) == -1
-    assert findings.kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
-    assert findings.kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 6**0.5)  # tau-b with one tie
+    assert kendall_tau([1, 2, 3], [10, 20, 30]) == 1
+    assert kendall_tau([1, 2, 3], [3, 2, 1]) == -1
+    assert kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
+    assert kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 6**0.5)  # tau-b with one tie
 
 
 # ---- Position cues ----

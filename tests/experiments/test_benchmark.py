@@ -16,8 +16,9 @@ import yaml
 from engine import config
 from engine.config import ConfigError
 from experiments import benchmark
-from experiments.benchmark import Cell, columns_of, correlations, table
+from experiments.benchmark import Cell, columns_of
 from experiments.jobs import Jobs, as_yaml
+from experiments.side_by_side import correlations, table
 from weights import WeightsError
 
 ROOT = Path(__file__).parents[2]
