@@ -290,6 +290,8 @@ def parse(argv):
     sub.add_argument("--root", required=True, help="the data set's folder")
     sub.add_argument("--images", default="images", help="folder of the slices")
     sub.add_argument("--masks", default="masks", help="folder of the masks, if there are any")
+    words = "sparse annotation: train has one slice in N of each volume, and all lists are called sparse_..."
+    sub.add_argument("--every", type=at_least(5), metavar="N", help=words)
 
     sub = command("thin", thin, "a shorter list, of the slices that differ most from each other")
     set_options(sub, masks=False)

@@ -4,7 +4,7 @@ Those of new sets; and `data.py list`, for slices that did not come through a co
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +44,16 @@ def files_beside_images(root):
     return [root / name for name in (*(f"{split}.txt" for split in SPLITS), *ABOUT)]
 
 
-def write_lists(root, lists, made_by):
+def write_lists(root, lists, made_by, prefix=""):
     """{"train": names, ...} to root/train.txt ...; an empty list is not written."""
     for split, names in lists.items():
         if names:
-            write_whole(root / f"{split}.txt", "\n".join(names) + "\n", made_by)
+            write_whole(root / f"{prefix}{split}.txt", "\n".join(names) + "\n", made_by)
 
 
-def remove_lists(root, made_by):
+def remove_lists(root, made_by, prefix=""):
     """What follows rewrites the set: without its lists nobody takes it for complete. The user's own stay."""
-    remove_own([root / f"{split}.txt" for split in SPLITS], made_by)
+    remove_own([root / f"{prefix}{split}.txt" for split in SPLITS], made_by)
 
 
 # ---- As the slice command is asked to -------------------------------------------------------------
@@ -169,7 +169,8 @@ def list_set(args):
     """The list command: train.txt, val.txt, test.txt and unlabelled.txt of the slices in a folder.
 
     By case, 60/20/20; slices that lie in folders called train, val or test stay in these. If there are masks
-    only slices with a mask are in the first three. Lists that it did not write are never written over.
+    only slices with a mask are in the first three. With --every N it is sparse_train.txt ..., see `sparse`.
+    Lists that it did not write are never written over.
     """
     root = Path(args.root)
     if packed_at(root):
@@ -177,17 +178,41 @@ def list_set(args):
     if "{split}" in args.images + args.masks:
         raise DataError("--images, --masks: name folders without {split}, also as data.images, data.masks")
     slices = all_slices(root / args.images)
-    refuse_foreign([root / f"{split}.txt" for split in SPLITS], [], LIST, "--root")
+    prefix = "sparse_" if args.every else ""
+    refuse_foreign([root / f"{prefix}{split}.txt" for split in SPLITS], [], LIST, "--root")
     found = find_masks(root / args.masks, slices)
     masked = {name for name, mask in zip(slices, found) if mask}
-    lists = lists_of(slices, masked)
-    remove_lists(root, LIST)
-    write_lists(root, lists, LIST)
+    lists = sparse(slices, masked, args.every) if args.every else lists_of(slices, masked)
+    remove_lists(root, LIST, prefix)
+    write_lists(root, lists, LIST, prefix)
     print(f"{root}: {len(slices)} slices, {len(masked)} with masks; cases: {len({*map(case_of, slices)})}")
     for split, names in lists.items():
         count = f"{len(names)} slices; cases: {len({*map(case_of, names)})}" if names else "none"
-        print(f"{split}.txt: {count}")
+        print(f"{prefix}{split}.txt: {count}")
     return 0
+
+
+def sparse(slices, masked, every):
+    """The lists of somebody who annotates one slice in `every` of each volume: those (train); those midway
+    between two of them (val); the others that are two slices or more away from any annotated one (test).
+    "unlabelled" has the annotated slices and all without a mask."""
+    lists, seen = {split: [] for split in SPLITS}, Counter()
+    for name in slices:
+        place = seen[case_of(name)] % every
+        if name not in masked:
+            lists["unlabelled"].append(name)
+            continue
+        seen[case_of(name)] += 1
+        if place == 0:
+            lists["train"].append(name)
+            lists["unlabelled"].append(name)
+        elif place == every // 2:
+            lists["val"].append(name)
+        elif 2 <= place <= every - 2:
+            lists["test"].append(name)
+    if not lists["test"]:
+        raise DataError(f"--every {every}: no slice with a mask is left for the test")
+    return lists
 
 
 def lists_of(slices, masked):

@@ -107,3 +107,28 @@ def test_one_case_becomes_blocks_and_other_folders_are_named(tmp_path, capsys):
     assert [len(lists[split]) for split in ("train", "val", "test")] == [10, 3, 3]
     code, _, err = run(capsys, "list", "--root", tmp_path, "--images", "pictures/{split}")
     assert code == 2 and one_line_of(err) and "without {split}" in err
+
+
+def test_sparse_annotation(tmp_path, capsys):
+    """One slice in six is for training, and no test slice touches one."""
+    random_set(tmp_path, cases=("a", "b", "c"), slices=20)
+    for number in range(20):  # no masks of this volume, and none of the first slices of another one
+        (tmp_path / f"masks/c/{number:02d}.png").unlink()
+        if number < 3:
+            (tmp_path / f"masks/b/{number:02d}.png").unlink()
+    code, out, _ = run(capsys, "list", "--root", tmp_path, "--every", 6)
+    assert code == 0 and "sparse_train.txt: 7 slices; cases: 2" in out
+    lists = lists_in(tmp_path)
+    of_a = {
+        split: [int(name[2:4]) for name in own if name.startswith("a/")]
+        for split, own in lists.items()
+        if split.startswith("sparse")
+    }
+    assert of_a["sparse_train"] == [0, 6, 12, 18] == of_a["sparse_unlabelled"]
+    assert of_a["sparse_val"] == [3, 9, 15] and of_a["sparse_test"] == [2, 4, 8, 10, 14, 16]
+    assert [name for name in lists["sparse_train"] if name[0] == "b"] == ["b/03.png", "b/09.png", "b/15.png"]
+    assert sum(name.startswith("c/") for name in lists["sparse_unlabelled"]) == 20
+    assert "train" in lists  # that was there before
+    assert run(capsys, "list", "--root", tmp_path, "--every", 6)[0] == 0
+    code, _, error = run(capsys, "list", "--root", tmp_path, "--every", 4)
+    assert code == 2 and one_line_of(error)
