@@ -58,22 +58,19 @@ def natural_order(name):
 
 
 def slices_and_volumes(source):
-    """The slices, and the volumes, anywhere below a folder; or the one file: two lists of paths.
+    """The slices, and the volumes, by their suffixes, anywhere below a folder; or the one file: two lists of
+    paths. DICOM files, which may be called anything, are found by ct/scans.py.
 
-    Raises DataError if there is none.
+    Raises DataError if there is no such file or folder.
     """
     source = Path(source)
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
     folder, names = (source, None) if source.is_dir() else (source.parent, [source.name])
-    found = [
+    return [
         [folder / name for name in names or files_below(folder, endings) if name.lower().endswith(endings)]
         for endings in (SUFFIXES, VOLUMES)
     ]
-    if not any(found):
-        kinds = f"neither slices ({', '.join(SUFFIXES)}) nor volumes ({', '.join(VOLUMES)})"
-        raise DataError(f"{source}: {kinds}; give such a file or a folder of them")
-    return found
 
 
 def without_masks(paths, source, masks):

@@ -1,6 +1,7 @@
 """DICOM series, NRRD and MetaImage as nibabel's images, so that everything else knows one kind of volume.
 
 dicom_files, find_series    the CT series below a folder, one Series each; in words what was left out
+series_in                   the same as names of cases
 open_scan                   header and grid of a file or a series; voxels are read when they are asked for
 
 SimpleITK is needed here and nowhere else (pip install SimpleITK); it also reads compressed DICOM. Of a DICOM
@@ -9,20 +10,22 @@ header only what says where pixels lie is looked at: names and dates of patients
 
 import glob
 import hashlib
+import mmap
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from ct.listing import SCANS, files_below
+from ct.listing import SCANS, VOLUMES, files_below
 from ct.plausible import Doubt
-from ct.slices import MAX_SIDE, DataError
+from ct.slices import MAX_SIDE, SUFFIXES, DataError
 from engine.config import one_line
 
 FEWEST = 3  # slices; less is a localizer or a single picture
@@ -31,6 +34,7 @@ UNEVEN = 0.02  # of the usual distance; what positions may be off without a word
 SAME_PLACE = 0.01  # mm
 TILT = 0.5  # degrees between the way the slices go and the normal of their plane, worth a word
 INFLATION = 1032  # the most that deflate can do
+REMEMBERED = 100_000  # headers, of about 1 kB each
 TO_RAS = np.diag([-1.0, -1, 1, 1])  # DICOM and ITK count towards the patient's left and back
 TAGS = {
     "series": "0020|000e",
@@ -42,6 +46,8 @@ TAGS = {
     "orientation": "0020|0037",
     "spacing": "0028|0030",
     "frames": "0028|0008",
+    "intercept": "0028|1052",
+    "slope": "0028|1053",
 }
 
 
@@ -60,6 +66,9 @@ class Slice:
         """mm along the normal of its plane."""
         return float(np.dot(np.cross(self.turned[:3], self.turned[3:]), self.position))
 
+    def order(self):
+        return self.along(), self.number, str(self.path)
+
 
 @dataclass(frozen=True)
 class Series:
@@ -69,7 +78,7 @@ class Series:
     uid: str
     slices: tuple
     doubts: tuple = ()
-    failure: str | None = None  # why it cannot be read
+    failure: str | None = None  # why it cannot be taken
 
     @property
     def path(self):
@@ -128,7 +137,7 @@ def find_series(files):
     for members in groups.values():
         for part in volumes_of(members):
             series = ordered(part)
-            if len(series.slices) < FEWEST and not part[0][1]["frames"] > 1:
+            if max(len(series.slices), part[0][1]["frames"]) < FEWEST:
                 left_out[f"in series of fewer than {FEWEST} places"] += len(part)
             else:
                 found.append(series)
@@ -148,8 +157,25 @@ def case_names(series, root):
     return names
 
 
+def series_in(source):
+    """{the file that stands for a CT series: what its case is called} of all series below a folder, or of the
+    one that a file belongs to; and [what was left out and why]. Files that are called slices or volumes of
+    other formats are not opened. Raises DataError for a file of no series that can be read."""
+    if source.is_file():
+        return {source: series_of(source).folder.resolve().name} if is_dicom(source) else {}, []
+    others = [name for name in files_below(source, "") if not name.lower().endswith((*SUFFIXES, *VOLUMES))]
+    series, left_out = find_series(filter(is_dicom, (source / name for name in others)))
+    return dict(zip([one.path for one in series], case_names(series, source))), left_out
+
+
 def read_header(path):
     """{name in TAGS: text, "size": (columns, rows)} of a DICOM file; {} if it holds no picture."""
+    about = os.stat(path)
+    return header_as_of(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(REMEMBERED)  # each series of a folder asks for the headers of all files there
+def header_as_of(path, size, mtime_ns):
     sitk = import_simpleitk()
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -164,8 +190,32 @@ def read_header(path):
     size, spacing, grey = reader.GetSize(), reader.GetSpacing(), reader.GetNumberOfComponents() == 1
     header = dict.fromkeys(TAGS, "") | header | {"size": size[:2], "grey": grey}
     header["frames"] = int(header["frames"]) if header["frames"].isdigit() else 1
-    header["even"] = spacing != (1, 1, 1)  # what SimpleITK says of frames in no order, or without places
+    if header["frames"] > 1:
+        header["frames apart"] = are_evenly_apart(
+            of_frames(path, "position"), header["frames"], abs(spacing[-1])
+        )
+        header["frames alike"] = all(len({*of_frames(path, name)}) < 2 for name in ("slope", "intercept"))
     return header
+
+
+def of_frames(path, name):
+    """The texts of an element in a file of many frames, frame by frame. SimpleITK keeps to itself what stands
+    in sequences, and takes what the first frame says for all of them: hence a look at the file's bytes."""
+    group, element = (bytes.fromhex(half)[::-1] for half in TAGS[name].split("|"))
+    length = rb"(?:DS..|..\0\0)"  # with the kind of value written before it, or without
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = re.findall(re.escape(group + element) + length + rb"([-+.\d eE\\]+)", content, re.DOTALL)
+    return [text.decode().strip() for text in found]
+
+
+def are_evenly_apart(positions, count, spacing):
+    """Whether the positions of `count` frames run along a line, each `spacing` mm from the one before."""
+    places = [numbers(text, 3) for text in positions]
+    if len(places) != count or None in places:
+        return False
+    steps = np.diff(places, axis=0)
+    off = np.abs(steps - steps.mean(0)).max(), abs(np.linalg.norm(steps[0]) - spacing)
+    return max(off) < UNEVEN * spacing
 
 
 def not_a_slice(header):
@@ -178,10 +228,16 @@ def not_a_slice(header):
         return "localizers"
     if not header["grey"]:
         return "in colour (secondary captures)"
+    if max(header["size"]) > MAX_SIDE:
+        return f"of more than {MAX_SIDE} px a side"
     if header["frames"] == 1 and not (numbers(header["position"], 3) and numbers(header["orientation"], 6)):
         return "without a place in the patient (secondary captures)"
-    if header["frames"] > 1 and not header["even"]:
+    if header["frames"] == 1 and min(numbers(header["spacing"], 2) or (0,)) <= 0:
+        return "without the distance of their pixels"
+    if header["frames"] > 1 and not header["frames apart"]:
         return "of many frames that are not in the order of evenly spaced places"
+    if header["frames"] > 1 and not header["frames alike"]:
+        return "of many frames that are rescaled differently"
     return None
 
 
@@ -225,39 +281,44 @@ def has_repeated_places(part):
 def ordered(part):
     """The Series of some files, sorted by place; doubts: places that occur twice, gaps, tilt."""
     path, header = part[0]
-    content = "".join(map(str, (header[name] for name in ("series", "orientation", "acquisition", "size"))))
-    series = partial(Series, path.parent, hashlib.sha256(content.encode()).hexdigest()[:8])
-    if header["frames"] > 1:
-        return series((Slice(path, header["size"], (), (), (), 0),))
-    slices = []
-    for path, header in part:
-        number = int(header["number"]) if header["number"].lstrip("+-").isdigit() else 0
-        spacing = numbers(header["spacing"], 2)
-        if not spacing or min(spacing) <= 0:
-            return series((), failure=f"{path}: does not say how far apart its pixels are")
-        turned, position = numbers(header["orientation"], 6), numbers(header["position"], 3)
-        slices.append(Slice(path, header["size"], spacing[::-1], turned, position, number))
-    slices.sort(key=lambda one: (one.along(), one.number, str(one.path)))
+    content = [header[name] for name in ("series", "orientation", "acquisition", "size")]
+    if header["frames"] > 1:  # a volume of its own
+        return Series(path.parent, hashed(*content, path.name), (Slice(path, header["size"], (), (), (), 0),))
+    folder, uid = path.parent, hashed(*content)
+    slices = sorted((slice_of(path, header) for path, header in part), key=Slice.order)
     kept = slices[:1] + [b for a, b in pairwise(slices) if b.along() - a.along() > SAME_PLACE]
     if len(kept) < FEWEST:
-        return series(tuple(kept))
+        return Series(folder, uid, tuple(kept))
     odd, failure = odd_places(kept)
     if repeated := len(slices) - len(kept):
         odd.insert(0, f"{repeated} files lie where others do: of each place the first is taken")
-    return series(tuple(kept), tuple(Doubt(f"{path.parent}: {text}") for text in odd), failure)
+    which = f"{folder}: series {uid}"
+    doubts = tuple(Doubt(f"{which}: {text}") for text in odd)
+    return Series(folder, uid, tuple(kept), doubts, failure and f"{which}: {failure}")
+
+
+def hashed(*content):
+    return hashlib.sha256("".join(map(str, content)).encode()).hexdigest()[:8]
+
+
+def slice_of(path, header):
+    number = int(header["number"]) if header["number"].lstrip("+-").isdigit() else 0
+    spacing = numbers(header["spacing"], 2)[::-1]
+    turned, position = numbers(header["orientation"], 6), numbers(header["position"], 3)
+    return Slice(path, header["size"], spacing, turned, position, number)
 
 
 def odd_places(slices):
     """What is odd about the places of sorted slices, in words; and why they cannot be taken, or None."""
     along = np.array([one.along() for one in slices])
     apart, odd = np.diff(along), []
-    usual, folder = float(np.median(apart)), slices[0].path.parent
+    usual = float(np.median(apart))
     gaps = [i for i in range(len(apart)) if apart[i] > 1.5 * usual]
     shown = "; ".join(f"{along[i]:.5g} and {along[i + 1]:.5g}" for i in gaps[:5])
     shown += " ..." if len(gaps) > 5 else ""
     if gaps and apart.max() > LARGEST_GAP * usual:
         text = f"slices are {usual:.4g} mm apart, but {apart.max():.4g} mm between {shown} mm"
-        return [], f"{folder}: {text}: more than {LARGEST_GAP:g} times as much; are files missing?"
+        return [], f"{text}: more than {LARGEST_GAP:g} times as much; are files missing?"
     if gaps:
         odd.append(f"slices are missing (usually {usual:.4g} mm apart): between {shown} mm")
     elif np.abs(apart - usual).max() > UNEVEN * usual:
@@ -300,12 +361,12 @@ def open_scan(nibabel, path):
 
 def series_of(path):
     """The Series of a DICOM file. Raises DataError if it belongs to none that can be read."""
-    series, left_out = find_series(dicom_files(path.parent, deep=False))
+    uid, beside = read_header(path).get("series"), dicom_files(path.parent, deep=False)
+    series, left_out = find_series(file for file in beside if read_header(file).get("series") == uid)
     own = next((one for one in series if path in [slice.path for slice in one.slices]), None)
-    own = own or next((one for one in series if one.folder == path.parent and one.failure), None)
     if own is None:
-        why = f" ({'; '.join(left_out)})" if left_out else ""
-        raise DataError(f"{path}: not a slice of a CT series of {FEWEST} slices or more{why}")
+        why = "; ".join(left_out) or "another file has its place"
+        raise DataError(f"{path}: not a slice of a CT series of {FEWEST} slices or more ({why})")
     if own.failure:
         raise DataError(own.failure)
     return own
@@ -331,11 +392,13 @@ def open_series(nibabel, series):
     affine[:3, 3] = first.position
 
     def read():
-        voxels = np.empty((*first.size, count), np.float32)
+        voxels = np.empty((*first.size, count), np.int16, order="F")  # slice after slice
         for index, one in enumerate(series.slices):
-            voxels[:, :, index] = read_pixels(sitk, one.path, first.size)
-        whole = np.rint(voxels)
-        return whole.astype(np.int16) if fits_int16(voxels, whole) else voxels
+            pixels = read_pixels(sitk, one.path, first.size)
+            if voxels.dtype == np.int16 and not fits_int16(pixels):
+                voxels = voxels.astype(np.float32)
+            voxels[:, :, index] = pixels
+        return voxels
 
     return as_nifti(nibabel, Voxels((*first.size, count), np.float32, read), TO_RAS @ affine)
 
@@ -349,9 +412,9 @@ def read_pixels(sitk, path, size):
     return pixels[0].T
 
 
-def fits_int16(voxels, whole):
+def fits_int16(pixels):
     limits = np.iinfo(np.int16)
-    return (whole == voxels).all() and limits.min <= voxels.min() and voxels.max() <= limits.max
+    return limits.min <= pixels.min() and pixels.max() <= limits.max and (np.rint(pixels) == pixels).all()
 
 
 def open_file(nibabel, path, io):

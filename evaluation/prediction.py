@@ -6,7 +6,7 @@ Predictor   what all models have in common there; segmenter.py and detector.py s
 
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ct.grid import Grid
 from ct.layout import case_of, stacks_in
-from ct.listing import slices_and_volumes, without_masks
+from ct.listing import VOLUMES, slices_and_volumes, without_masks
 from ct.plausible import Doubt, Values, heed, judge_values, judge_window
 from ct.properties import AXES, KINDS, Facts, Properties, Reading, read_properties, reading_of
-from ct.slices import AIR, DataError, whole_hu
+from ct.scans import series_in
+from ct.slices import AIR, SUFFIXES, DataError, whole_hu
 from ct.volumes import Volume, read_volume
 from data import LOOKED_AT, Intensity, network_input
 from engine.config import Config
@@ -33,7 +34,8 @@ TAKES_HU = "the model takes HU"
 def predict(kind: type["Predictor"], cfg: Config, process: Process, source: Path, out: Path) -> None:
     """What the model in run.out finds in a slice, a volume, or all slices and volumes below a folder.
 
-    The files written have the same relative names (given a data set's root, those of its images folder).
+    The files written have the same relative names (given a data set's root, those of its images folder);
+    those of DICOM series have the names of their cases.
     What cannot be read is named and passed over.
     Raises ConfigError without a trained model, DataError for an input that cannot be used.
     """
@@ -43,6 +45,8 @@ def predict(kind: type["Predictor"], cfg: Config, process: Process, source: Path
         process.say(f"{out}: lies below {source}; {inputs.left_out} files there are not taken as input")
     if inputs.images is not None and source.is_dir() and inputs.base != source:
         process.say(f"note: {source}: a data set; what lies in its {inputs.base.name} is taken")
+    for text in inputs.no_series:
+        process.say(f"note: {source}: left out: {text}")
     if inputs.masks:
         found = f"{len(inputs.masks)} files are masks by their names, the first {inputs.masks[0]}"
         process.say(f"note: {source}: {found}: not taken; --predict FILE insists")
@@ -83,6 +87,8 @@ class Inputs:
     images: Path | None
     left_out: int  # files that are earlier predictions
     masks: list[Path]  # that lie beside
+    cases: dict[Path, str] = field(default_factory=dict)  # what a DICOM series is called, among the volumes
+    no_series: list[str] = field(default_factory=list)  # DICOM files that are left out, in words
 
     @classmethod
     def of(cls, source: Path, out: Path, cfg: Config) -> "Inputs":
@@ -92,23 +98,30 @@ class Inputs:
         inside = (source / name).is_dir() and is_set(source, cfg.data.masks)
         where = source / name if inside else source
         everything = slices_and_volumes(where)
+        cases, no_series = series_in(where)
+        if not any(everything) and not cases:
+            kinds = f"neither slices ({', '.join(SUFFIXES)}) nor volumes ({', '.join(VOLUMES)}, DICOM series)"
+            found = f" (left out: {'; '.join(no_series)})" if no_series else ""
+            raise DataError(f"{source}: {kinds}; give such a file or a folder of them{found}")
         slices, volumes = (outside(out, where, paths) for paths in everything)
         left_out = sum(map(len, everything)) - len(slices) - len(volumes)
-        if not slices and not volumes:
+        if not slices and not volumes and not cases:
             raise DataError(f"{source}: all slices and volumes there lie below --out {out}; choose another")
         masks = []
         if where.is_dir():
             with_masks = slices + volumes
             slices, volumes = (without_masks(paths, where, cfg.data.masks) for paths in (slices, volumes))
             masks = sorted({*with_masks} - {*slices, *volumes})
+        volumes += cases
         if not slices and not volumes:
             raise DataError(f"{source}: only masks there, by their names, such as {masks[0]}; give images")
         base, here = where if where.is_dir() else where.parent, where.absolute()
         roots = (folder for folder in here.parents if here.is_relative_to(folder / name))
         root = next((folder for folder in roots if (folder / "set.json").is_file()), None)
-        if root is None:
-            return cls(slices, volumes, base, Properties(), where if inside else None, left_out, masks)
-        return cls(slices, volumes, base, read_properties(root), root / name, left_out, masks)
+        own, images = Properties(), where if inside else None
+        if root is not None:
+            own, images = read_properties(root), root / name
+        return cls(slices, volumes, base, own, images, left_out, masks, cases, no_series)
 
     def reading(self, facts: Facts, cfg: Config) -> Reading:
         """How its slices are read: as their own set says, else as those that the model was trained on."""
@@ -120,12 +133,17 @@ class Inputs:
         return reading_of(own, cfg.data.hu_offset)
 
     def targets(self, out: Path, name_of) -> dict[Path, Path]:
-        """{input: file to be written}, of the same name relative to `base` but for its ending.
+        """{input: file to be written}, of the same name relative to `base` but for its ending; of a series
+        as of a NIfTI that is called after its case.
 
         name_of: (path, whether it is a volume) -> path.
         """
         targets = {path: out / name_of(path.relative_to(self.base), False) for path in self.slices}
-        return targets | {path: out / name_of(path.relative_to(self.base), True) for path in self.volumes}
+        for path in self.volumes:
+            series = path in self.cases
+            name = Path(f"{self.cases[path]}.nii.gz") if series else path.relative_to(self.base)
+            targets[path] = out / name_of(name, True)
+        return targets
 
     def stacks(self, neighbours: int) -> dict[Path, list[Path]]:
         """Of each slice the files that its channels come from."""
@@ -237,7 +255,7 @@ class Predictor(ABC):
         volume = read_volume(path, self.axis)
         values, mm = whole_hu(volume.array), volume.spacing[1:]
         some = slice(None, None, -(-len(values) // LOOKED_AT))
-        doubts = judge_values(Values().add(volume.array[some]), path, TAKES_HU)
+        doubts = [*volume.geometry.doubts, *judge_values(Values().add(volume.array[some]), path, TAKES_HU)]
         if self.facts.kind == "stored" and self.facts.hu_offset is not None:
             values += np.float32(self.facts.hu_offset)
         elif self.facts.kind != "hu":

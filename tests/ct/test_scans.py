@@ -176,8 +176,9 @@ def test_nobodys_name_goes_anywhere(tmp_path, capsys):
         assert word.encode() not in written and word not in said + checked + error
 
 
-def enhanced(path, hu, z):
-    """A CT of many frames in one file, by pydicom: frames (S, H, W) at the heights z, in mm."""
+def enhanced(path, hu, z, uid="1.2.3", implicit=False, intercepts=None):
+    """A CT of many frames in one file, by pydicom: frames (S, H, W) at the heights z, in mm. intercepts: of
+    each frame, in place of one for all."""
     pydicom = pytest.importorskip("pydicom")
     from pydicom.dataset import Dataset, FileMetaDataset
 
@@ -188,39 +189,102 @@ def enhanced(path, hu, z):
         return one
 
     kind = "1.2.840.10008.5.1.4.1.1.2.1"
-    data = group(SOPClassUID=kind, SOPInstanceUID="1.2.3", Modality="CT", SeriesInstanceUID="1.2.4")
+    data = group(SOPClassUID=kind, SOPInstanceUID=uid, Modality="CT", SeriesInstanceUID="1.2.4")
     data.file_meta = FileMetaDataset()
-    data.file_meta.MediaStorageSOPClassUID, data.file_meta.MediaStorageSOPInstanceUID = kind, "1.2.3"
-    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID, data.file_meta.MediaStorageSOPInstanceUID = kind, uid
+    syntaxes = pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian
+    data.file_meta.TransferSyntaxUID = syntaxes[implicit]
     data.NumberOfFrames, data.Rows, data.Columns = hu.shape
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
     data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
-    scale = group(RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU")
+
+    def scale(intercept):
+        return [group(RescaleSlope=1, RescaleIntercept=intercept, RescaleType="HU")]
+
     shared = group(
         PixelMeasuresSequence=[group(PixelSpacing=[0.7, 0.7], SliceThickness=5)],
         PlaneOrientationSequence=[group(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
-        PixelValueTransformationSequence=[scale],
     )
+    if intercepts is None:
+        shared.PixelValueTransformationSequence = scale(-1024)
     data.SharedFunctionalGroupsSequence = [shared]
     data.PerFrameFunctionalGroupsSequence = [
         group(PlanePositionSequence=[group(ImagePositionPatient=[-50, -60, one])]) for one in z
     ]
+    for frame, intercept in zip(data.PerFrameFunctionalGroupsSequence, intercepts or ()):
+        frame.PixelValueTransformationSequence = scale(intercept)
     data.PixelData = (hu + 1024).astype(np.uint16).tobytes()
     data.save_as(path, enforce_file_format=True)
 
 
-def test_a_file_of_many_frames(tmp_path):
+@pytest.mark.parametrize("implicit", (False, True))
+def test_a_file_of_many_frames(tmp_path, implicit):
     hu = hu_volume(5)
-    enhanced(tmp_path / "up", hu, [0, 2, 4, 6, 8])
-    volume = read_volume(tmp_path / "up")
-    assert (volume.array == hu).all() and volume.spacing == pytest.approx((2, 0.7, 0.7))
-    (tmp_path / "up").unlink()
-    enhanced(tmp_path / "down", hu, [8, 6, 4, 2, 0])
-    assert (read_volume(tmp_path / "down").array == hu[::-1]).all()
-    (tmp_path / "down").unlink()
-    enhanced(tmp_path / "mixed", hu, [0, 4, 2, 8, 6])
+    for z, expected in (([0, 2, 4, 6, 8], hu), ([8, 6, 4, 2, 0], hu[::-1]), ([0, 1, 2, 3, 4], hu)):
+        enhanced(tmp_path / "ct", hu, z, implicit=implicit)
+        volume = read_volume(tmp_path / "ct")
+        assert (volume.array == expected).all()
+        assert volume.spacing == pytest.approx((abs(z[1] - z[0]), 0.7, 0.7))
+
+
+@pytest.mark.parametrize(
+    "z", ([0, 4, 2, 8, 6], [0, 2, 4, 8, 10], [0, 0, 2, 2, 4], [0, 2, 4, 0, 2], [0, 0, 0, 0, 0])
+)
+def test_frames_in_no_order_twice_or_with_gaps_are_refused(tmp_path, z):
+    enhanced(tmp_path / "ct", hu_volume(5), z)
     with pytest.raises(DataError, match="many frames that are not in the order of evenly spaced places"):
-        read_volume(tmp_path / "mixed")
+        read_volume(tmp_path / "ct")
+
+
+def test_frames_that_are_rescaled_differently_are_refused(tmp_path):
+    """SimpleITK would take what the first frame says for all of them."""
+    enhanced(tmp_path / "ct", hu_volume(5), [0, 2, 4, 6, 8], intercepts=[-1024] * 5)
+    assert (read_volume(tmp_path / "ct").array == hu_volume_of(tmp_path / "ct")).all()
+    enhanced(tmp_path / "ct", hu_volume(5), [0, 2, 4, 6, 8], intercepts=[-1024, -1024, 0, 0, 0])
+    with pytest.raises(DataError, match="many frames that are rescaled differently"):
+        read_volume(tmp_path / "ct")
+
+
+def hu_volume_of(path):
+    """The frames of a file, as pydicom reads them."""
+    import pydicom
+
+    return pydicom.dcmread(path).pixel_array.astype(np.int16) - 1024
+
+
+def test_two_files_of_many_frames_of_one_series_are_two_cases(tmp_path, capsys):
+    first, second = hu_volume(5), hu_volume(5)
+    (tmp_path / "in/p1").mkdir(parents=True)
+    enhanced(tmp_path / "in/p1/a", first, [0, 2, 4, 6, 8], "1.2.3.1")
+    enhanced(tmp_path / "in/p1/b", second, [0, 2, 4, 6, 8], "1.2.3.2")
+    root, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    cases = sorted(path.name for path in (root / "images").iterdir() if path.is_dir())
+    assert "2 CT series" in said and len(cases) == 2
+    assert {stack(root, case).sum() for case in cases} == {first.sum(), second.sum()}
+
+
+def test_each_header_is_read_once(tmp_path, capsys, monkeypatch):
+    """However many series a folder holds, and again where a file has changed."""
+    for number in range(4):
+        write_series(tmp_path / "in/p1", hu_volume(3), f"1.2.{number}", f"{number}-{{:d}}")
+    read, real = [], scans.reading
+    monkeypatch.setattr(scans, "reading", lambda path: read.append(path) or real(path))
+    files = scans.dicom_files(tmp_path / "in")
+    assert [scans.series_of(file).slices[0].path.name[0] for file in files] == [*"000111222333"]
+    assert sorted(read) == sorted(files)
+    write_series(tmp_path / "in/p1", hu_volume(3), "1.2.300", "0-{:d}")
+    assert scans.series_of(files[0]).path == files[0] and len(read) == len(files) + 3
+
+
+def test_slices_that_do_not_say_how_far_apart_their_pixels_are(tmp_path, capsys):
+    pydicom = pytest.importorskip("pydicom")
+    write_series(tmp_path / "in/p1", hu_volume())
+    for path in write_series(tmp_path / "in/p2", hu_volume(), "1.2.4").iterdir():
+        data = pydicom.dcmread(path)
+        del data.PixelSpacing
+        data.save_as(path)
+    _, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    assert "1 CT series: p1" in said and "6 files: without the distance of their pixels" in said
 
 
 def test_what_is_no_series_is_one_line(tmp_path, capsys):

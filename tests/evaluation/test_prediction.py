@@ -152,6 +152,45 @@ def test_a_volume_is_segmented_across_the_models_axis_at_its_spacing(tmp_path, n
     assert fine > same - 0.05
 
 
+def test_a_dicom_series_is_segmented_like_the_same_volume_as_nifti(tmp_path, nibabel, capsys):
+    """By its folder, by a tree, and by one of its files; the mask is called after the case and lies where
+    SimpleITK's own reader says that the series lies."""
+    sitk = pytest.importorskip("SimpleITK")
+    from handmade import SECRET, write_series
+
+    out = tmp_path / "run"
+    run(*TINY, "optim.lr=2", f"data.root={volume_set(tmp_path, nibabel, 2, capsys)}", f"run.out={out}")
+    hu = np.asarray(nibabel.load(tmp_path / "ct/a.nii.gz").dataobj).T
+    series = write_series(tmp_path / "dicom/p1", hu, spacing=1.5, mm=1.5)
+    (tmp_path / "dicom/report").write_bytes(bytes(128) + b"DICM" + b"nothing")
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(series)))
+    theirs = reader.Execute()
+    (tmp_path / "nifti").mkdir()
+    sitk.WriteImage(theirs, str(tmp_path / "nifti/p1.nii.gz"))
+    capsys.readouterr()
+    sources = ["dicom", "dicom/p1", "dicom/p1/IM0007", "nifti"]
+    for index, source in enumerate(sources):
+        run(f"run.out={out}", "--predict", tmp_path / source, "--out", tmp_path / f"out{index}")
+    said = capsys.readouterr()
+    assert "left out: 1 files: no picture" in said.out and SECRET not in said.out + said.err
+    masks = [sitk.ReadImage(str(tmp_path / f"out{index}/p1.nii.gz")) for index in range(len(sources))]
+    arrays = [sitk.GetArrayFromImage(mask) for mask in masks]
+    assert arrays[0].any() and all((array == arrays[0]).all() for array in arrays)
+    for corner in ((0, 0, 0), (31, 31, 31)):
+        own, other = (image.TransformIndexToPhysicalPoint(corner) for image in (masks[0], theirs))
+        assert own == pytest.approx(other)
+
+
+def test_dicom_files_that_are_no_series_are_one_line(mixed, tmp_path):
+    pytest.importorskip("SimpleITK")
+    from handmade import write_series
+
+    write_series(tmp_path / "in", np.zeros((2, 8, 8), np.int16))
+    with pytest.raises(DataError, match=r"neither slices .* \(left out: 2 files: in series of fewer than 3"):
+        run(f"run.out={mixed.parent / 'forth'}", "--predict", tmp_path / "in", "--out", tmp_path / "out")
+
+
 def test_finer_pixels_are_scaled_down_to_those_of_training_and_labels_back():
     grid = Grid((64, 64), ((0.8, 1.0), (0.8, 1.0)))
     assert grid.placement((64, 64), (0.9, 0.9)) == (64, 64, 0, 0)
