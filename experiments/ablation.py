@@ -125,8 +125,8 @@ class Ablation(Jobs):
         if not (folder / "encoder.json").is_file():
             settings = self.protocol["pretrain"] | self.changes(cell.method)
             settings |= {"optim.lr": cell.rate, "seed": cell.seed, "data.root": self.root, "run.out": folder}
+            settings |= {"run.keep_checkpoint": True}  # for experiments.position
             self.script(self.log(cell), "train_moco.py", settings)
-            (folder / "checkpoint.pth.previous").unlink(missing_ok=True)
         encoder = json.loads((folder / "encoder.json").read_text())["sha256"]
         self.check_same_encoder(cell, folder, encoder)
         if self.cells.record(cell).get("pretraining", {}).get("encoder_sha256") != encoder:

@@ -2,6 +2,8 @@
 
     python -m experiments.position RUN ...      # finished pretraining runs; leaves position.json in each
 
+The runs need run.keep_checkpoint=true: an encoder alone has no heads.
+
 A convolution with zero padding tells a network where the border is. If a region only has to be found at the
 same place of both views (local.match: grid), knowing the place is enough. So trained networks here match the
 regions of two images of noise that have nothing in common, once as trained and once with reflected borders,
@@ -58,7 +60,9 @@ def position_cues(folder: Path) -> dict[str, dict[str, float]]:
         folder, lambda content: {name: content[name] | {} for name in ("config", "model")}
     )
     if state is None:
-        raise ConfigError(f"{folder}: holds no checkpoint.pth of a pretraining run")
+        raise ConfigError(
+            f"{folder}: holds no checkpoint.pth of a pretraining run; run.keep_checkpoint=true keeps it"
+        )
     cfg = to_config(state["config"])
     if not cfg.local.weight:
         raise ConfigError(f"{folder}: was pretrained without local features (local.weight = 0)")

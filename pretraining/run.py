@@ -25,7 +25,7 @@ from pretraining.journal import Journal
 from pretraining.judgement import heed_data
 from pretraining.method_settings import check_norms
 from pretraining.monitor import CollapseMonitor, draw, show
-from pretraining.run_state import average_running_statistics, averaged_statistics, export, resume, save
+from pretraining.run_state import average_running_statistics, averaged_statistics, export, resume, save, tidy
 from pretraining.schedule import Due, StepBatches, count_steps, learning_rate
 from weights import WeightsError, initial_weights
 
@@ -161,7 +161,8 @@ class Run:
             self.measure_collapse()
         asked = any(found["save"] for found in news)
         if stopping or last or self.due.by_step(self.step) or asked:
-            save(self)
+            with self.due.saving():
+                save(self)
         return stopping
 
     def measure_collapse(self) -> None:
@@ -197,7 +198,7 @@ class Run:
         return leave(self.folder, self.step, self.process.gather(self.stop.reason), self.process)
 
     def finish(self) -> None:
-        """Write the encoder; then the pictures, without which the run is as good."""
+        """Write the encoder; then the pictures, without which the run is as good. The checkpoints go."""
         average_running_statistics(self.model)
         if self.process.is_main:
             export(self, "encoder", self.journal.latest)
@@ -208,5 +209,7 @@ class Run:
                 draw(self.folder, self.process)
             with only_warning("no features.png"), written_whole(self.folder / "features.png") as file:
                 self.monitor.features_page(self.model).save(file, format="PNG")
+            with only_warning("not all that is not needed any more was removed"):
+                tidy(self.folder, self.cfg.run.keep_checkpoint)
         self.process.say(f"encoder: {self.folder / 'encoder.pth'}")
         self.process.barrier()

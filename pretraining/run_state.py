@@ -1,15 +1,20 @@
 """What a pretraining run keeps on disk: its checkpoint, to resume from, and the encoders it is for."""
 
 import json
-from contextlib import contextmanager
+import os
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor
 
+from ct.properties import read_json
 from engine.config import ConfigError, shown, to_config
 from engine.files import (
+    ANEW,
+    UNFIT,
     checked_number,
     checked_optimizer,
     is_plain,
@@ -18,7 +23,7 @@ from engine.files import (
     write_whole,
     written_whole,
 )
-from engine.ownership import sha256
+from engine.ownership import LEFT_OVER, sha256
 from engine.process import Process, warn
 from losses import gather
 from models import Method
@@ -26,7 +31,7 @@ from pretraining.guard import running_statistics
 from weights import fits, is_sound
 
 # What the names of settings begin with that a resumed run may change: the method does not depend on them.
-RUN_FREE = ("out", "device", "compile", "save", "max_bad", "skip", "timeout", "deterministic")
+RUN_FREE = ("out", "device", "compile", "save", "keep", "max_bad", "skip", "timeout", "deterministic")
 FREE = (*(f"run.{name}" for name in RUN_FREE), "data.workers", "data.insist", "log.")
 
 
@@ -39,11 +44,21 @@ def resume(run) -> tuple[int, bool]:
 
     def read() -> tuple[dict | None, bool]:
         state = load_checkpoint(folder, lambda content: checked(content, run))
-        return state, all((folder / name).exists() for name in ("encoder.pth", "encoder.json"))
+        complete = all((folder / name).exists() for name in ("encoder.pth", "encoder.json"))
+        if complete and state is None:  # a finished run, whose checkpoint `tidy` has removed
+            card = read_json(folder / "encoder.json", dict)
+            try:
+                refuse_other_settings(card["config"], card["data"]["slices"], run)
+            except ConfigError:
+                raise
+            except UNFIT:
+                text = f"{folder / 'encoder.json'} does not describe a finished run of this program"
+                raise ConfigError(f"run.out: {text}; {ANEW}") from None
+        return state, complete
 
     state, complete = process.from_main(read)
     if state is None:
-        return 0, False
+        return (run.total_steps, True) if complete else (0, False)
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     statistics = state["running_statistics"]
@@ -57,16 +72,7 @@ def resume(run) -> tuple[int, bool]:
 def checked(state: dict, run) -> dict:
     """A checkpoint's content, every part of it, for `load_checkpoint`: whether `save` can have written it for
     this run."""
-    folder, cfg, before = run.folder, run.cfg, to_config(state["config"])
-    if not all(map(is_plain, before.flat().values())):
-        raise ValueError
-    if changed := cfg.first_difference(before, ignore=FREE):
-        old, new = before.flat().get(changed), cfg.flat().get(changed)
-        other = f"the run in {folder} was started with {shown(old)}"
-        raise ConfigError(f"{changed}: is {new!r}, but {other}; choose another run.out")
-    slices = checked_number(state["slices"], 1, 2**62)
-    if slices != (here := len(run.dataset)):
-        raise ConfigError(f"data.list: has {here} slices, but the run in {folder} was started with {slices}")
+    refuse_other_settings(state["config"], state["slices"], run)
     step = checked_number(state["step"], 0, run.total_steps)
     in_row, skipped = state["bad_steps"]
     checked_number(in_row, 0, checked_number(skipped, 0, step))
@@ -83,6 +89,20 @@ def checked(state: dict, run) -> dict:
     if not sound:
         raise ValueError
     return state | {"optimizer": checked_optimizer(run.optimizer, state["optimizer"])}
+
+
+def refuse_other_settings(settings: dict, slices: int, run) -> None:
+    """Raise a ConfigError if these, and a list of so many slices, would make another run; any of UNFIT for
+    what is no such thing."""
+    folder, cfg, before = run.folder, run.cfg, to_config(settings)
+    if not all(map(is_plain, before.flat().values())):
+        raise ValueError
+    if changed := cfg.first_difference(before, ignore=FREE):
+        old, new = before.flat().get(changed), cfg.flat().get(changed)
+        other = f"the run in {folder} was started with {shown(old)}"
+        raise ConfigError(f"{changed}: is {new!r}, but {other}; choose another run.out")
+    if checked_number(slices, 1, 2**62) != (here := len(run.dataset)):
+        raise ConfigError(f"data.list: has {here} slices, but the run in {folder} was started with {slices}")
 
 
 def queue_is_sound(model: dict, name: str) -> bool:
@@ -131,6 +151,19 @@ def export(run, name: str, metrics: dict) -> None:
         "sha256": sha256(path),
     }
     write_whole(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+
+
+def tidy(folder: Path, keep_checkpoint: bool) -> None:
+    """Give back the room that nothing in a finished run needs: that of its checkpoints, and of
+    encoder_best.pth if it is encoder.pth."""
+    (folder / "checkpoint.pth.previous").unlink(missing_ok=True)  # first: it would be taken for the newest
+    if not keep_checkpoint:
+        (folder / "checkpoint.pth").unlink(missing_ok=True)
+    encoder, best, link = (folder / name for name in ("encoder.pth", "encoder_best.pth", "best" + LEFT_OVER))
+    if best.exists() and sha256(best) == sha256(encoder):
+        with suppress(OSError):  # a file system without hard links
+            os.link(encoder, link)
+            os.replace(link, best)
 
 
 @contextmanager

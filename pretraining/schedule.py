@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -72,25 +73,38 @@ def learning_rate(step: int, steps_per_epoch: int, total_steps: int, optim: Conf
     return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
 
 
+SHARE = 0.01  # of the time may go into saving, if run.save_steps does not say when
+SHORTEST = 60.0  # seconds from one checkpoint to the next then
+
+
 class Due:
     """When to save and to measure: after so many steps; and, as the main process's clock says, by time."""
 
     def __init__(self, cfg: Config, steps_per_epoch: int, process: Process):
-        self.every = cfg.run.save_steps or steps_per_epoch
+        self.every = cfg.run.save_steps
         self.measured = round(cfg.log.rank_every * steps_per_epoch)
-        self.seconds = 60 * cfg.run.save_minutes if process.is_main else 0
+        self.has_clock = process.is_main
+        self.longest = 60 * cfg.run.save_minutes or math.inf
+        self.pause = math.inf if self.every else SHORTEST  # seconds
         self.saved = time.monotonic()
 
     def by_step(self, step: int) -> bool:
-        if step % self.every == 0:
-            self.saved = time.monotonic()
-        return step % self.every == 0
+        return self.every > 0 and step % self.every == 0
 
     def by_time(self) -> bool:
-        due = self.seconds and time.monotonic() - self.saved > self.seconds
+        due = self.has_clock and time.monotonic() - self.saved > min(self.pause, self.longest)
         if due:
-            self.saved = time.monotonic()
+            self.saved = time.monotonic()  # not once more before it is done
         return due
+
+    @contextmanager
+    def saving(self):
+        """Around a save: the time that it takes says how long to wait for the next one."""
+        begun = time.monotonic()
+        yield
+        self.saved = time.monotonic()
+        if not self.every:
+            self.pause = max((self.saved - begun) / SHARE, SHORTEST)
 
     def measuring(self, step: int) -> bool:
         return step == 0 or (self.measured > 0 and step % self.measured == 0)

@@ -143,6 +143,7 @@ KINDS = {
     "checkpoint: pretrain": Kind(f"{TRAIN} run.out=stopped", "stopped/checkpoint.pth", TORCH,
                                  ("stopped/encoder.pth",), 4),
     "newest: pretrain": Kind(f"{TRAIN} run.out=two", "two/checkpoint.pth", TORCH, ("two/encoder.pth",), 2),
+    "encoder.json: pretrain": Kind(f"{TRAIN} run.out=run", "run/encoder.json", JSON),
     "metrics: pretrain": Kind(f"{TRAIN} run.out=stopped", "stopped/metrics.jsonl", JSON,
                               ("stopped/encoder.pth",), 2),
     # evaluation
@@ -351,13 +352,13 @@ def write_sound_files(root, command):
         SimpleITK.WriteImage(SimpleITK.GetImageFromArray(voxels), str(root / "volumes" / file))
     command("data.py pack --root set --list few.txt --out pack")
 
-    command(f"{TRAIN} run.out=run")  # two steps, an epoch and a checkpoint each
-    for out, newest in (("stopped", "checkpoint.pth.previous"), ("two", "checkpoint.pth")):
-        (root / out).mkdir()
-        for file in (".med-moco", "config.yaml", "metrics.jsonl"):
-            shutil.copy(root / "run" / file, root / out / file)
-        os.link(root / "run" / newest, root / out / "checkpoint.pth")
-    os.link(root / "run/checkpoint.pth.previous", root / "two/checkpoint.pth.previous")
+    command(f"{TRAIN} run.out=run")
+    # One that ends after its two steps, since encoder.pth cannot be written: with a checkpoint of each.
+    (root / "two/encoder.pth.med-moco.part").mkdir(parents=True)
+    command(f"{TRAIN} run.out=two run.save_steps=1", code=2)
+    (root / "two/encoder.pth.med-moco.part").rmdir()
+    shutil.copytree(root / "two", root / "stopped")
+    (root / "stopped/checkpoint.pth.previous").rename(root / "stopped/checkpoint.pth")
     state = torch.load(root / "run/encoder.pth", weights_only=True)
     beside = {"meta": argparse.Namespace(lr=0.1), "best": np.float64(3), "path": Path("x"), "kinds": {1, 2}}
     torch.save({"state_dict": state, **beside}, root / "foreign.pth")

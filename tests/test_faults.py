@@ -32,7 +32,7 @@ from pretraining.guard import NotFinite
 
 ROOT = Path(__file__).parent.parent
 TINY = """
-run: {save_steps: 2}
+run: {save_steps: 2, keep_checkpoint: true}
 model: {arch: tiny, output_stride: 16, queue_size: 20, bn_split: 2, momentum: 0.9}
 data: {size: 32, workers: 1}
 local: {grid: 2}

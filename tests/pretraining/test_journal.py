@@ -22,7 +22,7 @@ def test_the_best_encoder_survives_a_stop(train, tmp_path, monkeypatch):
         "structure",
         lambda self, encoder: measure(self, encoder) | {"grey_readout": next(found)},
     )
-    train("run", "log.encoders=true", "log.rank_every=1")
+    train("run", "log.encoders=true", "log.rank_every=1", "run.keep_checkpoint=true")
     run = tmp_path / "run"
     assert [path.name for path in sorted(run.glob("encoder_*.pth"))] == [
         "encoder_0.pth",
