@@ -186,7 +186,7 @@ def read_weights(path: str | Path) -> dict:
     except Exception as e:  # zipfile, pickle and torch raise many kinds on damaged files
         if other := other_format(path):
             raise WeightsError(f"{path}: {other}") from None
-        if isinstance(e, pickle.UnpicklingError | LookupError):
+        if isinstance(e, pickle.UnpicklingError | LookupError | EOFError):
             raise WeightsError(f"{path}: not a weights file, or damaged") from None
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise WeightsError(f"{path}: cannot be read as weights ({reason})") from None
@@ -281,6 +281,17 @@ def make_dict(pairs=()) -> dict:
     return {key: value for key, value in pairs if is_plain(key)}
 
 
+def make_ordered(pairs=None) -> dict:
+    """Of Python 2, which saved an OrderedDict as a list. That is emptied: no file makes many dicts of it."""
+    if pairs is None:
+        return {}
+    if type(pairs) is not list:
+        raise pickle.UnpicklingError("no list of pairs")
+    made = make_dict(pairs)
+    pairs.clear()
+    return made
+
+
 def make_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *others) -> Tensor:
     return storage.as_strided(size, stride, offset)  # which looks whether they lie in the storage
 
@@ -294,7 +305,7 @@ def make_subclass(make, kind, arguments, state):
 
 
 MAKERS = {  # our own functions in place of those that make tensors and plain containers
-    "collections.OrderedDict": make_dict,
+    "collections.OrderedDict": make_ordered,
     "collections.defaultdict": lambda *default: {},
     "torch._utils._rebuild_tensor": make_tensor,
     "torch._utils._rebuild_tensor_v2": make_tensor,
@@ -317,6 +328,7 @@ STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
 }
 REGISTERED = pickle.EXT1 + pickle.EXT2 + pickle.EXT4  # instructions for classes known by a number
+MOST_INSTRUCTIONS = 4_000_000  # of a pickle; a ResNet-50 with the state of AdamW has 26,151
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how files from before PyTorch 1.6 begin
 
 
@@ -329,18 +341,31 @@ def made_by(make, arguments):
     raise pickle.UnpicklingError("neither a class nor a function")
 
 
+def counted(load):
+    """An instruction of a pickle that is followed MOST_INSTRUCTIONS times at most, with all others."""
+
+    def step(unpickler):
+        unpickler.left -= 1
+        if unpickler.left < 0:
+            raise ValueError(f"of more than {MOST_INSTRUCTIONS:,} instructions, which is no checkpoint's")
+        load(unpickler)
+
+    return step
+
+
 class Unpickler(pickle._Unpickler):
     """Python's own machine of a pickle's instructions, without those that import, call or change anything.
 
     A name of a class or function becomes one of MAKERS, a type of numbers, or a Placeholder. Objects get no
-    state; only lists and dicts get items; sets, whose items would be compared, are Placeholders.
+    state; only lists and dicts get items; sets, whose items would be compared, are Placeholders. What is made
+    takes no more memory than the file and MOST_INSTRUCTIONS do.
 
     storage: for names of tensors' numbers, see `parse_storage`.
     """
 
     def __init__(self, file, storage=None):
         super().__init__(file, encoding="latin1")  # of Python 2, whose text is bytes
-        self.persistent_load = storage
+        self.persistent_load, self.left = storage, MOST_INSTRUCTIONS
 
     def find_class(self, module: str, name: str):
         if module in ("torch", "torch.cuda") and name in STORAGES:
@@ -398,6 +423,7 @@ class Unpickler(pickle._Unpickler):
         pickle.FROZENSET[0]: frozen_set,
         pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
     }
+    dispatch = {code: counted(load) for code, load in dispatch.items()}
 
 
 def other_format(path: str | Path) -> str:

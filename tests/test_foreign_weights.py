@@ -307,6 +307,11 @@ CODE = {  # instructions, and a part of what is said; None: they are read
     "many tuples as a name": (b"\x80\x02)" + b"\x85" * 10**5 + b"Q.", "x.pth: "),
     "a dict of itself": (b"\x80\x02}q\0X\1\0\0\0xh\0s.", None),
     "2^60 lists": (b"\x80\x02}X\1\0\0\0x]" + b"2\x86" * 60 + b"s.", None),
+    "dicts of one list": (
+        b"\x80\x02}X\1\0\0\0x](" + b"".join(b"J" + struct.pack("<i", i) + b"N\x86" for i in range(30000))
+        + b"eq\0\x85q\0010ccollections\nOrderedDict\nq\x020(" + b"h\2h\1R" * 3000 + b"ls.", None,
+    ),
+    "pairs in no list": (b"\x80\x02ccollections\nOrderedDict\n}\x85R.", "not a weights file, or damaged"),
     "a subclass of a subclass": (
         b"\x80\x02" + b"ctorch._tensor\n_rebuild_from_type_v2\n(" * 5000 + b"NN)Nt" + b"R." * 5000, "x.pth: "
     ),
@@ -329,6 +334,15 @@ def test_instructions_out_of_the_ordinary(tmp_path, monkeypatch, name, modern):
     assert text is None or not modern or text in str(error.value)
     assert os.listdir() == ["x.pth"] and memory() - before < 2**30
     assert torch._utils._rebuild_tensor_v2.__defaults__ == defaults
+
+
+@FORMATS
+def test_more_instructions_than_a_checkpoint_has(tmp_path, monkeypatch, modern):
+    monkeypatch.setattr("weights.MOST_INSTRUCTIONS", 1000)
+    some, more = (b"\x80\x02}" + b"]0" * count + b"." for count in (400, 500))
+    assert read_weights(hold(tmp_path / "x.pth", some, modern)) == {}
+    with pytest.raises(WeightsError, match="of more than 1,000 instructions"):
+        read_weights(hold(tmp_path / "x.pth", more, modern))
 
 
 def memory():
