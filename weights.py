@@ -328,9 +328,7 @@ STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
 }
 REGISTERED = pickle.EXT1 + pickle.EXT2 + pickle.EXT4  # instructions for classes known by a number
-MOST_INSTRUCTIONS = (
-    4_000_000  # of one pickle; each may take some hundred bytes of memory, and one byte of the file
-)
+MOST_INSTRUCTIONS = 4_000_000  # of a pickle; a ResNet-50 with the state of AdamW has 26,151
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how files from before PyTorch 1.6 begin
 
 

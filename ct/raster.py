@@ -20,6 +20,7 @@ from PIL import ExifTags, Image
 from engine.config import one_line
 
 MAX_SIDE = 8192  # px; a header that claims more is refused before any memory is allocated
+START = 4096  # bytes, in which a PNG says how it is turned if it does
 PIXELS_PER_BYTE = 8 * 1032  # of a picture, at most: deflate shrinks by no more than 1032 to 1
 JPEG_ROUNDING = 4  # by which the channels of a grey JPEG may differ: one level of either chroma makes 3
 FORMATS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP"}
@@ -69,7 +70,7 @@ def header(path):
     upright picture: several pages, an EXIF orientation, a TIFF whose white is zero."""
     try:
         with open(path, "rb") as file:
-            start, length = file.read(26), os.fstat(file.fileno()).st_size
+            start, length = file.read(START), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     format = next((format for magic, format in FORMATS.items() if start.startswith(magic)), None)
@@ -86,7 +87,9 @@ def header(path):
 def png_header(path, start):
     if len(start) < 26 or start[:8] != b"\x89PNG\r\n\x1a\n" or start[12:16] != b"IHDR":
         raise DataError(f"{path}: not a PNG image")
-    width, height, depth, color = struct.unpack(">IIBB", start[16:])
+    width, height, depth, color = struct.unpack(">IIBB", start[16:26])
+    if b"eXIf" in start:
+        pillow_header(path, "PNG")  # which refuses what is turned
     return Header("PNG", (height, width), depth, PNG_COLORS.get(color, "of an unknown colour type"))
 
 

@@ -245,7 +245,8 @@ def parse(argv):
     sub.add_argument(
         "--images",
         required=True,
-        help="a .nii or .nii.gz, a folder of them or with a folder for each case, or a pattern in quotes",
+        help="a volume (NIfTI, NRRD, MetaImage), a folder of them or with a folder for each case, a pattern "
+        "in quotes; or a folder or tree of DICOM series",
     )
     sub.add_argument("--labels", help="the same with labels; without: slices for pretraining only")
     sub.add_argument("--out", required=True, help="folder of the new set")

@@ -55,10 +55,13 @@ def pair_volumes(images, labels, by=None, channels=None, organs=None):
     Raises DataError where nothing, or more than one thing, can be meant.
     """
     image_files, label_files = image_and_label_files(images, labels, organs)
-    if Path(images).is_file() and len(label_files) == 1:
+    given = [labels and Path(one).is_file() for one in (images, labels)]
+    if any(given) and len(image_files) == len(label_files) == 1:
         own = Pair(without_channel(image_files[0].name), image_files[0].path, label_files[0].path)
-        if not Path(labels).is_file():
-            print(f"paired {own.image.name} with {own.labels.name}, the only volume of {labels}")
+        if not all(given):
+            only = labels if given[0] else images
+            name = own.image.name if given[0] else own.case
+            print(f"paired {name} with {own.labels.name}, the only volume of {only}")
         return [refuse_itself(own)]
     names = {file.name for file in image_files}
     image_files = first_channels(image_files, label_files, images, channels)
@@ -343,7 +346,7 @@ def files_of_pattern(pattern):
     )
     paths = [Path(path) for path in sorted(paths, key=natural_order)]
     if not paths:
-        raise DataError(f"{pattern}: no volume ({chr(44).join(VOLUMES)}) is called so")
+        raise DataError(f"{pattern}: no volume ({', '.join(VOLUMES)}) is called so")
     parts = [(*path.parts[:-1], stem_of(path.name)) for path in paths]
     if len(paths) == 1:
         places = [index for index, part in enumerate(Path(pattern).parts) if re.search(r"[*?\[]", part)]

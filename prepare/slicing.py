@@ -45,17 +45,19 @@ HIGHEST_HU = 65535 - HU_OFFSET  # that a 16-bit PNG holds
 
 @dataclass(frozen=True)
 class Options:
-    """How a case is sliced: across `axis`; HU = voxel - hu_offset; label_map {source id: target} or None."""
+    """How a case is sliced: across `axis`; HU = voxel - hu_offset; label_map {source id: target} or None.
+
+    organs: class names, where labels are folders with a file for each; spacing: mm between rows and columns,
+    to which slices are resampled; None: as they are.
+    """
 
     axis: int
     label_map: dict | None
     hu_offset: float
     ignore_values: bool
     ignore_geometry: bool
-    organs: list | None = None  # class names, where labels are folders with a file for each
-    spacing: float | None = (
-        None  # mm between rows and columns, to which slices are resampled; None: as they are
-    )
+    organs: list | None = None
+    spacing: float | None = None
 
 
 def slice_volumes(args):

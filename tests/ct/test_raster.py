@@ -100,6 +100,7 @@ def bad_pictures():
         "g.tif": (picture(grey, format="TIFF", save_all=True, append_images=[grey]), "several pages"),
         "h.jpg": (picture(grey, format="JPEG", exif=turned), "EXIF orientation"),
         "i.tif": (picture(grey, format="TIFF", tiffinfo={274: 3}), "EXIF orientation"),
+        "i.png": (picture(grey, format="PNG", exif=turned), "EXIF orientation"),
         "j.tif": (deep.replace(photometric + b"\1", photometric + b"\0"), "white is zero"),
         "k.bmp": (picture(Image.fromarray(GREY > 9), format="BMP"), "1-bit grey BMP"),
         "l.png": (picture(clear, format="PNG"), "transparent in places"),

@@ -56,6 +56,21 @@ def test_a_series_without_suffixes_becomes_slices_from_feet_to_head(tmp_path, ca
     assert code == 0 and (stack(root, "patient7") == hu).all()
 
 
+def test_labels_of_the_only_series_of_a_folder(tmp_path, capsys):
+    """A NIfTI of another name that SimpleITK writes on the grid that it reads of the series."""
+    hu, labels = hu_volume(9), RNG.integers(0, 3, (9, 10, 8)).astype(np.uint8)
+    folder = write_series(tmp_path / "p1", hu)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = sitk.GetImageFromArray(labels)
+    image.CopyInformation(reader.Execute())
+    sitk.WriteImage(image, str(tmp_path / "drawn.nii.gz"))
+    root, said = slice_them(capsys, tmp_path, folder, "--labels", tmp_path / "drawn.nii.gz")
+    assert f"paired p1 with drawn.nii.gz, the only volume of {folder}" in said
+    masks = [np.asarray(Image.open(path)) for path in sorted((root / "masks/p1").glob("*.png"))]
+    assert (stack(root, "p1") == hu).all() and (np.stack(masks) == labels).all()
+
+
 def test_files_in_any_order_and_the_rescaling_of_each(tmp_path):
     hu = hu_volume(5)
     folder = write_series(
