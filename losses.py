@@ -682,8 +682,8 @@ def segmentation_loss(logits: Tensor, target: Tensor, ignore: int = 255) -> Tens
 
 
 def dice_loss(logits: Tensor, target: Tensor, ignore: int = 255) -> Tensor:
-    """1 - soft Dice (V-Net, arXiv 1606.04797, without the squares), each class over the whole batch, mean over
-    the classes that the target has, without the background (class 0); 0 if it has none.
+    """1 - soft Dice (arXiv 1606.04797, without its squares), each class over the whole batch, mean over the
+    classes that the target has, without the background (class 0); 0 if it has none.
 
     With p the probabilities: Dice = 2 sum(p of the class's pixels) / (sum(p) + number of the class's pixels).
     Pixels that are `ignore` count in no sum. A class that the target has not would have a Dice of 0 whatever
