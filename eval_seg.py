@@ -25,10 +25,12 @@ model:
   arch: null                # resnet18 | 26 | 26_half | 34 | 50 | 101; null: the encoder's
   in_channels: 1            # 3: the slice three times; with data.neighbours always 3
   output_stride: 8          # 8 | 16 | 32
-optim:                      # SGD, momentum 0.9, lr times (1 - step / steps) ** 0.9
+optim:                      # lr times (1 - step / steps) ** 0.9
   steps: 2000
   batch_size: 16            # slices a step, over all processes
-  lr: null                  # null: 0.5 for linear, 0.05 for finetune
+  loss: null                # ce | dice_ce: cross entropy, plus soft Dice; null: dice_ce for finetune, else ce
+  name: null                # sgd (momentum 0.9) | adamw; null: adamw for finetune, else sgd
+  lr: null                  # null: 0.5 for linear, else 0.001 for adamw, 0.05 for sgd
   encoder_lr_factor: 1.0    # finetune: the encoder's lr over the decoder's
   weight_decay: 0.0001
 eval:
@@ -73,18 +75,27 @@ from evaluation.segmenter import MaskPredictor, at_size, build_model, frozen_fea
 from evaluation.settings import COMMON_NULLABLE, FREE_KEYS, check_cache, check_common
 from evaluation.supervised import train
 from evaluation.trained import Description, load_model, save_model
-from losses import segmentation_loss
+from losses import dice_loss, segmentation_loss
 from weights import WeightsError
 
-NULLABLE = COMMON_NULLABLE | {"cache": (str, bool), "optim.lr": float, "eval.window": int}
+NULLABLE = COMMON_NULLABLE | {"cache": (str, bool), "eval.window": int}
+NULLABLE |= {"optim.loss": str, "optim.name": str, "optim.lr": float}
 SCRIPT = "eval_seg.py"  # whose folders these are, see engine/ownership.py
 
 
 def check_config(cfg: Config) -> None:
     """Everything that is impossible whatever the data is; raises ConfigError."""
     cfg.check_choice("mode", "linear", "finetune")
+    if cfg.optim.loss is not None:
+        cfg.check_choice("optim.loss", "ce", "dice_ce")
+    if cfg.optim.name is not None:
+        cfg.check_choice("optim.name", "sgd", "adamw")
+    if cfg.mode == "finetune":  # for linear null stays: what an earlier version left is still the same run
+        cfg.optim["loss"] = cfg.optim.loss or "dice_ce"
+        cfg.optim["name"] = cfg.optim.name or "adamw"
     if cfg.optim.lr is None:
-        cfg.optim["lr"] = 0.5 if cfg.mode == "linear" else 0.05
+        sgd = 0.5 if cfg.mode == "linear" else 0.05
+        cfg.optim["lr"] = 0.001 if cfg.optim.name == "adamw" else sgd
     check_common(cfg)
     check_cache(cfg)
     cfg.check_fraction("eval.overlap")
@@ -152,7 +163,9 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
     def loss_of(network, inputs: Tensor, masks: Tensor) -> Tensor:
         with process.autocast():
             logits = network(inputs)  # (n, K, h, w)
-        return segmentation_loss(at_size(logits, masks.shape[1:]), masks)
+        logits = at_size(logits, masks.shape[1:])
+        loss = segmentation_loss(logits, masks)
+        return loss + dice_loss(logits, masks) if cfg.optim.loss == "dice_ce" else loss
 
     def validate() -> dict:
         if "val" not in sets:

@@ -9,7 +9,7 @@ Everything here is plain tensors in, tensors out, and needs only torch, so the f
     matched_points, sample_regions  where the regions of two crops lie, and their feature vectors
     ZCAWhitening, IterNorm          feature decorrelation (built on inverse_sqrt)
     singular_values, effective_rank how far features have collapsed
-    segmentation_loss               cross entropy for the evaluation
+    segmentation_loss, dice_loss    cross entropy and soft Dice for the evaluation
 
 Losses and whitening compute in float32 (or float64, if given that) also under autocast.
 """
@@ -635,7 +635,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-# ---- Collapse, and the evaluation's loss ---------------------------------------------------------
+# ---- Collapse, and the evaluation's losses --------------------------------------------------------
 
 
 def singular_values(features: Tensor) -> Tensor:
@@ -679,3 +679,21 @@ def segmentation_loss(logits: Tensor, target: Tensor, ignore: int = 255) -> Tens
     target = target.long()
     loss = F.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="sum")
     return loss / (target != ignore).sum().clamp(min=1)
+
+
+def dice_loss(logits: Tensor, target: Tensor, ignore: int = 255) -> Tensor:
+    """1 - soft Dice (arXiv 1606.04797, without its squares), each class over the whole batch, mean over the
+    classes that the target has, without the background (class 0); 0 if it has none.
+
+    With p the probabilities: Dice = 2 sum(p of the class's pixels) / (sum(p) + number of the class's pixels).
+    Pixels that are `ignore` count in no sum. A class that the target has not would have a Dice of 0 whatever
+    its probabilities, so it is left out. Nothing is smoothed: a class that is there has a pixel or more.
+    Arguments as `segmentation_loss` has them, whose sum with this one is the usual "Dice + cross entropy".
+    """
+    index = torch.arange(logits.shape[1], device=logits.device)[:, None, None]  # (K, 1, 1)
+    truth = (target[:, None] == index) & (target != ignore)[:, None]  # (N, K, H, W)
+    p = logits.float().softmax(dim=1) * (target != ignore)[:, None]
+    both, pixels = (p * truth).sum(dim=(0, 2, 3)), truth.sum(dim=(0, 2, 3))  # (K,)
+    there = pixels[1:] > 0
+    missed = 1 - 2 * both[1:] / (p.sum(dim=(0, 2, 3)) + pixels)[1:].clamp(min=1)
+    return (missed * there).sum() / there.sum().clamp(min=1)

@@ -48,9 +48,7 @@ def train(
     Raises Stopped.
     """
     folder = Path(cfg.run.out)
-    optimizer = torch.optim.SGD(
-        parameter_groups(cfg, trained), momentum=0.9, weight_decay=cfg.optim.weight_decay
-    )
+    optimizer = make_optimizer(cfg, trained)
     start, best = resume(cfg, process, trained, optimizer, kept)
     log = MetricsLog(folder, process, done=start)
     network = torch.compile(trained) if cfg.run.compile else trained
@@ -138,6 +136,14 @@ def save(cfg: Config, trained: nn.Module, optimizer, step: int, best: float | No
         save_checkpoint(Path(cfg.run.out), state)
     except OSError as error:
         warn(f"step {step}: no checkpoint written ({error}); training continues")
+
+
+def make_optimizer(cfg: Config, trained: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW where the script has an optim.name that says so."""
+    groups, decay = parameter_groups(cfg, trained), cfg.optim.weight_decay
+    if cfg.optim.get("name") == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=decay)
+    return torch.optim.SGD(groups, momentum=0.9, weight_decay=decay)
 
 
 def parameter_groups(cfg: Config, trained: nn.Module) -> list[dict]:

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from ct.properties import class_names, read_properties
 from ct.slices import DataError
 from engine import stopping
 from engine.config import ConfigError
+from engine.files import write_whole
 from evaluation import batches, report, supervised
 from models import Encoder
 from weights import WeightsError
@@ -120,6 +122,41 @@ def test_repeating_prints_the_table_and_another_config_is_refused(linear, phanto
     assert (out / "results.json").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match=r"optim\.steps: .* holds a run with 4, not 5"):
         evaluate(phantom, out, "optim.steps=5")
+
+
+def test_folders_from_before_there_was_optim_loss(linear, phantom, tmp_path, monkeypatch, capsys):
+    """A linear evaluation is the same as it was then; fine-tuning is not, and does not go on half way."""
+
+    def age(folder):
+        lines = (folder / "config.yaml").read_text().splitlines()
+        kept = [line for line in lines if line.split(":")[0] not in ("  loss", "  name")]
+        assert len(kept) == len(lines) - 2
+        write_whole(folder / "config.yaml", "\n".join(kept), eval_seg.SCRIPT)
+
+    def asked(self):
+        self.reason = "SIGTERM"
+        return True
+
+    shutil.copytree(linear[0], tmp_path / "linear")
+    age(tmp_path / "linear")
+    evaluate(phantom, tmp_path / "linear")
+    assert "finished already" in capsys.readouterr().out
+    monkeypatch.setattr(stopping.StopRequest, "__bool__", asked)
+    sgd = [*FINETUNE, "optim.name=sgd", "optim.loss=ce"]
+    run(*TINY, f"data.root={phantom}", f"run.out={tmp_path}/finetune", "encoder=random", *sgd)
+    age(tmp_path / "finetune")
+    for settings in (FINETUNE, sgd):
+        with pytest.raises(ConfigError, match=r"optim\.loss: .* holds a run with None, not '.*ce'"):
+            evaluate(phantom, tmp_path / "finetune", *settings)
+
+
+def test_dice_is_added_to_the_cross_entropy(phantom, tmp_path):
+    def first_loss(loss):
+        evaluate(phantom, tmp_path / loss, *FINETUNE, f"optim.loss={loss}", "optim.steps=1")
+        return json.loads((tmp_path / loss / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+
+    added = first_loss("dice_ce") - first_loss("ce")
+    assert 0.5 < added < 1  # of 14 classes, untrained: each has about 1 - 1/14 or more
 
 
 def test_cached_features_change_nothing(linear, phantom, tmp_path):
@@ -333,6 +370,8 @@ def test_a_smaller_window_is_used(linear, phantom, tmp_path):
         (["mode=linaer"], ConfigError, "mode: 'linaer' is not one of .*did you mean 'linear'"),
         (["optim.lr=fast"], ConfigError, "optim.lr: 'fast' is not a float"),
         (["optim.steps=0"], ConfigError, "optim.steps: 0 is impossible"),
+        (["optim.loss=dice"], ConfigError, "optim.loss: 'dice' is not one of ce, dice_ce; did you mean"),
+        (["optim.name=lars", "mode=finetune"], ConfigError, "optim.name: 'lars' is not one of sgd, adamw"),
         (["label_fraction=1.5"], ConfigError, "label_fraction: 1.5 is impossible"),
         (["optim.batch_size=1", "mode=finetune"], ConfigError, "batch_size: 1 .* 2 slices a process"),
         (
@@ -386,7 +425,7 @@ def test_diverging_training_names_the_learning_rate(phantom, tmp_path):
         evaluate(phantom, tmp_path, *FINETUNE, "optim.lr=1e9", "optim.steps=6")
 
 
-@pytest.mark.parametrize("mode", [[], FINETUNE])
+@pytest.mark.parametrize("mode", [[], FINETUNE, [*FINETUNE, "optim.name=sgd", "optim.loss=ce"]])
 def test_an_evaluation_that_is_stopped_goes_on_where_it_was(phantom, tmp_path, monkeypatch, mode):
     settings = [*mode, "optim.steps=6", "eval.every=4"]
     whole = evaluate(phantom, tmp_path / "whole", *settings)
@@ -404,3 +443,6 @@ def test_an_evaluation_that_is_stopped_goes_on_where_it_was(phantom, tmp_path, m
     again = evaluate(phantom, out, *settings)
     assert again["cases"] == whole["cases"] and again["val_dice"] == whole["val_dice"]
     assert not (out / "stopped.json").exists()
+    models = [torch.load(folder / "model.pth")["state"] for folder in (out, tmp_path / "whole")]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from losses import (
     IterNorm,
     ZCAWhitening,
+    dice_loss,
     effective_rank,
     info_nce,
     inverse_sqrt,
@@ -331,3 +333,66 @@ def test_segmentation_loss_ignores_255():
     expected = F.cross_entropy(logits[1:].float(), target[1:])
     torch.testing.assert_close(segmentation_loss(logits, target), expected)
     assert segmentation_loss(logits, torch.full_like(target, 255)) == 0
+
+
+def some_masks(num_classes, *shape):
+    """Class indices, with every class."""
+    masks = torch.randint(num_classes, shape, generator=torch.Generator().manual_seed(1))
+    masks.flatten()[:num_classes] = torch.arange(num_classes)
+    return masks
+
+
+def test_dice_loss_equals_a_loop_over_classes_and_pixels():
+    logits, target = randn(2, 5, 3, 4), some_masks(4, 2, 3, 4)  # class 4 is not there
+    target[0, 2], target[1, 0, 0] = 255, 255
+    p = logits.softmax(dim=1)
+    losses = []
+    for label in (1, 2, 3):
+        both = total = pixels = 0.0
+        for n, y, x in np.ndindex(*target.shape):
+            if target[n, y, x] != 255:
+                total += p[n, label, y, x].item()
+                if target[n, y, x] == label:
+                    both, pixels = both + p[n, label, y, x].item(), pixels + 1
+        losses.append(1 - 2 * both / (total + pixels))
+    assert dice_loss(logits, target).item() == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert dice_loss(logits, target.to(torch.uint8)) == dice_loss(logits, target)
+
+
+def test_dice_loss_is_0_of_the_truth_1_of_the_opposite_and_0_where_there_is_nothing_to_find():
+    target = some_masks(3, 2, 4, 4)
+    truth = 1000 * F.one_hot(target, 3).movedim(-1, 1).float()
+    assert dice_loss(truth, target) == 0
+    assert dice_loss(truth.roll(1, dims=1), target) == 1
+    logits = randn(2, 3, 4, 4).float().requires_grad_()
+    for nothing in (torch.zeros_like(target), torch.full_like(target, 255)):
+        loss = dice_loss(logits, nothing)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss == 0 and gradient.count_nonzero() == 0
+
+
+def test_dice_loss_gradient_is_that_of_the_definition_and_leaves_ignored_pixels_alone():
+    logits, target = randn(1, 3, 2, 3).float().requires_grad_(), some_masks(3, 1, 2, 3)
+    target[0, 1, 2] = 255
+    (gradient,) = torch.autograd.grad(dice_loss(logits, target), logits)
+    assert gradient[0, :, 1, 2].count_nonzero() == 0
+    for index in np.ndindex(*logits.shape):
+        moved = torch.zeros_like(logits)
+        moved[index] = 0.01
+        slope = (dice_loss(logits + moved, target) - dice_loss(logits - moved, target)) / 0.02
+        assert gradient[index].item() == pytest.approx(slope.item(), abs=1e-4)
+
+
+def test_dice_loss_of_bfloat16_logits_is_computed_in_float32():
+    logits, target = randn(2, 3, 64, 64).bfloat16(), some_masks(3, 2, 64, 64)
+    loss = dice_loss(logits, target)
+    assert loss.dtype == torch.float32 and loss == dice_loss(logits.float(), target)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (3, 14, 16, 16)])
+def test_dice_and_cross_entropy_equal_monai(shape):
+    losses = pytest.importorskip("monai.losses", reason="pip install monai to compare with it")
+    logits, target = randn(*shape).float(), some_masks(shape[1], shape[0], *shape[2:])
+    how = {"to_onehot_y": True, "softmax": True, "include_background": False, "batch": True}
+    expected = losses.DiceCELoss(**how, smooth_nr=0, smooth_dr=0)(logits, target[:, None])
+    torch.testing.assert_close(segmentation_loss(logits, target) + dice_loss(logits, target), expected)

@@ -1,5 +1,6 @@
 """evaluation/supervised.py: which slices a step of training on labels sees."""
 
+import pytest
 import torch
 
 import eval_seg
@@ -31,3 +32,19 @@ def test_label_fractions_are_nested_whole_cases():
     for small, large in zip(shares, shares[1:]):
         assert set(small) < set(large)
     assert shares[2] != supervised.training_positions(Set, 0.5, seed=2)
+
+
+@pytest.mark.parametrize(
+    "overrides, kind, rate, loss",
+    [
+        ([], torch.optim.SGD, 0.5, None),
+        (["mode=finetune"], torch.optim.AdamW, 0.001, "dice_ce"),
+        (["mode=finetune", "optim.name=sgd", "optim.loss=ce"], torch.optim.SGD, 0.05, "ce"),
+        (["optim.name=adamw", "optim.lr=0.1"], torch.optim.AdamW, 0.1, None),
+    ],
+)
+def test_loss_optimizer_and_rate_by_mode(overrides, kind, rate, loss):
+    cfg = eval_seg.load_config(eval_seg.DEFAULTS, None, overrides, eval_seg.NULLABLE)
+    eval_seg.check_config(cfg)
+    optimizer = supervised.make_optimizer(cfg, torch.nn.Linear(2, 2))
+    assert type(optimizer) is kind and optimizer.param_groups[0]["lr"] == rate and cfg.optim.loss == loss
