@@ -96,6 +96,8 @@ def check_config(cfg: Config) -> None:
     if cfg.optim.lr is None:
         sgd = 0.5 if cfg.mode == "linear" else 0.05
         cfg.optim["lr"] = 0.001 if cfg.optim.name == "adamw" else sgd
+    suits = cfg.optim.name != "adamw" or cfg.optim.lr <= 0.01
+    cfg.check("optim.lr", suits, "0.01 or less with adamw; larger ones are for optim.name=sgd")
     check_common(cfg)
     check_cache(cfg)
     cfg.check_fraction("eval.overlap")

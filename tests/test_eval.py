@@ -372,6 +372,7 @@ def test_a_smaller_window_is_used(linear, phantom, tmp_path):
         (["optim.steps=0"], ConfigError, "optim.steps: 0 is impossible"),
         (["optim.loss=dice"], ConfigError, "optim.loss: 'dice' is not one of ce, dice_ce; did you mean"),
         (["optim.name=lars", "mode=finetune"], ConfigError, "optim.name: 'lars' is not one of sgd, adamw"),
+        (["optim.lr=0.1", "mode=finetune"], ConfigError, "optim.lr: 0.1 .* for optim.name=sgd"),
         (["label_fraction=1.5"], ConfigError, "label_fraction: 1.5 is impossible"),
         (["optim.batch_size=1", "mode=finetune"], ConfigError, "batch_size: 1 .* 2 slices a process"),
         (
