@@ -141,7 +141,9 @@ def find_series(files):
                 left_out[f"in series of fewer than {FEWEST} places"] += len(part)
             else:
                 found.append(series)
-    return found, [f"{count} files: {reason}" for reason, count in left_out.items()]
+    return found, [
+        f"{count} {'file' if count == 1 else 'files'}: {reason}" for reason, count in left_out.items()
+    ]
 
 
 def case_names(series, root):
@@ -317,7 +319,7 @@ def odd_places(slices):
     shown = "; ".join(f"{along[i]:.5g} and {along[i + 1]:.5g}" for i in gaps[:5])
     shown += " ..." if len(gaps) > 5 else ""
     if gaps and apart.max() > LARGEST_GAP * usual:
-        text = f"slices are {usual:.4g} mm apart, but {apart.max():.4g} mm between {shown} mm"
+        text = f"slices are {usual:.4g} mm apart, but up to {apart.max():.4g} mm between {shown} mm"
         return [], f"{text}: more than {LARGEST_GAP:g} times as much; are files missing?"
     if gaps:
         odd.append(f"slices are missing (usually {usual:.4g} mm apart): between {shown} mm")

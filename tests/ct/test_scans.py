@@ -125,7 +125,7 @@ def test_several_series_in_one_folder_and_what_is_left_out(tmp_path, capsys):
         "3 files: in series of fewer",
         "3 files: localizers",
         "3 files: PT, not CT",
-        "1 files: no picture",
+        "1 file: no picture",
     ):
         assert f"left out: {text}" in said
 

@@ -173,7 +173,7 @@ def test_a_dicom_series_is_segmented_like_the_same_volume_as_nifti(tmp_path, nib
     for index, source in enumerate(sources):
         run(f"run.out={out}", "--predict", tmp_path / source, "--out", tmp_path / f"out{index}")
     said = capsys.readouterr()
-    assert "left out: 1 files: no picture" in said.out and SECRET not in said.out + said.err
+    assert "left out: 1 file: no picture" in said.out and SECRET not in said.out + said.err
     masks = [sitk.ReadImage(str(tmp_path / f"out{index}/p1.nii.gz")) for index in range(len(sources))]
     arrays = [sitk.GetArrayFromImage(mask) for mask in masks]
     assert arrays[0].any() and all((array == arrays[0]).all() for array in arrays)
