@@ -423,7 +423,7 @@ def test_the_script_ends_with_one_line_and_code_2(tmp_path):
 
 def test_diverging_training_names_the_learning_rate(phantom, tmp_path):
     with pytest.raises(ConfigError, match="optim.lr: the loss is nan at step"):
-        evaluate(phantom, tmp_path, *FINETUNE, "optim.lr=1e9", "optim.steps=6")
+        evaluate(phantom, tmp_path, *FINETUNE, "optim.name=sgd", "optim.lr=1e9", "optim.steps=6")
 
 
 @pytest.mark.parametrize("mode", [[], FINETUNE, [*FINETUNE, "optim.name=sgd", "optim.loss=ce"]])
