@@ -434,7 +434,7 @@ def open_file(nibabel, path, io):
     if io:
         reader.SetImageIO(io)
     else:
-        refuse_other_data_file(path)
+        refuse_by_header(path)
     with reading(path):
         reader.ReadImageInformation()
         shape, components = reader.GetSize(), reader.GetNumberOfComponents()
@@ -454,13 +454,16 @@ def open_file(nibabel, path, io):
     return as_nifti(nibabel, Voxels(tuple(shape), dtype, read), TO_RAS @ affine)
 
 
-def refuse_other_data_file(path):
-    """DataError if a header names the file of its voxels and that is not one beside it."""
+def refuse_by_header(path):
+    """DataError if the header of an NRRD or MetaImage names the file of its voxels and that is not one beside
+    it, or if it is packed by bzip2, which SimpleITK would call damaged."""
     with open(path, "rb") as file:
         lines = file.read(65536).split(b"\n\n")[0].decode("latin-1").splitlines()
     for line in lines:
         key, _, value = line.replace(":", "=", 1).partition("=")
         key, value = key.strip().lower(), value.strip()
+        if key == "encoding" and value.lower() in ("bzip2", "bz2"):
+            raise DataError(f"{path}: packed by bzip2, which is not read; save it with the encoding gzip")
         if key not in ("elementdatafile", "data file", "datafile") or value.lower() == "local":
             continue
         if Path(value).name != value or not (path.parent / value).is_file():

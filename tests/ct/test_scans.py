@@ -439,6 +439,15 @@ def test_damaged_headers_are_one_line(tmp_path):
         read_volume(path)
 
 
+def test_bzip2_is_named(tmp_path):
+    sitk.WriteImage(itk_image(hu_volume()), str(tmp_path / "a.nrrd"))
+    content = (tmp_path / "a.nrrd").read_bytes()
+    assert b"encoding: raw" in content
+    (tmp_path / "a.nrrd").write_bytes(content.replace(b"encoding: raw", b"encoding: bzip2"))
+    with pytest.raises(DataError, match="packed by bzip2"):
+        read_volume(tmp_path / "a.nrrd")
+
+
 def test_voxels_are_read_only_when_they_are_wanted(tmp_path, monkeypatch):
     sitk.WriteImage(itk_image(hu_volume()), str(tmp_path / "a.nrrd"))
     monkeypatch.setattr(scans.Voxels, "__array__", lambda *_: pytest.fail("read"))
