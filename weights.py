@@ -12,6 +12,7 @@ import io
 import pickle
 import re
 import zipfile
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,14 +139,30 @@ def other_network(content: dict) -> str:
 
 def left_out(content: dict, tensors: dict) -> str:
     """What to say of a checkpoint's entries that are not, and do not hold, the dict `tensors`."""
-    names = []
-    for name, value in content.items():
-        used = content is tensors and isinstance(value, Tensor)
-        if not used and all(part is not tensors for part in parts_of(value)):
-            found = first_class(value)
-            names.append(f"{name} ({found})" if found else str(name))
+    used = holders_of(tensors, content)
+    names = [
+        name
+        for name, value in content.items()
+        if id(value) not in used and not (content is tensors and isinstance(value, Tensor))
+    ]
+    classes = [first_class(content[name]) for name in names[:6]]
+    shown = [f"{name} ({found})" if found else str(name) for name, found in zip(names, classes)]
     more = ", ..." if len(names) > 6 else ""
-    return f", left out beside them {', '.join(names[:6])}{more}" if names else ""
+    return f", left out beside them {', '.join(shown)}{more}" if names else ""
+
+
+def holders_of(wanted: dict, content: dict) -> set[int]:
+    """The ids of a part of a checkpoint and of all parts that hold it."""
+    above = defaultdict(list)  # id of a part: those of the parts that it stands in
+    for part in parts_of(content):
+        for one in inside(part):
+            above[id(one)].append(id(part))
+    waiting, found = [id(wanted)], set()
+    while waiting:
+        if (one := waiting.pop()) not in found:
+            found.add(one)
+            waiting += above[one]
+    return found
 
 
 def first_class(content) -> str | None:
@@ -154,15 +171,24 @@ def first_class(content) -> str | None:
 
 
 def parts_of(content):
-    """A value and, if it is a dict, list or tuple, all in it, outer ones first; each of them is opened once,
+    """A value and, if it is a dict, list or tuple, all in it, outer ones first; each of these comes once,
     however deep it lies and however often it stands in others."""
     waiting, opened = [content], set()
     while waiting:
         part = waiting.pop()
+        if id(part) in opened:
+            continue
         yield part
-        if isinstance(part, dict | list | tuple) and id(part) not in opened:
+        if isinstance(part, dict | list | tuple):
             opened.add(id(part))
-            waiting.extend(reversed(part.values() if isinstance(part, dict) else part))
+            waiting.extend(reversed(inside(part)))
+
+
+def inside(part) -> list:
+    """The values of a dict, list or tuple; none of anything else."""
+    if isinstance(part, dict):
+        return [*part.values()]
+    return [*part] if isinstance(part, list | tuple) else []
 
 
 # ---- A checkpoint's content ----------------------------------------------------------------------

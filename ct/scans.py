@@ -191,7 +191,7 @@ def header_as_of(path, size, mtime_ns):
         return {}
     size, spacing, grey = reader.GetSize(), reader.GetSpacing(), reader.GetNumberOfComponents() == 1
     header = dict.fromkeys(TAGS, "") | header | {"size": size[:2], "grey": grey}
-    header["frames"] = int(header["frames"]) if header["frames"].isdigit() else 1
+    header["frames"] = whole(header["frames"], 1)
     if header["frames"] > 1:
         header["frames apart"] = are_evenly_apart(
             of_frames(path, "position"), header["frames"], abs(spacing[-1])
@@ -252,28 +252,34 @@ def numbers(text, count):
     return values if len(values) == count and np.isfinite(values).all() else None
 
 
+def whole(text, otherwise):
+    """A whole number of the 12 digits that DICOM allows; something else for any other text."""
+    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,12}", text) else otherwise
+
+
 def volumes_of(members):
-    """The files of one series, [(path, header)], apart by size and orientation, and by acquisition where that
-    leaves no place twice."""
+    """The files of one series, [(path, header)], apart by size, orientation and size of pixels, and by
+    acquisition where that leaves whole series, in which no place occurs twice."""
     parts = defaultdict(list)
     for path, header in members:
-        turned = numbers(header["orientation"], 6) or ()
+        turned, spacing = numbers(header["orientation"], 6) or (), numbers(header["spacing"], 2) or ()
         alone = path if header["frames"] > 1 else None
-        parts[header["size"], tuple(round(cosine, 3) for cosine in turned), alone].append((path, header))
+        grid = header["size"], tuple(np.round(turned, 3)), tuple(np.round(spacing, 4))
+        parts[grid, alone].append((path, header))
     for part in parts.values():
         acquisitions = defaultdict(list)
         for path, header in part:
             acquisitions[header["acquisition"]].append((path, header))
         split = [*acquisitions.values()]
-        several = len(split) > 1 and has_repeated_places(part)
-        if several and not any(map(has_repeated_places, split)):
+        apart = all(len(one) >= FEWEST and not has_repeated_places(one) for one in split)
+        if apart and has_repeated_places(part):
             yield from split
         else:
             yield part
 
 
 def has_repeated_places(part):
-    places = [header["position"] for _, header in part]
+    places = [numbers(header["position"], 3) for _, header in part]
     return len({*places}) < len(places)
 
 
@@ -283,7 +289,7 @@ def has_repeated_places(part):
 def ordered(part):
     """The Series of some files, sorted by place; doubts: places that occur twice, gaps, tilt."""
     path, header = part[0]
-    content = [header[name] for name in ("series", "orientation", "acquisition", "size")]
+    content = [header[name] for name in ("series", "orientation", "acquisition", "size", "spacing")]
     if header["frames"] > 1:  # a volume of its own
         return Series(path.parent, hashed(*content, path.name), (Slice(path, header["size"], (), (), (), 0),))
     folder, uid = path.parent, hashed(*content)
@@ -304,8 +310,7 @@ def hashed(*content):
 
 
 def slice_of(path, header):
-    number = int(header["number"]) if header["number"].lstrip("+-").isdigit() else 0
-    spacing = numbers(header["spacing"], 2)[::-1]
+    number, spacing = whole(header["number"], 0), numbers(header["spacing"], 2)[::-1]
     turned, position = numbers(header["orientation"], 6), numbers(header["position"], 3)
     return Slice(path, header["size"], spacing, turned, position, number)
 
@@ -315,7 +320,7 @@ def odd_places(slices):
     along = np.array([one.along() for one in slices])
     apart, odd = np.diff(along), []
     usual = float(np.median(apart))
-    gaps = [i for i in range(len(apart)) if apart[i] > 1.5 * usual]
+    gaps = sorted((i for i in range(len(apart)) if apart[i] > 1.5 * usual), key=lambda i: -apart[i])
     shown = "; ".join(f"{along[i]:.5g} and {along[i + 1]:.5g}" for i in gaps[:5])
     shown += " ..." if len(gaps) > 5 else ""
     if gaps and apart.max() > LARGEST_GAP * usual:
@@ -429,7 +434,7 @@ def open_file(nibabel, path, io):
     if io:
         reader.SetImageIO(io)
     else:
-        refuse_other_data_file(path)
+        refuse_by_header(path)
     with reading(path):
         reader.ReadImageInformation()
         shape, components = reader.GetSize(), reader.GetNumberOfComponents()
@@ -449,13 +454,16 @@ def open_file(nibabel, path, io):
     return as_nifti(nibabel, Voxels(tuple(shape), dtype, read), TO_RAS @ affine)
 
 
-def refuse_other_data_file(path):
-    """DataError if a header names the file of its voxels and that is not one beside it."""
+def refuse_by_header(path):
+    """DataError if the header of an NRRD or MetaImage names the file of its voxels and that is not one beside
+    it, or if it is packed by bzip2, which SimpleITK would call damaged."""
     with open(path, "rb") as file:
         lines = file.read(65536).split(b"\n\n")[0].decode("latin-1").splitlines()
     for line in lines:
         key, _, value = line.replace(":", "=", 1).partition("=")
         key, value = key.strip().lower(), value.strip()
+        if key == "encoding" and value.lower() in ("bzip2", "bz2"):
+            raise DataError(f"{path}: packed by bzip2, which is not read; save it with the encoding gzip")
         if key not in ("elementdatafile", "data file", "datafile") or value.lower() == "local":
             continue
         if Path(value).name != value or not (path.parent / value).is_file():

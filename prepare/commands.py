@@ -285,6 +285,9 @@ def parse(argv):
     sub.add_argument("folder", metavar="DIR", help="with train_npz, test_vol_h5 and their lists")
     sub.add_argument("--out", required=True, help="folder of the new set")
     sub.add_argument("--classes", help="names of classes 1, 2 ...: spleen,liver,...; without: numbers")
+    sub.add_argument(
+        "--transpose", action="store_true", help="rows for columns, of slices turned by 90 degrees"
+    )
     sub.add_argument("--flip", choices=("rows", "columns", "both"), help="of slices upside down or mirrored")
 
     sub = command("list", list_set, "lists of slices that lie in a folder, 60/20/20 by case")

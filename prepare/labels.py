@@ -54,7 +54,7 @@ def read_joined(path, options, like=None):
             raise DataError(f"{file}: on another grid than {joined.path.name} beside it")
         for here, one in zip(joined.array, volume.array):
             inside = one > 0.5
-            if (np.abs(one - inside) > NEARLY).any():
+            if not (np.abs(one - inside) <= NEARLY).all():  # also where it is NaN
                 raise DataError(f"{file}: the file of one organ must hold 0 and 1 only")
             here[inside] = options.organs.index(name)
     return joined

@@ -322,8 +322,14 @@ def organ_folders(labels, organs):
 
 def organ_files(folder, organs):
     """{class: its file}, by the words of both names, in any order: kidney_left is left kidney."""
-    by_words = {words_of_organ(stem_of(path.name)): path for path in volumes_in(folder)}
-    return {name: by_words[words_of_organ(name)] for name in organs[1:] if words_of_organ(name) in by_words}
+    by_words = defaultdict(list)
+    for path in volumes_in(folder):
+        by_words[words_of_organ(stem_of(path.name))].append(path)
+    found = {name: by_words[words_of_organ(name)] for name in organs[1:]}
+    for name, paths in found.items():
+        if len(paths) > 1:
+            raise DataError(f"{paths[0]}: like {paths[1].name} the file of {one_line(name)}; take one away")
+    return {name: paths[0] for name, paths in found.items() if paths}
 
 
 def volumes_in(folder):

@@ -40,6 +40,8 @@ def thin(args):
     count, total = max(1, round(args.keep * len(dataset))), len(dataset)
     out = Path(args.root) / args.out
     page = out.with_suffix(".png")
+    if out == page:
+        raise DataError(f"--out {args.out}: the list is a text; the page beside it ends in .png")
     sources = [Path(args.root) / args.list, *map(dataset.path, range(total))]
     refuse_foreign([out, page], sources, THIN)
     intensity, features = encoder_features(dataset, args) if args.encoder else pixel_features(dataset)

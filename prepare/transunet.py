@@ -46,11 +46,11 @@ WHY_NUMBERS = (
 @dataclass(frozen=True)
 class Case:
     """files: of its slices, in order, for training; of the volume for testing. numbers: of those slices.
-    flip: a key of FLIPS."""
+    turn: whether rows and columns are exchanged, and then a key of FLIPS."""
 
     name: str
     split: str
-    flip: str | None
+    turn: tuple
     files: list
     numbers: list
 
@@ -62,7 +62,7 @@ def make_from_transunet(args):
     The lists are written last: without them nobody takes the set for complete.
     """
     source, out = Path(args.folder), Path(args.out)
-    cases = find_cases(source, args.flip)
+    cases = find_cases(source, (args.transpose, args.flip))
     if any(case.split == "test" for case in cases):
         import_h5py()
     check_out(source, cases, out)
@@ -116,11 +116,11 @@ def check_out(source, cases, out):
 # ---- Which cases there are -----------------------------------------------------------------------
 
 
-def find_cases(folder, flip):
+def find_cases(folder, turn):
     """The cases of both lists. DataError if there are none, one is in both, or a file is missing."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    cases = [case for split in SOURCES for case in cases_of(folder, split, flip)]
+    cases = [case for split in SOURCES for case in cases_of(folder, split, turn)]
     if not cases:
         raise DataError(f"{folder}: neither train_npz nor test_vol_h5 is there, with files in it")
     splits = {}
@@ -130,7 +130,7 @@ def find_cases(folder, flip):
     return cases
 
 
-def cases_of(folder, split, flip):
+def cases_of(folder, split, turn):
     """[Case] of one list, or without it of all files."""
     listed, part, suffix = SOURCES[split]
     if not contents(folder / part):
@@ -150,7 +150,7 @@ def cases_of(folder, split, flip):
         path = folder / part / (name + suffix)
         if not path.is_file():
             raise DataError(f"{path}: not a file, but in {listed}")
-        case = cases.setdefault(found[1], Case(found[1], split, flip, [], []))
+        case = cases.setdefault(found[1], Case(found[1], split, turn, [], []))
         case.files.append(path)
         case.numbers.append(found[2])
     return [*cases.values()]
@@ -186,7 +186,7 @@ def write_case(case, out):
     record = {"made_of": made_of(case), "slices": [], "size": None, "highest": 0, "whole": True}
     pairs = train_slices(case) if case.split == "train" else volume_slices(case.files[0])
     for number, where, image, label in pairs:
-        hu, mask = (part[FLIPS[case.flip]] for part in (to_hu(image, where), to_mask(label, where)))
+        hu, mask = (turned(part, *case.turn) for part in (to_hu(image, where), to_mask(label, where)))
         if hu.shape != mask.shape:
             raise DataError(f"{where}: image of {hu.shape} px (rows, columns), label of {mask.shape}")
         if record["size"] not in (None, hu.shape):
@@ -216,7 +216,7 @@ def up_to_date(case, out):
 
 
 def made_of(case):
-    text = json.dumps([case.flip, *map(file_identity, case.files)])
+    text = json.dumps([case.turn, *map(file_identity, case.files)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -225,6 +225,10 @@ def train_slices(case):
     for number, path in zip(case.numbers, case.files):
         with opened(path, "a slice of TransUNet's") as archive:
             yield number, path, archive.image("image"), archive.image("label")
+
+
+def turned(array, transpose, flip):
+    return (array.T if transpose else array)[FLIPS[flip]]
 
 
 def to_hu(image, where):

@@ -345,6 +345,14 @@ def test_more_instructions_than_a_checkpoint_has(tmp_path, monkeypatch, modern):
         read_weights(hold(tmp_path / "x.pth", more, modern))
 
 
+def test_what_stands_in_many_places_is_looked_at_once(tmp_path, state):
+    """10^9 steps otherwise."""
+    shared = [[] for _ in range(10**5)]
+    content = {"state_dict": state} | {f"n{number}": [shared] for number in range(10**4)}
+    *_, note = read_resnet(save({**content, "same": content}, tmp_path / "x.pth"))
+    assert note == ", left out beside them n0, n1, n2, n3, n4, n5, ..."
+
+
 def memory():
     """The most that this process has had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -170,6 +170,50 @@ def test_gaps_and_uneven_places_are_said_and_large_gaps_refused(tmp_path, capsys
     )
 
 
+def test_the_largest_gap_is_named_first(tmp_path, capsys):
+    heights = [*range(0, 40, 2), *(44 + 4 * i for i in range(6)), 80, 82]
+    write_series(tmp_path / "in/p", hu_volume(28), **{"0020|0032": places(heights)})
+    code, _, error = run(capsys, "slice", "--images", tmp_path / "in", "--out", tmp_path / "out")
+    assert code == 2 and "16 mm between 64 and 80; 38 and 44; " in error and " ... mm: more than" in error
+
+
+def test_an_acquisition_for_each_slice_is_one_volume(tmp_path, capsys):
+    """Also where a place occurs twice; as acquisitions they would all be too short."""
+    numbered = {"0020|0012": [str(i) for i in range(6)], "0020|0032": places([0, 2, 4, 6, 8, 8])}
+    hu = hu_volume()
+    write_series(tmp_path / "in/p1", hu, **numbered)
+    root, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    assert "1 CT series: p1 (5 slices)" in said and "1 files lie where others do" in said
+    assert (stack(root, "p1") == hu[:5]).all()
+
+
+def test_pixels_of_two_sizes_are_two_volumes(tmp_path, capsys):
+    write_series(tmp_path / "in/p1", hu_volume(3), name="a{:d}")
+    write_series(tmp_path / "in/p1", hu_volume(3), name="b{:d}", spacing=0.9)
+    root, _ = slice_them(capsys, tmp_path, tmp_path / "in")
+    spacing = json.loads((root / "set.json").read_text())["spacing"]
+    assert sorted(spacing.values()) == [[2.0, 0.7, 0.7], [2.0, 0.9, 0.9]]
+
+
+def test_values_that_are_not_whole_stay_so(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    hu = hu_volume(4)
+    folder = write_series(tmp_path / "case", hu)
+    data = pydicom.dcmread(folder / "IM0002")
+    data.RescaleSlope, data.RescaleIntercept = 0.5, 0.25
+    data.save_as(folder / "IM0002")
+    expected = hu.astype(np.float32)
+    expected[2] = hu[2] * 0.5 + 0.25
+    assert (read_volume(folder / "IM0000").array == expected).all()
+
+
+@pytest.mark.parametrize(
+    "text, number", (("7", 7), ("-3", -3), ("+-5", 0), ("²", 0), ("9" * 5000, 0), ("", 0), ("1.5", 0))
+)
+def test_numbers_of_slices(text, number):
+    assert scans.whole(text, 0) == number
+
+
 def test_a_tilted_gantry_is_said_and_stays_in_the_grid(tmp_path, capsys):
     z = np.arange(6) * 2.0
     tilted = [f"-50\\{-60 + 0.5 * one}\\{one}" for one in z]  # atan(0.5) = 26.6 degrees
@@ -393,6 +437,15 @@ def test_damaged_headers_are_one_line(tmp_path):
     (tmp_path / "a.raw").write_bytes(b"short")
     with pytest.raises(DataError):
         read_volume(path)
+
+
+def test_bzip2_is_named(tmp_path):
+    sitk.WriteImage(itk_image(hu_volume()), str(tmp_path / "a.nrrd"))
+    content = (tmp_path / "a.nrrd").read_bytes()
+    assert b"encoding: raw" in content
+    (tmp_path / "a.nrrd").write_bytes(content.replace(b"encoding: raw", b"encoding: bzip2"))
+    with pytest.raises(DataError, match="packed by bzip2"):
+        read_volume(tmp_path / "a.nrrd")
 
 
 def test_voxels_are_read_only_when_they_are_wanted(tmp_path, monkeypatch):

@@ -530,8 +530,13 @@ def test_organ_files_that_do_not_fit(tmp_path, nibabel, capsys):
     one = tmp_path / "in/s1/segmentations/spleen.nii.gz"
     for array, message in (
         (np.full((8, 9, 12), 2, np.uint8), "must hold 0 and 1 only"),
+        (np.full((8, 9, 12), np.nan, np.float32), "must hold 0 and 1 only"),
         (np.ones((8, 9, 11), np.uint8), "on another grid"),
     ):
         save_volume(nibabel, one, array)
         code, _, error = run(capsys, *where, "--classes", "btcv", "--ignore-values")
         assert code == 2 and message in error
+    save_volume(nibabel, one.with_name("left_kidney.nii"), np.ones((8, 9, 12), np.uint8))
+    code, _, error = run(capsys, *where, "--classes", "btcv", "--ignore-values")
+    assert code == 2 and one_line_of(error)
+    assert "kidney_left.nii.gz: like left_kidney.nii the file of left kidney" in error

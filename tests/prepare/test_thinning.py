@@ -105,6 +105,8 @@ def test_what_is_not_its_own_stays(near_duplicates, capsys):
         shutil.copy(near_duplicates / "unlabelled.txt", near_duplicates / "mine.txt")
         code, _, err = thin(capsys, near_duplicates, "--keep", "0.5", "--out", out)
         assert code == 2 and one_line_of(err) and (near_duplicates / out).read_bytes() == before
+    code, _, err = thin(capsys, near_duplicates, "--keep", "0.5", "--out", "page.png")
+    assert code == 2 and one_line_of(err) and not (near_duplicates / "page.png").exists()
     for keep in ("0", "1.5", "nan", "x"):
         code, _, err = thin(capsys, near_duplicates, "--keep", keep)
         assert code == 2 and one_line_of(err) and "--keep" in err

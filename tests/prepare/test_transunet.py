@@ -12,6 +12,7 @@ from PIL import Image
 
 from ct.layout import read_list
 from ct.properties import read_properties
+from ct.volumes import read_volume
 from data import SegmentationDataset
 
 h5py = pytest.importorskip("h5py")
@@ -96,6 +97,31 @@ def test_flips(tmp_path, capsys):
         assert run(capsys, *arguments)[0] == 0  # into the same folder: made anew
         assert (images_of(tmp_path / "set")["case0006/002.png"] == np.flip(hu[2], axes)).all()
         assert (images_of(tmp_path / "set", "masks")["case0006/002.png"] == np.flip(labels[2], axes)).all()
+
+
+@pytest.mark.parametrize(
+    "take, transpose, rows",
+    (
+        (lambda array: array.transpose(2, 1, 0), (), True),
+        (lambda array: array.transpose(2, 0, 1), ("--transpose",), True),
+        (lambda array: array.transpose(2, 0, 1)[:, :, ::-1], ("--transpose",), False),
+    ),
+)
+@pytest.mark.parametrize("side", (-1, 1))
+def test_slices_as_others_take_them_are_turned_to_ours(tmp_path, capsys, take, transpose, rows, side):
+    """From a volume whose first axis runs to the left or to the right, the second to the front."""
+    nibabel = pytest.importorskip("nibabel")
+    voxels = np.random.default_rng(0).integers(-125, 276, (7, 6, 3)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([side, 1, 2, 1])), tmp_path / "ct.nii")
+    (tmp_path / "in/train_npz").mkdir(parents=True)
+    for index, one in enumerate(take(voxels)):
+        image, label = ((one + 125) / 400).astype(np.float32), np.ones(one.shape)
+        np.savez(tmp_path / f"in/train_npz/case0005_slice{index:03d}.npz", image=image, label=label)
+    flip = {(True, False): "rows", (False, True): "columns", (True, True): "both"}.get((rows, side == 1))
+    how = (*transpose, "--flip", flip) if flip else transpose
+    assert run(capsys, "transunet", tmp_path / "in", "--out", tmp_path / "set", *how)[0] == 0
+    found = np.stack([*images_of(tmp_path / "set").values()]).astype(int) - 1024
+    assert (found == read_volume(tmp_path / "ct.nii").array).all()
 
 
 def test_names_of_classes(tmp_path, capsys):
