@@ -296,6 +296,49 @@ def other_volume(rng, path, folder):
     path.write_bytes(gzip.compress(data, 1) if path.suffix == ".gz" else data)
 
 
+def dicom_element(rng, path, folder):
+    """The text, the length, the kind or the tag of an element of the header."""
+    data = bytearray(path.read_bytes())
+    elements = [*re.finditer(rb"(?<=[\0-\xff]{4})(DS|IS|CS|UI|US|LO|SH)[\0-\xff]\0", data[132:1500])]
+    for element in rng.choices(elements, k=rng.choice([1, 1, 1, 3])):
+        at, length = 132 + element.end(), data[132 + element.end() - 2]
+        text = bytes(rng.choices(b"0123456789.\\\\+-eE \0\xb2", k=length))
+        words = [
+            "",
+            "nan",
+            "1e400",
+            "+-5",
+            "0",
+            "-1",
+            "1\\0\\0\\0\\1\\0",
+            "9" * length,
+            "LOCALIZER",
+            "PT",
+            "²",
+        ]
+        word = rng.choice(words).encode("latin-1")[:length].ljust(length)
+        field, new = rng.choice(
+            [(0, text), (0, word), (0, word), (-2, rng.randbytes(1)), (-4, b"SQ"), (-6, b"\0\1")]
+        )
+        data[at + field : at + field + len(new)] = new
+    path.write_bytes(data)
+
+
+def itk_header(rng, path, folder):
+    """A word of the text before the voxels of an NRRD or a MetaImage."""
+    data = path.read_bytes()
+    end = re.search(rb"\n\n|LOCAL\n", data).end()
+    words = [*re.finditer(rb"[^\s:=,()]+", data[:end])]
+    numbers = [str(number) for number in NUMBERS] + [str(number) for number in FLOATS]
+    kinds = ["double", "MET_UCHAR", "gzip", "bzip2", "ascii", "True", "LIST", "../x.raw", "ct.nii", "block"]
+    for word in rng.choices(words, k=rng.choice([1, 1, 2])):
+        new = rng.choice([rng.choice(numbers), rng.choice(kinds), rng.choice(WORDS)]).encode(
+            "utf-8", "replace"
+        )
+        data = data[: word.start()] + new + data[word.end() :]
+    path.write_bytes(data)
+
+
 # ---- Checkpoints ----
 
 
@@ -348,6 +391,8 @@ JPEG = [jpeg_segment, jpeg_segment, jpeg_segment, other_mode, *ANY]
 TIFF = [tiff_tag, tiff_tag, tiff_tag, tiff_tag, tiff_tag, other_mode, other_mode, *ANY]
 BMP = [bmp_header, bmp_header, bmp_header, other_mode, *ANY]
 NPY = [npy_header, npy_header, npy_header, other_array, other_array, *ANY]
+DICOM = [dicom_element, dicom_element, dicom_element, dicom_element, *ANY]
+ITK = [itk_header, itk_header, itk_header, itk_header, *ANY]
 NIFTI = [nifti_header, nifti_header, nifti_header, other_volume, other_volume, *ANY]
 TORCH = [change_torch, change_torch, change_torch, *ANY]
 FOREIGN = [change_pickle, change_pickle, change_pickle, *ANY]

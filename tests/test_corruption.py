@@ -28,9 +28,10 @@ import torch
 from forks import PROJECT, Server
 from handmade import write_series
 from mutations import (
-    ANY,
     BMP,
+    DICOM,
     FOREIGN,
+    ITK,
     JPEG,
     JSON,
     LIST,
@@ -128,9 +129,9 @@ KINDS = {
     "phantom.json": Kind(PHANTOM, "set/phantom.json", JSON),
     # volumes
     "nii: slice": Kind(f"{SLICE} --images {{target}}", "volumes/ct.nii*", NIFTI, LISTS, 30),
-    "dicom: slice": Kind(f"{ALONE} dicom", "dicom/p1/*", ANY, LISTS, 30),
-    "nrrd: slice": Kind(f"{ALONE} volumes/ct.nrrd", "volumes/ct.nrrd", ANY, LISTS, 15),
-    "mha: slice": Kind(f"{ALONE} volumes/ct.mha", "volumes/ct.mha", ANY, LISTS, 15),
+    "dicom: slice": Kind(f"{ALONE} dicom", "dicom/p1/*", DICOM, LISTS, 30),
+    "nrrd: slice": Kind(f"{ALONE} volumes/ct.nrrd", "volumes/ct.nrrd", ITK, LISTS, 15),
+    "mha: slice": Kind(f"{ALONE} volumes/ct.mha", "volumes/ct.mha", ITK, LISTS, 15),
     "labels: slice": Kind(SLICE, "volumes/seg.nii.gz", NIFTI, LISTS, 20),
     "map: slice": Kind(f"{SLICE} --label-map map.json", "map.json", JSON, LISTS),
     "classes: slice": Kind(f"{SLICE} --classes names.json", "names.json", JSON, LISTS),
