@@ -27,7 +27,7 @@ run:
   device: auto              # auto | cpu | cuda
   precision: auto           # auto | fp32 | bf16; auto: bf16 where a GPU has it
   compile: false            # torch.compile the encoders: minutes at the start, some percent faster then
-  save_steps: 0             # checkpoint every N steps; 0: once a minute, or less often, so that it takes 1 %
+  save_steps: 0             # checkpoint every N steps; 0: every 2 minutes, or less often, so that it takes 1%
                             # of the time
   save_minutes: 30.0        # and when the last checkpoint is this many minutes old; 0: never for that reason
   keep_checkpoint: false    # of a finished run, which needs none: to look into it

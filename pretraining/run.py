@@ -160,7 +160,8 @@ class Run:
         if measuring and not stopping:
             self.measure_collapse()
         asked = any(found["save"] for found in news)
-        if stopping or last or self.due.by_step(self.step) or asked:
+        kept = last and self.cfg.run.keep_checkpoint  # else `finish` would remove it at once
+        if stopping or kept or self.due.by_step(self.step) or (asked and not last):
             with self.due.saving():
                 save(self)
         return stopping

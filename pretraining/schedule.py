@@ -74,7 +74,7 @@ def learning_rate(step: int, steps_per_epoch: int, total_steps: int, optim: Conf
 
 
 SHARE = 0.01  # of the time may go into saving, if run.save_steps does not say when
-SHORTEST = 60.0  # seconds from one checkpoint to the next then
+SHORTEST = 120.0  # seconds from one checkpoint to the next then
 
 
 class Due:
