@@ -131,7 +131,7 @@ class Tenths:
         self.began = self.clock = time.monotonic()
 
     def line(self, done: int, text: str) -> str | None:
-        """ "step 60/600 (0:24 gone, 3:36 left)  loss 5.3" if a line is due after so many steps."""
+        """ "step 60/600  loss 5.3 (00:24 gone, 03:36 left)" if a line is due after so many steps."""
         now = time.monotonic()
         if done - self.said < self.total // 10 and now - self.clock < 600 and done < self.total:
             return None
