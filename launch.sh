@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set-up and launching.
 #
-#   bash launch.sh demo                            the whole job on a phantom: about 6 minutes on 2 CPU cores
+#   bash launch.sh demo                            the whole job on a phantom: about 10 minutes on 2 CPU cores
 #   bash launch.sh test [-m long]                  lint and the test suite; with -m long its long part
 #   bash launch.sh pretrain CONFIG [key=value ...] train_moco.py on what this machine has
 #   bash launch.sh evaluate CONFIG [key=value ...] eval_seg.py, likewise
@@ -248,27 +248,12 @@ leave() { # CODE [FOLDER]: exit as the run has ended; one that has stopped and s
 
 # ---------------------------------------------------------------------------------------------------------
 
-demo() { # data, pretraining, four evaluations, one table
-    local out=runs/demo encoder name mode
-    "$PY" data.py phantom --out data/phantom --cases 40 --slices 24 --size 96 --seed 0
-    "$PY" train_moco.py --config configs/phantom.yaml run.out=$out/pretrain
-    for mode in linear finetune; do
-        for name in random pretrained; do
-            encoder=random
-            [ $name = pretrained ] && encoder=$out/pretrain/encoder.pth
-            echo "== $mode evaluation of the $name encoder"
-            "$PY" eval_seg.py --config configs/$mode.yaml encoder=$encoder model.arch=resnet18 run.out=$out/$name-$mode
-        done
-    done
-    "$PY" eval_seg.py --compare $out/random-linear $out/random-finetune $out/pretrained-linear $out/pretrained-finetune
-}
-
 case "${1:-}" in
 demo)
     cd "$HERE"
     set_up
     share_cores 1
-    demo
+    PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} exec "$PY" -P -m experiments.demo "${@:2}"
     ;;
 test)
     cd "$HERE"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,6 +120,26 @@ def progress(process: Process, desc: str, iterable=None, total: int | None = Non
     return tqdm(
         iterable, desc=desc, total=total, initial=initial, disable=hidden, dynamic_ncols=True, leave=False
     )
+
+
+class Tenths:
+    """What a loop of `total` steps says where no progress bar is shown: a line after each tenth of them, and
+    whenever the last line is ten minutes old."""
+
+    def __init__(self, total: int, done: int = 0):
+        self.total, self.start, self.said = total, done, done
+        self.began = self.clock = time.monotonic()
+
+    def line(self, done: int, text: str) -> str | None:
+        """ "step 60/600  loss 5.3 (00:24 gone, 03:36 left)" if a line is due after so many steps."""
+        now = time.monotonic()
+        if done - self.said < self.total // 10 and now - self.clock < 600 and done < self.total:
+            return None
+        self.said, self.clock = done, now
+        gone = now - self.began
+        left = gone / max(1, done - self.start) * (self.total - done)
+        gone, left = map(tqdm.format_interval, (gone, left))
+        return f"step {done}/{self.total}  {text} ({gone} gone, {left} left)"
 
 
 class Readback:

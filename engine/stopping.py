@@ -27,6 +27,7 @@ STOPPED = 75  # EX_TEMPFAIL: stopped on request, everything is saved, the same c
 class StopRequest:
     """True once somebody wants this process to stop: SIGTERM, SIGUSR1 (SLURM's warning before a preemption),
     SIGINT (Ctrl-C), or the death of the torchrun that started it. Within a `with` block; `reason` says which.
+    One within another tells that one, too.
 
     A second SIGINT ends the process at once.
     """
@@ -47,6 +48,9 @@ class StopRequest:
 
     def note(self, number: int, frame) -> None:
         self.reason = self.reason or signal.Signals(number).name
+        around = getattr(self.before[number], "__self__", None)
+        if isinstance(around, StopRequest):  # of a program of which this script is a step
+            around.reason = around.reason or self.reason
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if self.rank == 0:

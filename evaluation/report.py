@@ -234,11 +234,14 @@ def prediction_page(rows: list[tuple], classes: list[str]) -> Image.Image:
     return contact_sheet(tiles, captions, classes, columns=3)
 
 
-def painted(unit: np.ndarray, mask: np.ndarray, colors: np.ndarray = ORGAN_COLORS) -> np.ndarray:
-    """The slice (H, W) in [0, 1] with its organs in their colours, 255 (ignored) in grey; RGB."""
-    picture = gray_tile(unit, TILE)
+def painted(
+    unit: np.ndarray, mask: np.ndarray, colors: np.ndarray = ORGAN_COLORS, side: int = TILE
+) -> np.ndarray:
+    """The slice (H, W) in [0, 1] with its organs in their colours, 255 (ignored) in grey; RGB,
+    its longer side `side` px."""
+    picture = gray_tile(unit, side)
     large = Image.fromarray(mask.astype(np.uint8)).resize(
-        tile_size(mask.shape, TILE), Image.Resampling.NEAREST
+        tile_size(mask.shape, side), Image.Resampling.NEAREST
     )
     labels = np.asarray(large)
     mixed = 0.35 * picture + 0.65 * colors[labels]
@@ -350,21 +353,25 @@ def differences(runs: list[dict]) -> str:
     """
     rows = [("Dice, percentage points", "difference", "+- over cases", "cases better", "p")]
     for mode in ("linear", "finetune"):
-        cases = {}  # {encoder: {case: Dice of each seed}}
-        for run in runs:
-            if run["mode"] == mode:
-                own = cases.setdefault(encoder_label(run), {})
-                for case, dice in run["cases"].items():
-                    own.setdefault(case, []).append(mean_or_none(dice.values()))
-        base = next(iter(cases), None)
-        for label in list(cases)[1:]:
-            pairs = [
-                (mean_or_none(seeds), mean_or_none(cases[base].get(case, ())))
-                for case, seeds in cases[label].items()
-            ]
-            gains = [mine - other for mine, other in pairs if mine is not None and other is not None]
-            if gains:
-                better = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
-                row = (f"{mode}: {label} - {base}", f"{100 * mean(gains):+.1f}", percent(deviation(gains)))
-                rows.append((*row, better, f"{metrics.sign_flip_test(gains):.2g}"))
+        encoders = by_encoder([run for run in runs if run["mode"] == mode])
+        base = next(iter(encoders), None)
+        for label in list(encoders)[1:]:
+            if found := gains(encoders[label], encoders[base]):
+                better = f"{sum(gain > 0 for gain in found)} of {len(found)}"
+                row = (f"{mode}: {label} - {base}", f"{100 * mean(found):+.1f}", percent(deviation(found)))
+                rows.append((*row, better, f"{metrics.sign_flip_test(found):.2g}"))
     return f"\n{table(rows)}" if len(rows) > 1 else ""
+
+
+def gains(runs: list[dict], base: list[dict]) -> list[float]:
+    """What one encoder's runs, of some seeds, have more than another's: a value for each test case."""
+    pairs = zip(dice_of_cases(runs).values(), dice_of_cases(base, like=runs[0]).values())
+    return [mine - other for mine, other in pairs if mine is not None and other is not None]
+
+
+def dice_of_cases(runs: list[dict], like: dict | None = None) -> dict[str, float | None]:
+    """{case: mean Dice over organs, averaged over seeds}, in the order of `like`."""
+    return {
+        case: mean_or_none(mean_or_none(run["cases"][case].values()) for run in runs)
+        for case in (like or runs[0])["cases"]
+    }

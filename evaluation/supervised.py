@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import Config, ConfigError
 from engine.files import MetricsLog, checked_number, checked_optimizer, load_checkpoint, save_checkpoint
-from engine.process import Process, progress, warn
+from engine.process import Process, Tenths, progress, warn
 from engine.stopping import StopRequest, leave
 from evaluation.batches import Batches
 from evaluation.encoder_file import check_same_encoder, sha256_of
@@ -60,6 +60,7 @@ def train(
     steps = range(start, cfg.optim.steps)
     plan = [training_rows(step, len(batches), cfg, process) for step in steps]
     bar = progress(process, f"training ({cfg.mode})", steps, cfg.optim.steps, start)
+    tenths = Tenths(cfg.optim.steps, start)
     for step, (inputs, targets) in zip(bar, batches.of(plan)):
         torch.manual_seed(seed_of("dropout", cfg.seed, step, process.rank))
         loss = loss_of(network, *augment(inputs, targets, step))
@@ -75,7 +76,10 @@ def train(
         if last or done % cfg.log.every == 0:
             row = {"step": done, "loss": mean_loss(losses, done), "lr": optimizer.param_groups[-1]["lr"]}
             losses = []
-            bar.set_postfix(loss=f"{row['loss']:.3f}", best=percent(best))
+            text = f"loss {row['loss']:.3f} best {percent(best)}"
+            bar.set_postfix_str(text)
+            if bar.disable and (line := tenths.line(done, text)):
+                process.say(line)
         validating = last or done % cfg.eval.every == 0
         if validating:
             found = validate()

@@ -7,20 +7,21 @@ from pathlib import Path
 from collapse import label_free_score, recent_similarity
 from engine.config import Config
 from engine.files import MetricsLog
-from engine.process import Process, progress
+from engine.process import Process, Tenths, progress
 from pretraining.guard import losses_of, terms_text
 from pretraining.monitor import describe_collapse
 from pretraining.schedule import learning_rate
 
 
 class Journal:
-    """metrics.jsonl, and the progress bar, or lines where there is no terminal."""
+    """metrics.jsonl, and the progress bar, or a line for every tenth where there is no terminal."""
 
     def __init__(self, cfg: Config, process: Process, steps_per_epoch: int, total_steps: int, step: int):
         self.cfg, self.process, self.steps_per_epoch = cfg, process, steps_per_epoch
         self.total_steps = total_steps
         self.log = MetricsLog(Path(cfg.run.out), process, step, cfg.log.tensorboard)
         self.bar = progress(process, "pretrain", total=total_steps, initial=step)
+        self.tenths = Tenths(total_steps, step)
         self.since, self.clock = step, time.perf_counter()
         self.rank_text, self.unreadable, self.warned = "", 0, False
         self.bad = {}  # {step: its terms} of the bad steps in a row
@@ -57,8 +58,8 @@ class Journal:
 
     def say(self, step: int, text: str) -> None:
         self.bar.set_postfix_str(text)
-        if self.bar.disable:
-            self.process.say(f"step {step}/{self.total_steps}  {text}")
+        if self.bar.disable and (line := self.tenths.line(step, text)):
+            self.process.say(line)
 
     def knows_collapse(self, step: int) -> bool:
         """Whether it was measured before the run was stopped."""

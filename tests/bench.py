@@ -261,7 +261,7 @@ def startup(args) -> tuple[str, dict]:
         for number in range(min(args.rounds, 3)):
             out = Path(folder) / f"run{number}"
             script = [sys.executable, str(PROJECT / "train_moco.py")]
-            first = [*script, *settings(root, out, args, "optim.max_steps=1000")]
+            first = [*script, *settings(root, out, args, "optim.max_steps=10")]
             seconds["help"].append(seconds_until([*script, "--help"]))
             seconds["import torch"].append(seconds_until([sys.executable, "-c", "import torch"]))
             seconds["first step"].append(seconds_until(first, "step 1/"))

@@ -304,7 +304,7 @@ def test_two_nodes_and_the_loss_of_one(start, tmp_path, free_port, number, lost)
         torchrun = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *rendezvous, *place)
         nodes.append(start(out, "run.timeout_minutes=0.5", "optim.epochs=50", SLOWER, torchrun=torchrun))
         nodes[-1].log = nodes[-1].log.rename(tmp_path / f"node{node}.log")
-    nodes[0].wait_for("step 6/")
+    nodes[0].wait_for("step 20/")
     other = nodes[1 - lost]
     nodes[lost].process.send_signal(number)
     assert other.end(90) != 0

@@ -290,6 +290,11 @@ def test_the_ablation_runs_from_any_folder(tmp_path):
     assert (run.end(), run.lines) == (2, [f"error: mine.yaml: no such config file ({tmp_path}/mine.yaml)"])
 
 
+def test_the_demo_stays_in_the_projects_folder(tmp_path):
+    run = Launched(ROOT, "demo", "--settings", "none.yaml", cwd=tmp_path)
+    assert (run.end(), run.lines) == (2, [f"error: none.yaml: no such config file ({ROOT}/none.yaml)"])
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Several nodes, SLURM
 # ---------------------------------------------------------------------------------------------------------

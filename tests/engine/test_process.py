@@ -20,3 +20,20 @@ def test_bf16_where_the_processor_has_no_instructions_for_it(monkeypatch, capsys
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
         process.start_process(run)
         assert capsys.readouterr().out.count("fp32 is ten times as fast") == lines
+
+
+def test_a_line_for_every_tenth(monkeypatch):
+    clock = iter(range(0, 2000, 2))
+    monkeypatch.setattr(process.time, "monotonic", lambda: next(clock))
+    tenths = process.Tenths(200, done=40)
+    lines = [line for step in range(41, 201) if (line := tenths.line(step, f"loss {step}"))]
+    assert [line.split()[1] for line in lines] == [f"{step}/200" for step in (*range(60, 200, 20), 200)]
+    assert lines[0] == "step 60/200  loss 60 (00:40 gone, 04:40 left)"
+    assert all(process.Tenths(8).line(step, "") for step in range(1, 9))  # of a short loop every step
+
+
+def test_a_line_at_least_every_ten_minutes(monkeypatch):
+    clock = iter(range(0, 100_000, 250))
+    monkeypatch.setattr(process.time, "monotonic", lambda: next(clock))
+    tenths = process.Tenths(100_000)
+    assert [step for step in range(1, 8) if tenths.line(step, "")] == [3, 6]
