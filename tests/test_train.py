@@ -135,7 +135,7 @@ def test_a_stopped_run_goes_on_with_the_same_losses(train, monkeypatch):
 def test_accumulation_changes_memory_only(train):
     settings = ("model.bn_split=3", "decorrelation.method=none", "optim.max_steps=3")
     whole, parts = (losses_of(train(f"run{n}", f"optim.accumulate={n}", *settings)) for n in (1, 2))
-    assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-3)
+    assert list(parts.values()) == pytest.approx(list(whole.values()), rel=5e-3)
 
 
 # ---- Bad input ----
