@@ -31,6 +31,7 @@ optim:                      # lr times (1 - step / steps) ** 0.9
   loss: null                # ce | dice_ce: cross entropy, plus soft Dice; null: dice_ce for finetune, else ce
   name: null                # sgd (momentum 0.9) | adamw; null: adamw for finetune, else sgd
   lr: null                  # null: 0.5 for linear, else 0.001 for adamw, 0.05 for sgd
+  clip: null                # the most that the norm of a gradient may be; null: 1 for adamw, else no limit
   encoder_lr_factor: 1.0    # finetune: the encoder's lr over the decoder's
   weight_decay: 0.0001
 eval:
@@ -79,7 +80,7 @@ from losses import dice_loss, segmentation_loss
 from weights import WeightsError
 
 NULLABLE = COMMON_NULLABLE | {"cache": (str, bool), "eval.window": int}
-NULLABLE |= {"optim.loss": str, "optim.name": str, "optim.lr": float}
+NULLABLE |= {"optim.loss": str, "optim.name": str, "optim.lr": float, "optim.clip": float}
 SCRIPT = "eval_seg.py"  # whose folders these are, see engine/ownership.py
 
 
@@ -96,6 +97,9 @@ def check_config(cfg: Config) -> None:
     if cfg.optim.lr is None:
         sgd = 0.5 if cfg.mode == "linear" else 0.05
         cfg.optim["lr"] = 0.001 if cfg.optim.name == "adamw" else sgd
+    if cfg.optim.clip is None and cfg.optim.name == "adamw":
+        cfg.optim["clip"] = 1.0
+    cfg.check("optim.clip", cfg.optim.clip is None or cfg.optim.clip > 0, "a value above 0, or null")
     suits = cfg.optim.name != "adamw" or cfg.optim.lr <= 0.01
     cfg.check("optim.lr", suits, "0.01 or less with adamw; larger ones are for optim.name=sgd")
     check_common(cfg)

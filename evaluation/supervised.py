@@ -68,6 +68,8 @@ def train(
             group["lr"] = group["initial_lr"] * (1 - step / cfg.optim.steps) ** 0.9
         optimizer.zero_grad()
         loss.backward()
+        if limit := cfg.optim.get("clip"):
+            nn.utils.clip_grad_norm_(trained.parameters(), limit)
         optimizer.step()
         losses.append(loss.detach())
 
