@@ -100,7 +100,7 @@ def check_config(cfg: Config) -> None:
     if cfg.optim.clip is None and cfg.optim.name == "adamw":
         cfg.optim["clip"] = 1.0
     cfg.check("optim.clip", cfg.optim.clip is None or cfg.optim.clip > 0, "a value above 0, or null")
-    suits = cfg.optim.name != "adamw" or cfg.optim.lr <= 0.01
+    suits = cfg.mode == "linear" or cfg.optim.name == "sgd" or cfg.optim.lr <= 0.01
     cfg.check("optim.lr", suits, "0.01 or less with adamw; larger ones are for optim.name=sgd")
     check_common(cfg)
     check_cache(cfg)

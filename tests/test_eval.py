@@ -426,6 +426,24 @@ def test_diverging_training_names_the_learning_rate(phantom, tmp_path):
         evaluate(phantom, tmp_path, *FINETUNE, "optim.name=sgd", "optim.lr=1e9", "optim.steps=6")
 
 
+def test_a_step_is_no_longer_than_clipping_allows(phantom, tmp_path):
+    """SGD at a rate of 1 moves the decoder by the clipped gradient: one step by 1e-3 at most."""
+    moved, step = [], torch.optim.SGD.step
+
+    def measured(self, *rest, **more):
+        before = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+        found = step(self, *rest, **more)
+        after = [p for group in self.param_groups for p in group["params"]]
+        moved.append(sum((a - b).square().sum() for a, b in zip(after, before)).sqrt().item())
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", measured)
+        settings = ["optim.lr=1.0", "optim.clip=0.001", "optim.steps=1", "optim.weight_decay=0.0"]
+        evaluate(phantom, tmp_path, *settings)
+    assert moved == [pytest.approx(1e-3, rel=1e-3)]
+
+
 @pytest.mark.parametrize("mode", [[], FINETUNE, [*FINETUNE, "optim.name=sgd", "optim.loss=ce"]])
 def test_an_evaluation_that_is_stopped_goes_on_where_it_was(phantom, tmp_path, monkeypatch, mode):
     settings = [*mode, "optim.steps=6", "eval.every=4"]

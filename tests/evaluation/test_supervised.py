@@ -35,16 +35,17 @@ def test_label_fractions_are_nested_whole_cases():
 
 
 @pytest.mark.parametrize(
-    "overrides, kind, rate, loss",
+    "overrides, kind, rate, loss, clip",
     [
-        ([], torch.optim.SGD, 0.5, None),
-        (["mode=finetune"], torch.optim.AdamW, 0.001, "dice_ce"),
-        (["mode=finetune", "optim.name=sgd", "optim.loss=ce"], torch.optim.SGD, 0.05, "ce"),
-        (["optim.name=adamw", "optim.lr=0.1"], torch.optim.AdamW, 0.1, None),
+        ([], torch.optim.SGD, 0.5, None, None),
+        (["mode=finetune"], torch.optim.AdamW, 0.001, "dice_ce", 1.0),
+        (["mode=finetune", "optim.name=sgd", "optim.loss=ce"], torch.optim.SGD, 0.05, "ce", None),
+        (["optim.name=adamw", "optim.lr=0.1", "optim.clip=5"], torch.optim.AdamW, 0.1, None, 5.0),
     ],
 )
-def test_loss_optimizer_and_rate_by_mode(overrides, kind, rate, loss):
+def test_loss_optimizer_and_rate_by_mode(overrides, kind, rate, loss, clip):
     cfg = eval_seg.load_config(eval_seg.DEFAULTS, None, overrides, eval_seg.NULLABLE)
     eval_seg.check_config(cfg)
     optimizer = supervised.make_optimizer(cfg, torch.nn.Linear(2, 2))
     assert type(optimizer) is kind and optimizer.param_groups[0]["lr"] == rate and cfg.optim.loss == loss
+    assert cfg.optim.clip == clip
