@@ -220,7 +220,7 @@ def test_from_a_file_of_medmnist_to_metrics(tmp_path, encoder_file):
     assert commands.main(["medmnist", str(tmp_path / "organ.npz"), "--out", str(root)]) == 0
     for mode in ("knn", "logistic", "finetune"):
         settings = [f"mode={mode}", "labels.table=labels.csv", f"encoder={encoder_file}", "model.arch=null"]
-        found = evaluate(root, tmp_path / mode, *settings, "optim.steps=30", "eval.every=10")
+        found = evaluate(root, tmp_path / mode, *settings, "optim.steps=60", "eval.every=10")
         assert list(found["references"]) == ["random", "raw"]
         assert found["metrics"]["accuracy"]["value"] > 0.8
         assert found["slices"]["test"] == {"slices": 12, "cases": None}
