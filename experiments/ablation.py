@@ -4,7 +4,6 @@
     bash launch.sh ablation --only moco full --seeds 0
     bash launch.sh ablation --out runs/other phantom.seed=7        # the same on other patients
     bash launch.sh ablation --table                  # only the tables of what is finished
-    bash launch.sh compare                           # methods x benchmarks: experiments/configs/compare.yaml
 
 The protocol, with every setting, is the config file. In OUT: protocol.yaml; cells.jsonl, which tables and
 figures are made of (see cells.py); and work/, which may be deleted when nothing runs. What is in cells.jsonl
