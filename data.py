@@ -360,6 +360,9 @@ class SegmentationDataset(SliceDataset):
         self.mask_names = present(self.names, found, self.mask_folder, f"masks of {list}")
         self.grid = like.grid if like else replace(self.grid, pixel_mm=self.pixel_mm)
 
+    def reading_once(self):
+        return lru_cache(RECENT)(self.read)  # also of a slice whose size is looked at first
+
     def item(self, index, read):
         slice, mask = read(index), self.own_mask(index)
         if slice.shape != mask.shape:

@@ -84,19 +84,17 @@ def labelled_slices(cfg: Config, process: Process) -> LabelledSlices:
     """
     data, lists = cfg.data, {"train": cfg.data.train, "val": cfg.data.val, "test": cfg.data.test}
     lists = {"train": None} if cfg.labels.folds else {split: file for split, file in lists.items() if file}
-    sets, channels = {}, {"neighbours": encoder_file.neighbours(cfg)}
+    sets, neighbours = {}, encoder_file.neighbours(cfg)
     for split, file in lists.items():
         like = sets.get("train")
         if cfg.labels.table:
             size = like and like.size
-            sets[split] = SliceDataset(data.root, file, data.images, data.hu_offset, size, **channels)
+            how = {"size": size, "neighbours": neighbours}
+            sets[split] = SliceDataset(data.root, file, data.images, data.hu_offset, **how)
         else:
             names = class_names(data.root, data.classes)
-            how = {
-                "like": like,
-                "mask_map": mask_mapping(data.mask_map),
-                "num_classes": len(names),
-            } | channels
+            how = {"like": like, "mask_map": mask_mapping(data.mask_map), "num_classes": len(names)}
+            how["neighbours"] = neighbours
             sets[split] = SegmentationDataset(data.root, file, data.images, data.masks, data.hu_offset, **how)
         if (kind := sets[split].kind) != sets["train"].kind:
             raise DataError(f"{file}: {KINDS[kind]}, but {KINDS[sets['train'].kind]} in {data.train}")

@@ -7,6 +7,7 @@ Predictor   what all models have in common there; segmenter.py and detector.py s
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from ct.properties import AXES, KINDS, Facts, Properties, Reading, read_properti
 from ct.scans import series_in
 from ct.slices import AIR, SUFFIXES, DataError, whole_hu
 from ct.volumes import Volume, read_volume
-from data import LOOKED_AT, Intensity, network_input
+from data import LOOKED_AT, RECENT, Intensity, network_input
 from engine.config import Config
 from engine.files import make_folder
 from engine.ownership import all_refuse, refuse_foreign
@@ -180,6 +181,7 @@ class Predictor(ABC):
     def __init__(self, model: nn.Module, about: Description, reading: Reading, cfg: Config, process: Process):
         self.model, self.about, self.reading, self.cfg, self.process = model, about, reading, cfg, process
         self.facts, self.intensity = about.facts, Intensity(**about.normalisation)
+        self.read_once = lru_cache(RECENT)(reading.slice)  # a slice is a neighbour of those that follow
         self.axis = 2 if about.facts.axis is None else about.facts.axis
 
     @staticmethod
@@ -241,7 +243,7 @@ class Predictor(ABC):
         """stack: the files of its channels, of which it is the middle one."""
         channels = []
         for one in stack:
-            values, kind = self.reading.slice(one)
+            values, kind = self.read_once(one)
             if kind != self.facts.kind:
                 raise DataError(
                     f"{one}: {KINDS[kind]}, but the model was trained on {KINDS[self.facts.kind]}"

@@ -127,11 +127,11 @@ def open_sets(cfg: Config, num_classes: int) -> dict[str, SegmentationDataset]:
     data = cfg.data
     lists = {"train": data.train, "val": data.val, "test": data.test}
     folders = (data.images, data.masks, data.hu_offset, num_classes)
-    sets = {}
+    sets, neighbours = {}, encoder_file.neighbours(cfg)
     for split, file in lists.items():
         if file:
             how = {"like": sets.get("train"), "mask_map": mask_mapping(data.mask_map)}
-            how["neighbours"] = encoder_file.neighbours(cfg)
+            how["neighbours"] = neighbours
             sets[split] = SegmentationDataset(data.root, file, *folders, **how)
             if (kind := sets[split].kind) != sets["train"].kind:
                 raise DataError(f"{file}: {KINDS[kind]}, but {KINDS[sets['train'].kind]} in {data.train}")

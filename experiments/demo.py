@@ -27,7 +27,7 @@ from engine.ownership import claim, refuse_other_folder
 from engine.stopping import STOPPED, StopRequest, run_script
 from evaluation import metrics, report
 from evaluation.results import percent, table
-from experiments import summary
+from experiments import figures, summary
 from experiments.jobs import PROJECT, as_yaml
 from prepare import commands
 from weights import WeightsError
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     picture = out / "summary.png"
     if worked or not picture.is_file():
-        shown = summary.shown_slices(out / "data")
+        shown = figures.shown_slices(out / "data")
         predict(out, encoders, shown)
         with written_whole(picture) as file:
             summary.page(out, runs, NAMES, shown).save(file, format="PNG", optimize=True)

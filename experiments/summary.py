@@ -15,12 +15,11 @@ from ct.organs import class_colors
 from ct.pictures import BACKGROUND, MARGIN, TEXT, contact_sheet, font, gray_tile
 from ct.properties import class_names
 from ct.slices import read_stored
-from data import Intensity
+from data import Intensity, default_window
+from evaluation.metrics import mean_or_none
 from evaluation.report import painted
 from evaluation.results import percent
-from experiments.figures import shown_slices
 
-__all__ = ["page", "shown_slices"]
 SIDE = 184  # px of a slice
 DIM = (150, 150, 150)
 COLORS = {"random": (170, 170, 170), "moco": (245, 150, 60), "full": (80, 190, 255)}
@@ -51,7 +50,7 @@ def slices_page(out: Path, runs: dict, names: dict[str, str], shown: list[str]) 
     colors = class_colors(classes)
     for name in shown:
         stored, _ = read_stored(data / "images" / name, 1024)
-        unit = Intensity((-160, 240)).to_unit(torch.from_numpy(stored)).numpy()
+        unit = Intensity(default_window("hu")).to_unit(torch.from_numpy(stored)).numpy()
         case = Path(name).parts[0]
         tiles.append(gray_tile(unit, SIDE))
         captions.append(f"test case {case}")
@@ -69,8 +68,7 @@ def dice_text(runs: dict, encoder: str, case: str) -> str:
     """The Dice of a case on an encoder's features, as a caption says it."""
     if encoder not in runs["linear"]:
         return ""
-    found = [value for value in runs["linear"][encoder]["cases"][case].values() if value is not None]
-    return f": Dice {percent(sum(found) / len(found))} %"
+    return f": Dice {percent(mean_or_none(runs['linear'][encoder]['cases'][case].values()))} %"
 
 
 # ---- Curves --------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_cases_of_a_flat_folder_are_not_neighbours(tmp_path):
 def test_a_batch_reads_each_file_once(tmp_path, monkeypatch):
     names = random_set(tmp_path, cases=("a",), slices=9)
     plain, dataset = SliceDataset(tmp_path), SliceDataset(tmp_path, neighbours=1)
-    labelled = SegmentationDataset(tmp_path, neighbours=1)
+    labelled, pairs = SegmentationDataset(tmp_path, neighbours=1), SegmentationDataset(tmp_path)
     wanted = torch.stack([dataset[i] for i in range(2, 7)])
     files, read = [], SliceDataset.read
     monkeypatch.setattr(SliceDataset, "read", lambda self, index: files.append(index) or read(self, index))
@@ -76,9 +76,10 @@ def test_a_batch_reads_each_file_once(tmp_path, monkeypatch):
     assert sorted(files) == [*range(1, 8)]
     mask = np.asarray(Image.open(tmp_path / "masks" / names[2]))
     assert np.array_equal(items[0][1].numpy(), mask)
-    files.clear()
-    BatchReader(plain, 0)[[2, 3]]
-    assert files == [2, 3]
+    for once in (lambda: BatchReader(plain, 0)[[2, 3]], lambda: pairs.__getitems__([2, 3])):
+        files.clear()
+        once()
+        assert files == [2, 3]
 
 
 def test_an_unreadable_neighbour_is_named_or_skipped(tmp_path):
