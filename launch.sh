@@ -8,7 +8,8 @@
 #   bash launch.sh classify CONFIG [key=value ...] eval_cls.py, likewise (needs scikit-learn)
 #   bash launch.sh detect CONFIG [key=value ...]   eval_det.py, likewise (needs pycocotools and scipy)
 #   bash launch.sh benchmark CONFIG ENCODER ...    all of these of each encoder, in one table; resumes any time
-#   bash launch.sh ablation [--only METHOD ...]    the tables of docs/RESULTS.md: hours on 2 cores, resumes any time
+#   bash launch.sh compare [--only METHOD ...]     all methods on all benchmarks, for docs/RESULTS.md: resumes any time
+#   bash launch.sh ablation [--only METHOD ...]    the parts of the method: hours on 2 cores, resumes any time
 #
 # pretrain, evaluate, classify and detect use plain Python on a CPU or one GPU and torchrun on several GPUs. GPUS=n uses n
 # processes per node instead of one per GPU; MAX_RESTARTS=n starts them anew up to n times after one has died.
@@ -266,6 +267,11 @@ ablation | benchmark)
     set_up
     # -P, or modules in the user's folder would come before the project's. It divides the cores itself.
     PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} exec "$PY" -P -m "experiments.$1" "${@:2}"
+    ;;
+compare)
+    set_up extra # for its probes and boxes
+    PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} exec "$PY" -P -m experiments.ablation \
+        --protocol "$HERE/experiments/configs/compare.yaml" --out runs/compare "${@:2}"
     ;;
 pretrain | evaluate | classify | detect)
     launch "$@"

@@ -327,7 +327,9 @@ class Method(nn.Module):
     whole_batch = False  # whether the loss compares samples of a batch, so that its parts do not add up to it
     dense = False  # whether it compares positions of a map, which needs more than one of them
     small_crops = False  # whether it uses views after the first two
-    cell = 0  # px, side of the cells that it hides; such a method sees one view
+    hides_cells = (
+        False  # whether it hides cells as large as a position of layer4; such a method sees one view
+    )
     at_constant_rate = ()  # modules by name whose learning rate stays as it is given
 
     def __init__(

@@ -1,8 +1,9 @@
 """SparK: masked reconstruction with a convolutional network (arXiv 2301.03580).
 
-Cells of 32 px of a view are hidden, and a light decoder fills them in. The ResNet computes what a sparse one
-would, so that nothing leaks from the hidden area: each norm, which follows each convolution, takes its
-statistics from visible positions only and leaves 0 at the others. Needs losses.py and models.py.
+Cells of a view, as large as a position of layer4, are hidden, and a light decoder fills them in. The ResNet
+computes what a sparse one would, so that nothing leaks from the hidden area: each norm, which follows each
+convolution, takes its statistics from visible positions only and leaves 0 at the others. Needs losses.py and
+models.py.
 """
 
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ class SparK(Method):
     """Reconstructs the hidden cells of the first view (section 3); has no projections, and no second view.
 
     Args:
-        encoder: of output stride 32 or less, without whitening.
+        encoder: without whitening; its output stride is the side of a cell, 32 px in the publication.
         mask: share of the cells that are hidden.
         hidden: channels of the decoder's first stage, halved in each further one. Theirs has 512, and takes
             more time than the encoder.
@@ -28,7 +29,7 @@ class SparK(Method):
         ValueError: an addition that cannot be combined.
     """
 
-    cell = 32
+    hides_cells = True
 
     def __init__(self, encoder: Encoder, mask: float = 0.6, hidden: int = 128, **common):
         if common.get("local") is not None:
@@ -42,7 +43,7 @@ class SparK(Method):
             )
         see_only_what_is_visible(encoder)
         super().__init__(encoder, nn.Identity(), **common)
-        self.mask = mask
+        self.mask, self.cell = mask, encoder.output_stride
         self.decoder = Decoder(encoder, hidden)
         split_batch_norms(self.decoder, self.bn_split)
 

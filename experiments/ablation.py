@@ -122,9 +122,9 @@ class Ablation(Jobs):
             return "random"
         folder = self.work(cell) / "pretrain"
         if not (folder / "encoder.json").is_file():
-            settings = self.protocol["pretrain"] | self.changes(cell.method)
-            settings |= {"optim.lr": cell.rate, "seed": cell.seed, "data.root": self.root, "run.out": folder}
-            settings |= {"run.keep_checkpoint": True}  # for experiments.position
+            settings = {"data.root": self.root} | self.protocol["pretrain"] | self.changes(cell.method)
+            settings |= {"optim.lr": cell.rate, "seed": cell.seed, "run.out": folder}
+            settings |= {"run.keep_checkpoint": self.protocol["in_depth"]}  # for experiments.position
             self.script(self.log(cell), "train_moco.py", settings)
         encoder = json.loads((folder / "encoder.json").read_text())["sha256"]
         self.check_same_encoder(cell, folder, encoder)

@@ -103,8 +103,11 @@ def check_method(cfg: Config, method: type[Method]) -> None:
             f"local.grid: views of {cfg.data.size} px have one position in {cfg.local.layer}, so all "
             f"regions are the same; {more}, or local.weight=0"
         )
-    if cell := method.cell:
-        wanted = f"a multiple of {cell}, {2 * cell} or more: {name} hides cells of {cell} px"
+    if method.hides_cells:
+        cell = model.output_stride
+        wanted = (
+            f"a multiple of {cell}, {2 * cell} or more: {name} hides cells as wide as model.output_stride"
+        )
         cfg.check("data.size", cfg.data.size % cell == 0 and cfg.data.size >= 2 * cell, wanted)
         cfg.check(
             "run.compile", not cfg.run.compile, f"false: {name} changes what its layers see in every step"

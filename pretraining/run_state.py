@@ -27,6 +27,7 @@ from engine.ownership import LEFT_OVER, sha256
 from engine.process import Process, warn
 from losses import gather
 from models import Method
+from pretraining.card import model_card
 from pretraining.guard import running_statistics
 from weights import fits, is_sound
 
@@ -132,7 +133,7 @@ def save(run) -> None:
 
 
 def export(run, name: str, metrics: dict) -> None:
-    """NAME.pth, a torchvision ResNet's weights without fc, and NAME.json, which says what they are."""
+    """NAME.pth, a torchvision ResNet's weights without fc, with what they are in NAME.json and NAME.md."""
     cfg, dataset, path = run.cfg, run.dataset, run.folder / f"{name}.pth"
     weights = run.model.query.encoder.export_state_dict()
     if odd := [key for key, value in weights.items() if not value.isfinite().all()]:
@@ -150,6 +151,7 @@ def export(run, name: str, metrics: dict) -> None:
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
         "sha256": sha256(path),
     }
+    write_whole(path.with_suffix(".md"), model_card(name, card))
     write_whole(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
 
 

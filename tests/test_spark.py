@@ -18,7 +18,7 @@ from spark import (
     see_only_what_is_visible,
 )
 
-SIZE, CELLS = 96, 3  # px of a view, and its cells of 32 px a side
+SIZE, CELLS = 96, 3  # px of a view, and its cells a side with an output stride of 32
 
 
 def images(n=4, channels=1, seed=0, height=SIZE, width=SIZE):
@@ -37,7 +37,7 @@ def spark_with_norms(stride=32, **options):
 
 def visible_of(model, view):
     cells = model.targets([view]).visible
-    return Visible(cells, view.shape[2] // 32, view.shape[3] // 32)
+    return Visible(cells, view.shape[2] // model.cell, view.shape[3] // model.cell)
 
 
 def hidden_pixels(seen, shape):

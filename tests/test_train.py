@@ -176,7 +176,7 @@ def test_accumulation_changes_memory_only(train):
             "optim.accumulate: 2 is impossible; wanted 1: the loss",
         ),
         ("method=byol optim.batch_size=1", "optim.batch_size: 1 leaves one sample to BatchNorm, but byol"),
-        ("method=spark data.size=48", "data.size: 48 is impossible; wanted a multiple of 32, 64 or more"),
+        ("method=spark data.size=40", "data.size: 40 is impossible; wanted a multiple of 16, 32 or more"),
         ("method=spark data.size=64 local.weight=1", "local.weight: masked reconstruction sees one view"),
         ("method=densecl model.output_stride=32", "data.size: views of 32 px have one position in layer4"),
         ("optim.name=adam", "optim.name: 'adam' is not one of.*did you mean 'adamw'"),

@@ -194,6 +194,7 @@ def test_views_that_cells_do_not_fill_are_refused(size):
     with pytest.raises(ConfigError, match=f"^data.size: {size} .*a multiple of 32, 64 or more: spark hides"):
         config("spark", f"data.size={size}")
     assert config("spark", "data.size=64") and config("spark", "data.size=224")
+    assert config("spark", "data.size=48", "model.output_stride=16")
 
 
 @every_method
