@@ -8,8 +8,8 @@
 #   bash launch.sh classify CONFIG [key=value ...] eval_cls.py, likewise (needs scikit-learn)
 #   bash launch.sh detect CONFIG [key=value ...]   eval_det.py, likewise (needs pycocotools and scipy)
 #   bash launch.sh benchmark CONFIG ENCODER ...    all of these of each encoder, in one table; resumes any time
-#   bash launch.sh compare [--only METHOD ...]     all methods on all benchmarks, for docs/RESULTS.md: resumes any time
-#   bash launch.sh ablation [--only METHOD ...]    the parts of the method: hours on 2 cores, resumes any time
+#   bash launch.sh compare [--only METHOD ...]     all methods on all benchmarks, hours on 2 cores, resumes any time
+#   bash launch.sh ablation [--only METHOD ...]    the parts of the method, likewise
 #
 # pretrain, evaluate, classify and detect use plain Python on a CPU or one GPU and torchrun on several GPUs. GPUS=n uses n
 # processes per node instead of one per GPU; MAX_RESTARTS=n starts them anew up to n times after one has died.
