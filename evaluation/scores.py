@@ -1,4 +1,4 @@
-"""Metrics of classification, by scikit-learn, with 95 % intervals by bootstrap over cases.
+"""Metrics of classification, with 95 % intervals by bootstrap over cases.
 
 Multi-label: mean average precision (mAP) and AUROC. Single-label: accuracy (by class: the share of its slices
 that are recognised) and AUROC, one class against the rest. A class of which all or none of the slices are
@@ -36,21 +36,31 @@ def class_values(kind: str, targets: np.ndarray, scores: np.ndarray) -> dict[str
 
     targets: (N, K) of 0 and 1, or (N,) class numbers; scores: (N, K), the higher the likelier.
     """
-    metrics = scikit_learn().metrics
     truth = one_hot(kind, targets, scores.shape[1])
     counts = truth.sum(0)
     defined = (counts > 0) & (counts < len(truth))
 
-    def by_class(metric):
-        return [float(metric(y, s)) if ok else None for y, s, ok in zip(truth.T, scores.T, defined)]
-
-    auroc = by_class(metrics.roc_auc_score)
+    pairs = [ranked(y, s) if ok else (None, None) for y, s, ok in zip(truth.T, scores.T, defined)]
+    precision, auroc = map(list, zip(*pairs))
     if kind == "multi":
-        precision = by_class(metrics.average_precision_score)
         return {"mAP": (mean(precision), precision), "AUROC": (mean(auroc), auroc)}
     right = scores.argmax(1) == targets
     recall = [float(right[targets == k].mean()) if counts[k] else None for k in range(scores.shape[1])]
     return {"accuracy": (float(right.mean()), recall), "AUROC": (mean(auroc), auroc)}
+
+
+def ranked(truth: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
+    """Average precision, not interpolated, and area under the ROC curve, of (N,) truths of 0 and 1 of which
+    there are both. Equal scores count at once. As scikit-learn's, which takes sixty times as long to check what
+    it is given, and the bootstrap needs thousands of them."""
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of runs of equal scores
+    right = np.append(0, np.cumsum(truth[order], dtype=float)[ends])
+    taken = np.append(0, ends + 1)
+    recall, false = right / right[-1], (taken - right) / (taken[-1] - right[-1])
+    precision = right[1:] / taken[1:]
+    area = np.diff(false) * (recall[1:] + recall[:-1]) / 2
+    return float((np.diff(recall) * precision).sum()), float(area.sum())
 
 
 def mean(values: list[float | None]) -> float | None:

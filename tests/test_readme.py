@@ -127,7 +127,9 @@ def test_tests_that_the_docs_name_exist():
         assert missing == [], page.name
 
 
-@pytest.mark.parametrize(("page", "most"), [("README.md", 170), ("docs/RESULTS.md", 250), ("docs/ABLATION.md", 250)])
+@pytest.mark.parametrize(
+    ("page", "most"), [("README.md", 170), ("docs/RESULTS.md", 250), ("docs/ABLATION.md", 250)]
+)
 def test_a_page_stays_short(page, most):
     assert len((ROOT / page).read_text().splitlines()) <= most
 

@@ -156,9 +156,10 @@ def test_the_kind_of_feature_is_chosen_without_the_test_cases():
 # ---- Metrics -------------------------------------------------------------------------------------
 
 
-def test_metrics_are_those_of_scikit_learn():
+@pytest.mark.parametrize("digits", [16, 1, 0])  # 1 and 0: with ties
+def test_metrics_are_those_of_scikit_learn(digits):
     rng = np.random.default_rng(0)
-    targets, scores = rng.integers(0, 2, (50, 3)), rng.normal(size=(50, 3))
+    targets, scores = rng.integers(0, 2, (50, 3)), rng.normal(size=(50, 3)).round(digits)
     targets[:, 2] = 0  # a class of which the test slices have none
     found = class_values("multi", targets, scores)
     for name, metric in (("mAP", average_precision_score), ("AUROC", roc_auc_score)):
