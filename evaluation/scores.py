@@ -51,8 +51,8 @@ def class_values(kind: str, targets: np.ndarray, scores: np.ndarray) -> dict[str
 
 def ranked(truth: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
     """Average precision, not interpolated, and area under the ROC curve, of (N,) truths of 0 and 1 of which
-    there are both. Equal scores count at once. As scikit-learn's, which takes sixty times as long to check what
-    it is given, and the bootstrap needs thousands of them."""
+    there are both. Equal scores count at once. As scikit-learn's, which takes sixty times as long to check
+    what it is given, and the bootstrap needs thousands of them."""
     order = np.argsort(-scores, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of runs of equal scores
     right = np.append(0, np.cumsum(truth[order], dtype=float)[ends])
