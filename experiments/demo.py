@@ -5,18 +5,25 @@
 
 MoCo v2 and the full method learn from the slices of a phantom, without labels. They and random weights are
 then evaluated with the labels of a few cases: frozen under a linear decoder, and fine-tuned. Each step is a
-script of the project, with the settings of experiments/configs/demo.yaml.
+script of the project, with the settings of experiments/configs/demo.yaml. Two encoders are worked on at a
+time, since the cores then have more to do.
 """
 
 import argparse
 import io
+import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+
+from tqdm import tqdm
 
 import eval_seg
 import train_moco
@@ -24,11 +31,11 @@ from data import DataError
 from engine.config import Config, OneLineParser, read_yaml, to_config
 from engine.files import written_whole
 from engine.ownership import claim, refuse_other_folder
-from engine.stopping import STOPPED, StopRequest, run_script
+from engine.stopping import STOPPED, run_script
 from evaluation import metrics, report
 from evaluation.results import percent, table
 from experiments import figures, summary
-from experiments.jobs import PROJECT, as_yaml
+from experiments.jobs import PROJECT, Jobs, Stopped, as_yaml
 from prepare import commands
 from weights import WeightsError
 
@@ -36,39 +43,51 @@ DEMO = "experiments.demo"  # whose folder this is, see engine/ownership.py
 SETTINGS = PROJECT / "experiments" / "configs" / "demo.yaml"
 NAMES = {"random": "random weights", "moco": "MoCo v2", "full": "full method"}
 MODES = {"linear": "linear", "finetune": "fine-tuned"}
-SECONDS = {"phantom": 15, "pretrain": 150, "linear": 25, "finetune": 60}  # about, on 2 cores
+SECONDS = {"phantom": 15, "pretrain": 300, "linear": 45, "finetune": 90}  # about, on one core
+SCRIPTS = {"data.py": commands.main, "train_moco.py": train_moco.main, "eval_seg.py": eval_seg.main}
+DATA = "data"
 
 
 @dataclass
 class Step:
-    """A script of the demo; `result` is the last file that it writes."""
+    """A script of the demo; `result` is the last file that it writes, `log` what it says."""
 
     title: str
     seconds: float
-    main: Callable[[list[str]], int]
+    script: str
     words: list[str]
     result: Path
+    log: Path
+
+    def share(self) -> float:
+        """How much of it is done, 0 to 1."""
+        if self.result.is_file():
+            return 1.0
+        found = re.findall(r"step (\d+)/(\d+) ", self.log.read_text()) if self.log.is_file() else []
+        return int(found[-1][0]) / int(found[-1][1]) if found else 0.0
 
 
-def steps_of(settings: Config, out: Path, seed: int) -> list[Step]:
-    data = out / "data"
-    words = ["phantom", "--out", str(data), *(f"--{name}={n}" for name, n in settings.phantom.items())]
-    steps = [Step("data: a phantom", SECONDS["phantom"], commands.main, words, data / "test.txt")]
+def steps_of(settings: Config, out: Path, seed: int) -> dict[str, list[Step]]:
+    """Those of the data, and those of each encoder, in order."""
+    root, logs = out / DATA, out / "logs"
+    words = ["phantom", "--out", str(root), *(f"--{name}={n}" for name, n in settings.phantom.items())]
+    data = Step("a phantom", SECONDS["phantom"], "data.py", words, root / "test.txt", logs / "data.log")
+    steps = {DATA: [data]}
     for name, changes in settings.encoders.items():
+        own, encoder = [], "random"
         if changes is not None:
-            folder = out / name
-            words = as_words(settings.pretrain, changes, {"data.root": data, "run.out": folder, "seed": seed})
-            title = f"pretraining: {NAMES[name]}"
-            steps.append(Step(title, SECONDS["pretrain"], train_moco.main, words, folder / "encoder.json"))
-    for mode in MODES:
-        for name, changes in settings.encoders.items():
+            folder, encoder = out / name, out / name / "encoder.pth"
+            words = as_words(settings.pretrain, changes, {"data.root": root, "run.out": folder, "seed": seed})
+            what = (f"{NAMES[name]}, pretraining", SECONDS["pretrain"], "train_moco.py")
+            own.append(Step(*what, words, folder / "encoder.json", logs / f"{name}.log"))
+        for mode in MODES:
             folder = evaluation(out, name, mode)
-            encoder = "random" if changes is None else out / name / "encoder.pth"
-            own = {"mode": mode, "encoder": encoder, "model.arch": settings.pretrain.model.arch}
-            own |= {"data.root": data, "run.out": folder, "seed": seed}
-            title = f"{MODES[mode]}: {NAMES[name]}"
-            words = as_words(settings[mode], own)
-            steps.append(Step(title, SECONDS[mode], eval_seg.main, words, folder / "results.json"))
+            common = {"mode": mode, "encoder": encoder, "model.arch": settings.pretrain.model.arch}
+            common |= {"data.root": root, "run.out": folder, "seed": seed}
+            what = (f"{NAMES[name]}, {MODES[mode]}", SECONDS[mode], "eval_seg.py")
+            words = as_words(settings[mode], common)
+            own.append(Step(*what, words, folder / "results.json", logs / f"{folder.name}.log"))
+        steps[name] = own
     return steps
 
 
@@ -87,26 +106,66 @@ def evaluation(out: Path, name: str, mode: str) -> Path:
 # ---- Running it ----------------------------------------------------------------------------------
 
 
-def run(steps: list[Step], stop: StopRequest) -> tuple[int, bool]:
-    """All steps in order, in this process, so that bars are seen and signals stop the script under way. Those
-    that are finished only look whether their settings are the same. Returns an exit code, 0 after all steps,
-    and whether anything was done."""
-    spent = planned = 0
-    for number, step in enumerate(steps):
-        there, began = step.result.is_file(), time.monotonic()
-        if not there:
-            left = sum(one.seconds for one in steps[number:] if not one.result.is_file())
-            left *= spent / planned if planned else 1
-            about = f"about {max(1, round(left / 60))} min left"
-            print(f"\n== {number + 1}/{len(steps)} {step.title} ({about})", flush=True)
-        with redirect_stdout(io.StringIO()) if there else nullcontext():
-            code = step.main(step.words)
-        if code or stop:
-            print("stopped; the same command goes on")
-            return code or STOPPED, True
-        if not there:
-            spent, planned = spent + time.monotonic() - began, planned + step.seconds
-    return 0, spent > 0
+class Demo(Jobs):
+    """The steps, as processes. What is finished is only asked whether its settings are the same."""
+
+    def __init__(self, steps: dict[str, list[Step]], jobs: int):
+        super().__init__(jobs)
+        self.steps = steps
+        self.todo = [step for own in steps.values() for step in own if not step.result.is_file()]
+        self.current = []  # titles
+        self.began, self.before = time.monotonic(), self.done()
+
+    def done(self) -> float:
+        """Of what is to do, in seconds as they were planned."""
+        return sum(step.seconds * step.share() for step in self.todo)
+
+    def run(self) -> None:
+        for step in sum(self.steps.values(), []):
+            if step not in self.todo:
+                with redirect_stdout(io.StringIO()):
+                    SCRIPTS[step.script](step.words)
+        if not self.todo:
+            return
+        planned = sum(step.seconds for step in self.todo)
+        form = "{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left{postfix}"
+        how = {"smoothing": 0, "dynamic_ncols": True, "leave": False, "disable": not sys.stderr.isatty()}
+        bar = tqdm(total=planned, initial=self.before, bar_format=form, **how)
+        with ThreadPoolExecutor(1) as pool, bar:
+            work = pool.submit(self.work)
+            while not work.done():
+                self.show(bar)
+                time.sleep(0.2)
+            work.result()
+
+    def work(self) -> None:
+        data, *encoders = self.steps.values()
+        self.in_turn(data)
+        self.all(self.in_turn, encoders[::-1])  # the longest first
+
+    def in_turn(self, steps: Iterable[Step]) -> None:
+        for step in steps:
+            if step in self.todo:
+                self.current.append(step.title)
+                self.call(step.log, step.script, *step.words)
+                self.current.remove(step.title)
+                tqdm.write(done_text(step))
+
+    def show(self, bar: tqdm) -> None:
+        """Where it is: the bar, or a line for each tenth where there is no terminal."""
+        before, bar.n, now = bar.n, self.done(), "; ".join(self.current)
+        bar.set_postfix_str(now)
+        if bar.disable and 10 * bar.n // bar.total > 10 * before // bar.total:
+            gone = time.monotonic() - self.began
+            left = gone * (bar.total - bar.n) / (bar.n - self.before)
+            gone, left = map(tqdm.format_interval, (gone, left))
+            print(f"{100 * bar.n / bar.total:.0f} % ({gone} gone, {left} left): {now}", flush=True)
+
+
+def done_text(step: Step) -> str:
+    if step.script != "eval_seg.py":
+        return f"{step.title}: done"
+    return f"{step.title}: test Dice {percent(report.read_results(step.result.parent)['mean_dice'])} %"
 
 
 def predict(out: Path, names: list[str], shown: list[str]) -> None:
@@ -169,14 +228,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", default=str(SETTINGS), metavar="FILE")
     args = parser.parse_args(argv)
-    settings, out, began = to_config(read_yaml(args.settings)), Path(args.out), time.monotonic()
+    settings, out = to_config(read_yaml(args.settings)), Path(args.out)
     refuse_other_folder(out, DEMO)
     out.mkdir(parents=True, exist_ok=True)
     claim(out, DEMO)
-    with StopRequest() as stop:
-        code, worked = run(steps_of(settings, out, args.seed), stop)
-    if code:
-        return code
+    demo = Demo(steps_of(settings, out, args.seed), jobs=min(2, os.cpu_count() or 1))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, demo.stop)
+    try:
+        demo.run()
+    except Stopped:
+        print("stopped; the same command goes on")
+        return STOPPED
 
     encoders = list(settings.encoders)
     folders = {mode: {name: evaluation(out, name, mode) for name in encoders} for mode in MODES}
@@ -184,14 +247,14 @@ def main(argv: list[str] | None = None) -> int:
         mode: {name: report.read_results(one) for name, one in own.items()} for mode, own in folders.items()
     }
     picture = out / "summary.png"
-    if worked or not picture.is_file():
+    if demo.todo or not picture.is_file():
         shown = figures.shown_slices(out / "data")
         predict(out, encoders, shown)
         with written_whole(picture) as file:
             summary.page(out, runs, NAMES, shown).save(file, format="PNG", optimize=True)
     print(f"\n{results_table(runs)}\n\npicture: {picture}")
-    if worked:
-        print(f"all of it took {(time.monotonic() - began) / 60:.1f} minutes")
+    if demo.todo:
+        print(f"all of it took {(time.monotonic() - demo.began) / 60:.1f} minutes")
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     print(f"\n{NEXT.format(python=python)}")
