@@ -168,7 +168,7 @@ def label_free_score(readout: float, similarity: float) -> float:
     """How good a pretrained encoder is for segmentation, as far as can be told without labels.
 
     It can fail in two ways: forget what is where, which grey_readout shows, or give all images the same key,
-    which recent_similarity shows (of projections if there are no keys; 0 for a loss that compares no cosines).
+    which recent_similarity shows (of projections if there are no keys; 0 if the loss compares no cosines).
     The score is the readout less a tenth of that (docs/ABLATION.md: any weight from 0.02 to 0.5 orders
     encoders nearly alike).
     """
