@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set-up and launching.
 #
-#   bash launch.sh demo                            the whole job on a phantom: 12 minutes on 2 CPU cores
+#   bash launch.sh demo                            the whole job on a phantom: 10 minutes on 2 CPU cores
 #   bash launch.sh test [-m long]                  lint and the test suite; with -m long its long part
 #   bash launch.sh pretrain CONFIG [key=value ...] train_moco.py on what this machine has
 #   bash launch.sh evaluate CONFIG [key=value ...] eval_seg.py, likewise
