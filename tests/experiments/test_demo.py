@@ -67,7 +67,7 @@ def test_stopped_in_the_middle_it_goes_on_and_a_second_call_does_nothing(run, tm
 
     code, said = run()
     assert code == 0 and "a phantom" not in said
-    assert "full method, fine-tuned: test Dice" in said and "% (00:0" in said
+    assert "full method, fine-tuned: test Dice" in said and " % (00:" in said
     table = said[said.index("| test Dice in %") :]
     names = [line.split("|")[1].strip() for line in table.splitlines()[2:5]]
     assert names == ["random weights", "MoCo v2", "full method"]
