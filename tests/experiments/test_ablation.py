@@ -338,8 +338,7 @@ def test_committed_results_are_small_and_give_the_tables_of_the_readme():
     assert {path.name for path in files} == {"cells.jsonl", "protocol.yaml"}
     assert sum(path.stat().st_size for path in files) < 3e6
     for folder in RESULTS.iterdir():
-        name = "ablation_ct.yaml" if folder.name == "ablation-ct" else "ablation.yaml"
-        protocol = ablation.read_protocol(str(CONFIGS / name), [])
+        protocol = ablation.read_protocol(str(folder / "protocol.yaml"), [])
         records = Cells(folder).read()
         assert {"machine", "precision"} <= set(records[0]["linear"])
         text = findings.tables(records, protocol)
