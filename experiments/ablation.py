@@ -15,7 +15,6 @@ import base64
 import json
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -264,8 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--only {unknown[0]}: not one of {', '.join(names)}")
     if not args.table and not args.figures:
         check_same_protocol(ablation.out / "protocol.yaml", protocol)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, ablation.stop)
+        ablation.stop_on_signals()
         try:
             ablation.run(args.only or names, args.seeds or protocol["seeds"])
         except Stopped:

@@ -20,7 +20,6 @@ import io
 import itertools
 import os
 import re
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,8 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     benchmark = Benchmark(protocol, Path(args.out), max(1, args.jobs))
     if not args.table:
         check_same_protocol(benchmark.out, protocol)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, benchmark.stop)
+        benchmark.stop_on_signals()
         try:  # seed by seed, so that what is there can be compared at any time
             benchmark.run(sorted(cells, key=lambda cell: seeds.index(cell.seed)))
         except Stopped:

@@ -13,7 +13,6 @@ import argparse
 import io
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -233,8 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     claim(out, DEMO)
     demo = Demo(steps_of(settings, out, args.seed), jobs=min(2, os.cpu_count() or 1))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, demo.stop)
+    demo.stop_on_signals()
     try:
         demo.run()
     except Stopped:

@@ -3,6 +3,7 @@
 spectra       singular values of the features of each method, and of random weights
 training      effective ranks and DSE while the methods are trained
 dice          linear Dice of every seed
+benchmarks    every benchmark of the protocol: seeds of each method, and random weights
 labels        Dice after fine-tuning, over the share of labelled cases
 measures      label-free measures against Dice, a point for each encoder
 segmentations what each method's linear decoder says of some slices
@@ -10,6 +11,7 @@ segmentations what each method's linear decoder says of some slices
 
 import base64
 import io
+from colorsys import hsv_to_rgb
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -27,7 +29,7 @@ from engine.files import written_whole
 from engine.ownership import refuse_foreign
 from evaluation.report import TILE, painted
 from experiments.cells import chosen
-from experiments.findings import MEASURES, checkpoints, tau_of, tuned_dice
+from experiments.findings import MEASURES, benchmark_values, checkpoints, tau_of, tuned_dice
 
 FIGURES = "experiments.ablation --figures"  # by which they are known, see engine/ownership.py
 SHOWN_CASES = 3  # in the figure of segmentations
@@ -41,7 +43,10 @@ def draw(records: list[dict], protocol: dict, root: Path, out: Path) -> None:
         ConfigError: no matplotlib, or no pretraining is finished.
     """
     methods = {name: own for name in protocol["methods"] if (own := chosen(records, name))}
-    colors = {name: f"C{i}" for i, name in enumerate(methods)}
+    many = len(methods) > 10  # than matplotlib's usual colors
+    colors = {
+        name: hsv_to_rgb(i / len(methods), 0.9, 0.8) if many else f"C{i}" for i, name in enumerate(methods)
+    }
     runs = {
         name: [record["pretraining"] for record in own]
         for name, own in methods.items()
@@ -53,6 +58,7 @@ def draw(records: list[dict], protocol: dict, root: Path, out: Path) -> None:
         "spectra": spectra(runs, colors),
         "training": training(runs, colors),
         "dice": linear_dice(methods, colors),
+        "benchmarks": benchmarks(benchmark_values(records, protocol), colors),
         "labels": labels(methods, colors, protocol["fractions"]),
         "measures": measures(records, methods, colors),
     }
@@ -132,6 +138,27 @@ def linear_dice(methods: dict[str, list[dict]], colors: dict[str, str]):
     axis.set(xlabel=title, yticks=range(len(methods)), yticklabels=methods)
     axis.invert_yaxis()
     axis.grid(alpha=0.3)
+    return figure
+
+
+def benchmarks(values: dict[str, dict[str, list[float]]], colors: dict[str, str]):
+    """Panels of one list of methods, by the first benchmark; None without benchmarks."""
+    if not values:
+        return None
+    first = next(iter(values.values()))
+    order = sorted(first, key=lambda method: -mean(first[method]))
+    figure, axes = page(len(values), size=(1.6 + 1.7 * len(values), 0.9 + 0.27 * len(order)))
+    for axis, (name, own) in zip(axes, values.items()):
+        for method, dots in own.items():
+            y, color = order.index(method), colors[method]
+            axis.plot(dots, [y] * len(dots), "o", color=color, markersize=3.5)
+            axis.plot([mean(dots)] * 2, [y - 0.35, y + 0.35], color=color, linewidth=2)
+        if "random" in own:
+            axis.axvline(mean(own["random"]), color="grey", linewidth=1, linestyle=":")
+        axis.set(title=name, yticks=range(len(order)), ylim=(len(order) - 0.4, -0.6))
+        axis.set_yticklabels(order if axis is axes[0] else [])
+        axis.grid(alpha=0.3)
+    figure.supxlabel("%: seeds, their mean, and that of random weights (dotted)", fontsize="small")
     return figure
 
 

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from evaluation.metrics import mean_or_none
 from evaluation.results import percent, table
 from experiments.cells import Cell, cell_of, chosen, evaluation_name, tuning
-from experiments.side_by_side import correlations, kendall_tau
+from experiments.side_by_side import correlations, encoders_of, kendall_tau
 from experiments.side_by_side import table as table_of_seeds
 
 GROUPS = {  # of the organs of BTCV
@@ -29,6 +29,7 @@ MEASURES = {  # of collapse, in the results of an evaluation and what the monito
     "variance between images (negative)": lambda results: -results["structure"]["image_share"],
 }
 PICKING = {"score": "by label-free score", "grey_readout": "by grey readout", "dse": "by DSE"}  # columns
+CLEAR = 2.0  # points between two methods, see docs/RESULTS.md
 PAIRS = ("slices", "slices, reflected", "noise", "noise, reflected")  # see position.py
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -83,9 +84,41 @@ def main_table(records: list[dict], protocol: dict) -> str:
 
 
 def benchmark_tables(records: list[dict], protocol: dict) -> str:
-    """All benchmarks side by side, and whether they order methods alike."""
+    """All benchmarks side by side, what is better or worse than the methods that are not pretrained, and
+    whether benchmarks order the others alike."""
+    found = benchmark_values(records, protocol)
+    trained = {name for name, own in protocol["methods"].items() if own is not None}
+    ordered = {
+        column: {method: values for method, values in own.items() if method in trained}
+        for column, own in found.items()
+    }
+    parts = [table_of_seeds(found), *verdicts(found, trained), *correlations(ordered)]
+    return "\n\n".join(part for part in parts if part) if found else ""
+
+
+def verdicts(found: dict[str, dict[str, list[float]]], trained: set[str]) -> list[str]:
+    """A table for each encoder that is not pretrained: who is better (+) or worse (-) in which benchmark."""
+    methods, tables = encoders_of(found), []
+    for base in (method for method in methods if method not in trained):
+        rows = []
+        for method in (method for method in methods if method in trained):
+            cells = [(own.get(method, []), own.get(base, [])) for own in found.values()]
+            rows.append((method, *("+" if better(*c) else "-" if better(*c[::-1]) else "=" for c in cells)))
+        title = f"Better (+) or worse (-) than {base}: with every seed, and by {CLEAR:g} points in the mean"
+        tables.append(markdown(("encoder", *found), rows, title))
+    return tables
+
+
+def better(one: list[float], other: list[float]) -> bool:
+    """Of values in percent, of the same seeds."""
+    gains = [a - b for a, b in zip(one, other)]
+    return bool(gains) and min(gains) > 0 and mean(gains) >= CLEAR
+
+
+def benchmark_values(records: list[dict], protocol: dict) -> dict[str, dict[str, list[float]]]:
+    """{benchmark: {method: the value of each seed in percent}}; empty for a protocol without benchmarks."""
     if not protocol["benchmarks"]:
-        return ""
+        return {}
     columns = {"linear": lambda record: record["linear"]["mean_dice"]}
     for fraction in protocol["fractions"]:
         name = evaluation_name("finetune", fraction)
@@ -98,7 +131,7 @@ def benchmark_tables(records: list[dict], protocol: dict) -> str:
             values = [100 * one for one in map(value, chosen(records, method)) if one is not None]
             if values:
                 found.setdefault(column, {})[method] = values
-    return "\n\n".join([table_of_seeds(found), *correlations(found)]) if found else ""
+    return found
 
 
 def first_metric(record: dict, name: str) -> float | None:

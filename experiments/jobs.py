@@ -33,8 +33,9 @@ class Jobs:
         """function of each item. The first failure stops the rest and is raised."""
         with ThreadPoolExecutor(self.count) as pool:
             tasks = [pool.submit(self.unless_stopped, function, item) for item in items]
-            for task in tasks:
-                task.result()
+            errors = [error for task in tasks if (error := task.exception())]
+        if errors:
+            raise min(errors, key=lambda error: isinstance(error, Stopped))  # what was stopped tells nothing
 
     def unless_stopped(self, function, item) -> None:
         if self.stopping.is_set():
@@ -84,6 +85,10 @@ class Jobs:
             except BlockingIOError:
                 time.sleep(1)
         raise Stopped
+
+    def stop_on_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
 
     def stop(self, *_) -> None:
         """Signal handler: the scripts finish their step and save."""

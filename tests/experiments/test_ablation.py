@@ -202,7 +202,8 @@ def test_a_comparison_goes_method_by_method_through_its_benchmarks(run, tmp_path
     text = re.sub(" +", " ", capsys.readouterr().out)
     assert "| encoder | linear | finetune-50 | finetune-100 | knn |" in text
     assert "| full | **50.0 ± 0.0** | **50.0 ± 0.0** | **50.0 ± 0.0** | 25.0 ± 0.0 |" in text
-    assert "| knn |" in text.split("Kendall's tau")[1]
+    assert "| full | + | + | + | - |" in text.split("than random")[1]
+    assert "need three encoders" in text  # to order those that are pretrained
     assert [script for script, _ in run()[1] if script != "data.py"] == []
     protocol.write_text(protocol.read_text().replace("mode: knn", "mode: svm"))
     with pytest.raises(ConfigError, match=r"benchmarks\.knn: not that of"):
@@ -375,6 +376,24 @@ def test_another_protocol_needs_another_folder(run, tmp_path):
     text = PROTOCOL.replace("random: null", "random: null\n  more: {local.grid: 2}")
     (tmp_path / "protocol.yaml").write_text(text)
     assert run("--only", "random")[0] == 0  # a new method may join
+
+
+def test_better_is_with_every_seed_and_by_two_points():
+    assert findings.better([42.0, 44.0], [40.0, 42.0])
+    assert not findings.better([42.0, 43.9], [40.0, 42.0])  # by 1.95 points
+    assert not findings.better([50.0, 41.9], [40.0, 42.0])  # not with the second seed
+    assert not findings.better([], [40.0])
+
+
+def test_benchmarks_are_drawn_and_ordered_by_the_first():
+    pytest.importorskip("matplotlib")
+    values = {"linear": {"random": [30.0], "full": [40.0, 42.0]}, "knn": {"full": [80.0]}}
+    figure = figures.benchmarks(values, {"random": "C0", "full": "C1"})
+    first, second = figure.axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["full", "random"]
+    assert (first.get_title(), second.get_title()) == ("linear", "knn")
+    dots = [line.get_xdata().tolist() for line in first.lines if line.get_marker() == "o"]
+    assert sorted(dots) == [[30.0], [40.0, 42.0]]
 
 
 def test_figures_of_what_is_there(run, tmp_path):
