@@ -9,7 +9,7 @@ A cell is one pretraining and all that is measured of its encoder. Its record ha
     linear, linear-STEP, finetune-PERCENT    an evaluation of the last encoder, or of that after STEP steps:
                           Dice of validation and test cases (0 to 1), of each organ and each test case
                           (cases: a list in the order of dice), HD95 in mm, measures of collapse
-    benchmarks            {name: the metrics of its results.json}
+    benchmarks            {name: the metrics of its results.json, without single classes}
     position              see position.py
     masks                 {slice: PNG in base64}: predictions for the figure
 
@@ -118,8 +118,11 @@ def evaluation_record(results: dict) -> dict:
 
 
 def benchmark_record(results: dict) -> dict:
-    """Of results.json, whatever was measured: the encoder, and its metrics of five digits."""
-    kept = {name: results[name] for name in ("encoder_sha256", "metrics")}
+    """Of results.json, whatever was measured: the encoder, and its metrics without those of single classes, of
+    five digits."""
+    kept = {"encoder_sha256": results["encoder_sha256"], "metrics": {}}
+    for name, metric in results["metrics"].items():
+        kept["metrics"][name] = {key: value for key, value in metric.items() if key != "classes"}
     return json.loads(json.dumps(kept), parse_float=lambda text: round(float(text), 5))
 
 
