@@ -118,8 +118,8 @@ def evaluation_record(results: dict) -> dict:
 
 
 def benchmark_record(results: dict) -> dict:
-    """Of results.json, whatever was measured: the encoder, and its metrics without those of single classes, of
-    five digits."""
+    """Of results.json, whatever was measured: the encoder, and its metrics, of five digits, without those of
+    single classes."""
     kept = {"encoder_sha256": results["encoder_sha256"], "metrics": {}}
     for name, metric in results["metrics"].items():
         kept["metrics"][name] = {key: value for key, value in metric.items() if key != "classes"}

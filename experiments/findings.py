@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from evaluation.metrics import mean_or_none
 from evaluation.results import percent, table
-from experiments.cells import Cell, cell_of, chosen, evaluation_name, tuning
+from experiments.cells import Cell, cell_of, chosen, evaluated, evaluation_name, tuning
 from experiments.side_by_side import correlations, encoders_of, kendall_tau
 from experiments.side_by_side import table as table_of_seeds
 
@@ -42,6 +42,7 @@ def tables(records: list[dict], protocol: dict) -> str:
     parts += [variant_table(records, protocol), position_table(records)]
     found = checkpoints(records)
     parts += [measure_table(found), picked_table(found)]
+    parts += [picked_methods(records, protocol)] if protocol["benchmarks"] else []
     return "\n\n".join(part for part in parts if part)
 
 
@@ -298,6 +299,51 @@ def picked_table(found: list) -> str:
     heading = ("cell", *PICKING.values(), "last", "best")
     title = "Linear Dice in % of the checkpoint picked without labels (step; difference from the best one)"
     return markdown(heading, rows, title)
+
+
+def picked_methods(records: list[dict], protocol: dict) -> str:
+    """What a measure picks among methods, by its mean over seeds, and among the rates of each of them."""
+    trained = [name for name, own in protocol["methods"].items() if own is not None]
+    seeds = {name: own for name in trained if (own := chosen(records, name))}
+    rates = {name: own for name in seeds if len(own := tuned_records(records, name)) > 1}
+    if len(seeds) < 2:
+        return ""
+    best = max(seeds, key=lambda name: mean_dice(seeds[name]))
+    rows = []
+    for column, title in PICKING.items():
+        known = [name for name in seeds if None not in last_measured(seeds[name], column)]
+        if len(known) < len(seeds):
+            rows.append((title, "-", "-", "-"))
+            continue
+        picked = max(known, key=lambda name: mean(last_measured(seeds[name], column)))
+        lost = [
+            max(map(linear_dice, own)) - linear_dice(max(own, key=lambda r: last_measured([r], column)))
+            for own in rates.values()
+        ]
+        lost = f"{100 * mean(lost):.1f} ({100 * max(lost):.1f})" if lost else "-"
+        rows.append((title, picked, percent(mean_dice(seeds[picked])), lost))
+    heading = ("picked", "method", "its linear Dice", "lost among rates: mean (most)")
+    title = f"Picked without labels; best of {len(seeds)} methods: {best}, {percent(mean_dice(seeds[best]))}"
+    return markdown(heading, rows, title)
+
+
+def tuned_records(records: list[dict], method: str) -> list[dict]:
+    """Those that the learning rate is chosen from."""
+    own = evaluated(records, method)
+    return [record for record in own if record["seed"] == own[0]["seed"]]
+
+
+def linear_dice(record: dict) -> float:
+    return record["linear"]["mean_dice"]
+
+
+def mean_dice(records: list[dict]) -> float:
+    return mean(map(linear_dice, records))
+
+
+def last_measured(records: list[dict], name: str) -> list[float | None]:
+    """What the monitor said of the last encoders."""
+    return [record["pretraining"]["monitor"][-1].get(name) for record in records]
 
 
 def of_step(dice: dict[int, float], step: int, best: int) -> str:

@@ -42,7 +42,8 @@ def model_card(name: str, card: dict) -> str:
     return f"""\
 # {name}: a {arch} for CT slices
 
-`{name}.pth` holds the weights of a {arch} under torchvision's names, without `fc`, pretrained without labels with med-moco.
+`{name}.pth` holds the weights of a {arch} under torchvision's names, without `fc`. They were pretrained
+without labels, with med-moco.
 `{name}.json` has every setting. SHA-256: {card["sha256"]}
 
 - Input, in {card["in_channels"]} channel(s): {network_input(card["normalisation"])}

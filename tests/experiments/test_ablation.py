@@ -385,6 +385,23 @@ def test_better_is_with_every_seed_and_by_two_points():
     assert not findings.better([], [40.0])
 
 
+def test_what_a_measure_picks_among_methods_and_rates():
+    def record(method, rate, seed, dice, score):
+        monitor = [{"step": 6, "score": score, "grey_readout": 1 - score, "dse": None}]
+        linear = {"mean_dice": dice, "val_dice": dice}
+        return vars(Cell(method, rate, seed)) | {"linear": linear, "pretraining": {"monitor": monitor}}
+
+    records = [record("moco", 0.1, 0, 0.20, 0.5), record("moco", 0.2, 0, 0.30, 0.4)]
+    records += [record("moco", 0.2, 1, 0.32, 0.4), record("full", 0.1, 0, 0.40, 0.6)]
+    records += [record("full", 0.2, 0, 0.39, 0.5), record("full", 0.1, 1, 0.42, 0.6)]
+    text = re.sub(" +", " ", findings.picked_methods(records, {"methods": {"moco": {}, "full": {}}}))
+    assert "best of 2 methods: full, 41.0" in text
+    assert "| by label-free score | full | 41.0 | 5.0 (10.0) |" in text  # of moco's rates 20 instead of 30
+    assert "| by grey readout | moco | 31.0 | 0.5 (1.0) |" in text
+    assert "| by DSE | - | - | - |" in text  # not known of all
+    assert findings.picked_methods(records, {"methods": {"moco": {}, "random": None}}) == ""
+
+
 def test_benchmarks_are_drawn_and_ordered_by_the_first():
     pytest.importorskip("matplotlib")
     values = {"linear": {"random": [30.0], "full": [40.0, 42.0]}, "knn": {"full": [80.0]}}
