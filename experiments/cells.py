@@ -176,10 +176,15 @@ def evaluated(records: Iterable[dict], method: str) -> list[dict]:
     return sorted(own, key=lambda record: record["seed"])
 
 
+def tuned_records(records: list[dict], method: str) -> list[dict]:
+    """Those that the learning rate is chosen from: of the lowest seed."""
+    own = [record for record in evaluated(records, method) if record["rate"] is not None]
+    return [record for record in own if record["seed"] == own[0]["seed"]]
+
+
 def tuning(records: list[dict], method: str) -> dict[float, float]:
     """{learning rate: validation Dice} of the cells with the lowest seed."""
-    own = [record for record in evaluated(records, method) if record["rate"] is not None]
-    return {r["rate"]: r["linear"]["val_dice"] for r in own if r["seed"] == own[0]["seed"]}
+    return {r["rate"]: r["linear"]["val_dice"] for r in tuned_records(records, method)}
 
 
 def best_rate(records: list[dict], method: str) -> float:

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from evaluation.metrics import mean_or_none
 from evaluation.results import percent, table
-from experiments.cells import Cell, cell_of, chosen, evaluated, evaluation_name, tuning
+from experiments.cells import Cell, cell_of, chosen, evaluation_name, tuned_records, tuning
 from experiments.side_by_side import correlations, encoders_of, kendall_tau
 from experiments.side_by_side import table as table_of_seeds
 
@@ -88,7 +88,7 @@ def benchmark_tables(records: list[dict], protocol: dict) -> str:
     """All benchmarks side by side, what is better or worse than the methods that are not pretrained, and
     whether benchmarks order the others alike."""
     found = benchmark_values(records, protocol)
-    trained = {name for name, own in protocol["methods"].items() if own is not None}
+    trained = trained_methods(protocol)
     ordered = {
         column: {method: values for method, values in own.items() if method in trained}
         for column, own in found.items()
@@ -97,7 +97,12 @@ def benchmark_tables(records: list[dict], protocol: dict) -> str:
     return "\n\n".join(part for part in parts if part) if found else ""
 
 
-def verdicts(found: dict[str, dict[str, list[float]]], trained: set[str]) -> list[str]:
+def trained_methods(protocol: dict) -> list[str]:
+    """Without those that are evaluated with random weights."""
+    return [name for name, own in protocol["methods"].items() if own is not None]
+
+
+def verdicts(found: dict[str, dict[str, list[float]]], trained: list[str]) -> list[str]:
     """A table for each encoder that is not pretrained: who is better (+) or worse (-) in which benchmark."""
     methods, tables = encoders_of(found), []
     for base in (method for method in methods if method not in trained):
@@ -303,7 +308,7 @@ def picked_table(found: list) -> str:
 
 def picked_methods(records: list[dict], protocol: dict) -> str:
     """What a measure picks among methods, by its mean over seeds, and among the rates of each of them."""
-    trained = [name for name, own in protocol["methods"].items() if own is not None]
+    trained = trained_methods(protocol)
     seeds = {name: own for name in trained if (own := chosen(records, name))}
     rates = {name: own for name in seeds if len(own := tuned_records(records, name)) > 1}
     if len(seeds) < 2:
@@ -325,12 +330,6 @@ def picked_methods(records: list[dict], protocol: dict) -> str:
     heading = ("picked", "method", "its linear Dice", "lost among rates: mean (most)")
     title = f"Picked without labels; best of {len(seeds)} methods: {best}, {percent(mean_dice(seeds[best]))}"
     return markdown(heading, rows, title)
-
-
-def tuned_records(records: list[dict], method: str) -> list[dict]:
-    """Those that the learning rate is chosen from."""
-    own = evaluated(records, method)
-    return [record for record in own if record["seed"] == own[0]["seed"]]
 
 
 def linear_dice(record: dict) -> float:

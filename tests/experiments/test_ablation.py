@@ -204,6 +204,9 @@ def test_a_comparison_goes_method_by_method_through_its_benchmarks(run, tmp_path
     assert "| full | **50.0 ± 0.0** | **50.0 ± 0.0** | **50.0 ± 0.0** | 25.0 ± 0.0 |" in text
     assert "| full | + | + | + | - |" in text.split("than random")[1]
     assert "need three encoders" in text  # to order those that are pretrained
+    protocol.write_text(protocol.read_text().replace("  full: {}", "  full: {}\n  more: {local.grid: 2}"))
+    run()
+    assert "| knn |" in re.sub(" +", " ", capsys.readouterr().out).split("Kendall's tau")[1]
     assert [script for script, _ in run()[1] if script != "data.py"] == []
     protocol.write_text(protocol.read_text().replace("mode: knn", "mode: svm"))
     with pytest.raises(ConfigError, match=r"benchmarks\.knn: not that of"):

@@ -30,7 +30,7 @@ finetune:
   model: {output_stride: 16}
   optim: {steps: 2, batch_size: 4}
   eval: {every: 1}
-encoders: {random: null, full: {}}
+encoders: {random: null, moco: {local.weight: 0, decorrelation.method: none}, full: {}}
 """
 
 
@@ -69,8 +69,9 @@ def test_stopped_in_the_middle_it_goes_on_and_a_second_call_does_nothing(run, tm
     assert code == 0 and "a phantom" not in said, said
     assert "full method, fine-tuned: test Dice" in said and " % (00:" in said
     table = said[said.index("| test Dice in %") :]
-    names = [line.split("|")[1].strip() for line in table.splitlines()[2:4]]
-    assert names == ["random weights", "full method"] and "all of it took" in table
+    names = [line.split("|")[1].strip() for line in table.splitlines()[2:5]]
+    assert names == ["random weights", "MoCo v2", "full method"]
+    assert "full method over MoCo v2: linear" in table and "all of it took" in table
     assert "train_moco.py data.root=data/mine" in said.splitlines()[-2]
     picture = tmp_path / "out/summary.png"
     with Image.open(picture) as image:
