@@ -54,9 +54,9 @@ class Jobs:
         """Run a script, or with -m a module, of the project in the user's folder; raises ConfigError with its
         last line if it fails, Stopped if it was stopped."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        threads = max(1, (os.cpu_count() or 1) // self.count)
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // self.count))
         search = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": search}
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": search}
         start = [sys.executable, "-P"]  # -P: nothing of the user's folder is taken for a module of ours
         start += command if command[0] == "-m" else [str(PROJECT / command[0]), *command[1:]]
         with open(log, "a") as file:
