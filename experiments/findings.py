@@ -85,15 +85,15 @@ def main_table(records: list[dict], protocol: dict) -> str:
 
 
 def benchmark_tables(records: list[dict], protocol: dict) -> str:
-    """All benchmarks side by side, what is better or worse than the methods that are not pretrained, and
-    whether benchmarks order the others alike."""
+    """All benchmarks side by side, what is better or worse than random weights and than what it varies, and
+    whether benchmarks order the pretrained methods alike."""
     found = benchmark_values(records, protocol)
     trained = trained_methods(protocol)
     ordered = {
         column: {method: values for method, values in own.items() if method in trained}
         for column, own in found.items()
     }
-    parts = [table_of_seeds(found), *verdicts(found, trained), *correlations(ordered)]
+    parts = [table_of_seeds(found), *verdicts(found, protocol), *correlations(ordered)]
     return "\n\n".join(part for part in parts if part) if found else ""
 
 
@@ -102,17 +102,30 @@ def trained_methods(protocol: dict) -> list[str]:
     return [name for name, own in protocol["methods"].items() if own is not None]
 
 
-def verdicts(found: dict[str, dict[str, list[float]]], trained: list[str]) -> list[str]:
-    """A table for each encoder that is not pretrained: who is better (+) or worse (-) in which benchmark."""
-    methods, tables = encoders_of(found), []
-    for base in (method for method in methods if method not in trained):
+def verdicts(found: dict[str, dict[str, list[float]]], protocol: dict) -> list[str]:
+    """Tables of who is better or worse in which benchmark: all that are pretrained against each that is not, and
+    a method against the one it is `like`."""
+    trained, methods = trained_methods(protocol), encoders_of(found)
+    bases = {name: trained for name in protocol["methods"] if name not in trained}
+    for name in trained:
+        if like := protocol["methods"][name].get("like"):
+            bases[like] = [*bases.get(like, []), name]
+    tables = []
+    for base, others in bases.items():
         rows = []
-        for method in (method for method in methods if method in trained):
-            cells = [(own.get(method, []), own.get(base, [])) for own in found.values()]
-            rows.append((method, *("+" if better(*c) else "-" if better(*c[::-1]) else "=" for c in cells)))
+        for method in (method for method in methods if method in others):
+            signs = (verdict(own.get(method, []), own.get(base, [])) for own in found.values())
+            rows.append((method, *signs))
         title = f"Better (+) or worse (-) than {base}: with every seed, and by {CLEAR:g} points in the mean"
         tables.append(markdown(("encoder", *found), rows, title))
     return tables
+
+
+def verdict(one: list[float], other: list[float]) -> str:
+    """Empty as long as not all seeds of both are measured."""
+    if not one or len(one) != len(other):
+        return ""
+    return "+" if better(one, other) else "-" if better(other, one) else "="
 
 
 def better(one: list[float], other: list[float]) -> bool:

@@ -386,6 +386,13 @@ def test_better_is_with_every_seed_and_by_two_points():
     assert not findings.better([42.0, 43.9], [40.0, 42.0])  # by 1.95 points
     assert not findings.better([50.0, 41.9], [40.0, 42.0])  # not with the second seed
     assert not findings.better([], [40.0])
+    protocol = {"methods": {"random": None, "moco": {}, "short": {"like": "moco"}}}
+    linear = {"random": [30.0, 30.0], "moco": [20.0, 20.0], "short": [40.0, 40.0]}
+    knn = {"random": [80.0, 80.0], "moco": [81.0, 81.0], "short": [90.0]}  # one seed is missing
+    first, second = findings.verdicts({"linear": linear, "knn": knn}, protocol)
+    assert "than random" in first and "| moco    |      - |   = |" in first
+    assert "| short   |      + |     |" in first
+    assert "than moco" in second and "| short   |      + |     |" in second
 
 
 def test_what_a_measure_picks_among_methods_and_rates():
