@@ -103,8 +103,8 @@ def trained_methods(protocol: dict) -> list[str]:
 
 
 def verdicts(found: dict[str, dict[str, list[float]]], protocol: dict) -> list[str]:
-    """Tables of who is better or worse in which benchmark: all that are pretrained against each that is not, and
-    a method against the one it is `like`."""
+    """Tables of who is better or worse in which benchmark: the pretrained methods against those that are not,
+    and a method against the one it is `like`."""
     trained, methods = trained_methods(protocol), encoders_of(found)
     bases = {name: trained for name in protocol["methods"] if name not in trained}
     for name in trained:
