@@ -130,7 +130,8 @@ class Ablation(Jobs):
         if self.cells.record(cell).get("pretraining", {}).get("encoder_sha256") != encoder:
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             made = {"encoder_sha256": encoder} | processor(self.protocol["pretrain"])
-            self.cells.keep(cell, pretraining=made | pretraining_record(rows))
+            kept = pretraining_record(rows, self.protocol["in_depth"])
+            self.cells.keep(cell, pretraining=made | kept)
         return str(folder / "encoder.pth")
 
     def check_same_encoder(self, cell: Cell, folder: Path, encoder: str) -> None:

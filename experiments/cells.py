@@ -4,7 +4,7 @@ A cell is one pretraining and all that is measured of its encoder. Its record ha
 
     method, rate, seed    rate is null for an encoder that is not pretrained
     pretraining           monitor: what the collapse monitor measured, with the cosine of keys and the
-                          label-free score of that time; spectra: the first and the last, at some indices;
+                          label-free score of that time; spectra, in depth only: the first and the last;
                           curves: the losses of metrics.jsonl and what is logged with them
     linear, linear-STEP, finetune-PERCENT    an evaluation of the last encoder, or of that after STEP steps:
                           Dice of validation and test cases (0 to 1), of each organ and each test case
@@ -126,9 +126,9 @@ def benchmark_record(results: dict) -> dict:
     return json.loads(json.dumps(kept), parse_float=lambda text: round(float(text), 5))
 
 
-def pretraining_record(rows: list[dict]) -> dict:
-    """Of metrics.jsonl: what the monitor measured, as it was logged, thinned spectra, and curves of three
-    digits. What a label-free measure says of an encoder is not rounded: it may decide which one is better."""
+def pretraining_record(rows: list[dict], in_depth: bool = True) -> dict:
+    """Of metrics.jsonl: what the monitor measured, as it was logged, curves of three digits, and in depth
+    thinned spectra. What a label-free measure says of an encoder is not rounded: it may decide which one is better."""
     measured, logged = ([row for row in rows if name in row] for name in ("dse", "loss"))
     monitor = []
     for row in measured:
@@ -142,11 +142,14 @@ def pretraining_record(rows: list[dict]) -> dict:
     columns = dict.fromkeys(name for row in logged for name in row if name not in NO_CURVES)
     curves = {"step": [row["step"] for row in logged]}
     curves |= {name: [digits(row.get(name)) for row in logged] for name in columns}
+    kept = {"monitor": monitor, "curves": curves}
+    if not in_depth:
+        return kept
     spectra = {
         kind: {"first": thinned(measured[0][column]), "last": thinned(measured[-1][column])}
         for kind, column in (("pooled", "spectrum"), ("dense", "spectrum_dense"))
     }
-    return {"monitor": monitor, "spectra": spectra, "curves": curves}
+    return kept | {"spectra": spectra}
 
 
 def thinned(spectrum: list[float]) -> dict[str, list]:

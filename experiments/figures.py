@@ -36,8 +36,8 @@ SHOWN_CASES = 3  # in the figure of segmentations
 
 
 def draw(records: list[dict], protocol: dict, root: Path, out: Path) -> None:
-    """dice.png, spectra.png, training.png and measures.png; labels.png and segmentations.png if there is what
-    they show. `root`: the data set, for segmentations.
+    """dice.png, training.png and measures.png; benchmarks.png, labels.png, spectra.png and segmentations.png if
+    there is what they show. `root`: the data set, for segmentations.
 
     Raises:
         ConfigError: no matplotlib, or no pretraining is finished.
@@ -92,6 +92,10 @@ def legend(figure, axes, columns: int = 5) -> None:
 
 
 def spectra(runs: dict[str, list[dict]], colors: dict[str, str]):
+    """None if none was kept."""
+    runs = {name: own for name, own in runs.items() if "spectra" in own[0]}
+    if not runs:
+        return None
     figure, axes = page(2)
     for axis, kind in zip(axes, ("pooled", "dense")):
         shown = {name: own[0]["spectra"][kind] for name, own in runs.items()}

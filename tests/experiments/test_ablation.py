@@ -312,6 +312,7 @@ def test_label_free_measures_are_not_rounded():
     }
     rows[-1]["score"] = 0.5  # of the run itself
     assert pretraining_record(rows)["monitor"][-1]["score"] == 0.5
+    assert set(kept) - set(pretraining_record(rows, in_depth=False)) == {"spectra"}
 
 
 def test_evaluations_keep_their_cases():
@@ -355,7 +356,7 @@ def test_committed_results_are_small_and_give_the_tables_of_the_readme():
 
 def test_committed_figures_may_be_drawn_again():
     docs = RESULTS.parents[1] / "docs"
-    drawn = ("spectra", "training", "dice", "labels", "measures", "segmentations")
+    drawn = ("spectra", "training", "dice", "labels", "measures", "segmentations", "benchmarks")
     assert foreign_files([docs / f"{name}.png" for name in drawn], figures.FIGURES) == []
 
 
@@ -421,6 +422,7 @@ def test_benchmarks_are_drawn_and_ordered_by_the_first():
     assert (first.get_title(), second.get_title()) == ("linear", "knn")
     dots = [line.get_xdata().tolist() for line in first.lines if line.get_marker() == "o"]
     assert sorted(dots) == [[30.0], [40.0, 42.0]]
+    assert figures.spectra({"full": [{"monitor": []}]}, {}) is None  # of a comparison, which keeps none
 
 
 def test_figures_of_what_is_there(run, tmp_path):
