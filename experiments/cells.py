@@ -128,7 +128,8 @@ def benchmark_record(results: dict) -> dict:
 
 def pretraining_record(rows: list[dict], in_depth: bool = True) -> dict:
     """Of metrics.jsonl: what the monitor measured, as it was logged, curves of three digits, and in depth
-    thinned spectra. What a label-free measure says of an encoder is not rounded: it may decide which one is better."""
+    thinned spectra. What a label-free measure says of an encoder is not rounded: it may decide which one is
+    better."""
     measured, logged = ([row for row in rows if name in row] for name in ("dse", "loss"))
     monitor = []
     for row in measured:

@@ -36,8 +36,8 @@ SHOWN_CASES = 3  # in the figure of segmentations
 
 
 def draw(records: list[dict], protocol: dict, root: Path, out: Path) -> None:
-    """dice.png, training.png and measures.png; benchmarks.png, labels.png, spectra.png and segmentations.png if
-    there is what they show. `root`: the data set, for segmentations.
+    """dice.png, training.png and measures.png; spectra.png, benchmarks.png, labels.png and segmentations.png
+    if there is what they show. `root`: the data set, for segmentations.
 
     Raises:
         ConfigError: no matplotlib, or no pretraining is finished.
