@@ -154,7 +154,7 @@ class Demo(Jobs):
         """Where it is: the bar, or a line for each tenth where there is no terminal."""
         before, bar.n, now = bar.n, self.done(), "; ".join(self.current)
         bar.set_postfix_str(now)
-        if bar.disable and 10 * bar.n // bar.total > 10 * before // bar.total:
+        if bar.disable and bar.n > self.before and 10 * bar.n // bar.total > 10 * before // bar.total:
             gone = time.monotonic() - self.began
             left = gone * (bar.total - bar.n) / (bar.n - self.before)
             gone, left = map(tqdm.format_interval, (gone, left))
