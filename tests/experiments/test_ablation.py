@@ -413,6 +413,12 @@ def test_what_a_measure_picks_among_methods_and_rates():
     assert findings.picked_methods(records, {"methods": {"moco": {}, "random": None}}) == ""
 
 
+def test_scores_of_other_slices_do_not_count():
+    methods = {"full": {}, "thinned": {"like": "full", "data.list": "thinned.txt"}, "random": None}
+    protocol = {"methods": methods, "variants": {}}
+    assert [name for name in methods if findings.own_slices(protocol, name)] == ["thinned"]
+
+
 def test_benchmarks_are_drawn_and_ordered_by_the_first():
     pytest.importorskip("matplotlib")
     values = {"linear": {"random": [30.0], "full": [40.0, 42.0]}, "knn": {"full": [80.0]}}
