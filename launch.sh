@@ -252,8 +252,7 @@ leave() { # CODE [FOLDER]: exit as the run has ended; one that has stopped and s
 case "${1:-}" in
 demo)
     cd "$HERE"
-    set_up
-    share_cores 1
+    set_up # it shares the cores out itself, like ablation
     PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} exec "$PY" -P -m experiments.demo "${@:2}"
     ;;
 test)
