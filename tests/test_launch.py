@@ -243,6 +243,16 @@ def test_processes_share_the_cores(project, cores, threads):
     assert run.end() == 0 and run.lines[-2].endswith(f"with {threads} threads")
 
 
+@pytest.mark.parametrize("command", ["demo", "ablation", "benchmark"])
+def test_what_runs_several_scripts_shares_the_cores_out_itself(project, command):
+    """With all of them for each, two scripts at a time stand in each other's way."""
+    (project / "experiments").mkdir()
+    text = "import os; print('threads:', repr(os.environ.get('OMP_NUM_THREADS')))"
+    (project / f"experiments/{command}.py").write_text(text)
+    run = Launched(project, command, OMP_NUM_THREADS="", SLURM_CPUS_ON_NODE="16")
+    assert run.end() == 0 and run.lines[-1] == "threads: ''"
+
+
 @pytest.mark.parametrize("gpus", ["1", "2"])
 @pytest.mark.parametrize("where", [{}, BATCH, ONE_NODE], ids=["here", "two nodes", "one node"])
 def test_paths_are_relative_to_where_the_user_stands(project, tmp_path, gpus, where):
