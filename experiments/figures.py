@@ -29,7 +29,7 @@ from engine.files import written_whole
 from engine.ownership import refuse_foreign
 from evaluation.report import TILE, painted
 from experiments.cells import chosen
-from experiments.findings import MEASURES, benchmark_values, checkpoints, own_slices, tau_of, tuned_dice
+from experiments.findings import MEASURES, benchmark_values, checkpoints, monitored_alike, tau_of, tuned_dice
 
 FIGURES = "experiments.ablation --figures"  # by which they are known, see engine/ownership.py
 SHOWN_CASES = 3  # in the figure of segmentations
@@ -54,14 +54,13 @@ def draw(records: list[dict], protocol: dict, root: Path, out: Path) -> None:
     }
     if not runs:
         raise ConfigError("no finished pretraining to draw")
-    same = [record for record in records if not own_slices(protocol, record["method"])]
     figures = {
         "spectra": spectra(runs, colors),
         "training": training(runs, colors),
         "dice": linear_dice(methods, colors),
         "benchmarks": benchmarks(benchmark_values(records, protocol), colors),
         "labels": labels(methods, colors, protocol["fractions"]),
-        "measures": measures(same, methods, colors),
+        "measures": measures(monitored_alike(records, protocol), methods, colors),
     }
     figures = {name: figure for name, figure in figures.items() if figure}
     masks = {name: own[0]["masks"] for name, own in methods.items() if own[0].get("masks")}

@@ -40,18 +40,19 @@ def tables(records: list[dict], protocol: dict) -> str:
     parts = [main_table(records, protocol), benchmark_tables(records, protocol)]
     parts += [organ_table(records, protocol), tuning_table(records, protocol)]
     parts += [variant_table(records, protocol), position_table(records)]
-    same = [record for record in records if not own_slices(protocol, record["method"])]
-    found = checkpoints(same)
+    alike = monitored_alike(records, protocol)
+    found = checkpoints(alike)
     parts += [measure_table(found), picked_table(found)]
-    parts += [picked_methods(same, protocol)] if protocol["benchmarks"] else []
+    parts += [picked_methods(alike, protocol)] if protocol["benchmarks"] else []
     return "\n\n".join(part for part in parts if part)
 
 
-def own_slices(protocol: dict, method: str) -> bool:
-    """Was it pretrained, and so monitored, on other slices or another input than the rest? What the monitor
-    says of it does not compare with what it says of them."""
-    own = (protocol["methods"] | protocol["variants"]).get(method) or {}
-    return any(name.startswith("data.") for name in own)
+def monitored_alike(records: list[dict], protocol: dict) -> list[dict]:
+    """Without the methods that were pretrained, and so monitored, on other slices or another input: what the
+    monitor says of them does not compare with what it says of the rest."""
+    settings = protocol["methods"] | protocol["variants"]
+    other = {name for name, own in settings.items() if any(key.startswith("data.") for key in own or {})}
+    return [record for record in records if record["method"] not in other]
 
 
 def describe(results: dict) -> str:

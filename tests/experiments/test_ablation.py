@@ -416,7 +416,8 @@ def test_what_a_measure_picks_among_methods_and_rates():
 def test_scores_of_other_slices_do_not_count():
     methods = {"full": {}, "thinned": {"like": "full", "data.list": "thinned.txt"}, "random": None}
     protocol = {"methods": methods, "variants": {}}
-    assert [name for name in methods if findings.own_slices(protocol, name)] == ["thinned"]
+    records = [{"method": name} for name in methods]
+    assert findings.monitored_alike(records, protocol) == [{"method": "full"}, {"method": "random"}]
 
 
 def test_benchmarks_are_drawn_and_ordered_by_the_first():
