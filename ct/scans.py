@@ -5,7 +5,8 @@ series_in                   the same as names of cases
 open_scan                   header and grid of a file or a series; voxels are read when they are asked for
 
 SimpleITK is needed here and nowhere else (pip install SimpleITK); it also reads compressed DICOM. Of a DICOM
-header only what says where pixels lie is looked at: names and dates of patients go nowhere.
+header only what says where pixels lie is looked at, and the patient's ID, of which a hash is kept: names and
+dates of patients go nowhere.
 """
 
 import glob
@@ -40,6 +41,7 @@ TAGS = {
     "series": "0020|000e",
     "modality": "0008|0060",
     "kind": "0008|0008",
+    "patient": "0010|0020",
     "acquisition": "0020|0012",
     "number": "0020|0013",
     "position": "0020|0032",
@@ -72,10 +74,12 @@ class Slice:
 
 @dataclass(frozen=True)
 class Series:
-    """Files of one volume in the order of their places. uid: of a series and its part, hashed."""
+    """Files of one volume in the order of their places. uid: of a series and its part, hashed; patient: their
+    ID, hashed, "" if the files name none."""
 
     folder: Path
     uid: str
+    patient: str
     slices: tuple
     doubts: tuple = ()
     failure: str | None = None  # why it cannot be taken
@@ -191,6 +195,7 @@ def header_as_of(path, size, mtime_ns):
         return {}
     size, spacing, grey = reader.GetSize(), reader.GetSpacing(), reader.GetNumberOfComponents() == 1
     header = dict.fromkeys(TAGS, "") | header | {"size": size[:2], "grey": grey}
+    header["patient"] = header["patient"] and hashed(header["patient"])
     header["frames"] = whole(header["frames"], 1)
     if header["frames"] > 1:
         header["frames apart"] = are_evenly_apart(
@@ -291,18 +296,19 @@ def ordered(part):
     path, header = part[0]
     content = [header[name] for name in ("series", "orientation", "acquisition", "size", "spacing")]
     if header["frames"] > 1:  # a volume of its own
-        return Series(path.parent, hashed(*content, path.name), (Slice(path, header["size"], (), (), (), 0),))
-    folder, uid = path.parent, hashed(*content)
+        alone = Slice(path, header["size"], (), (), (), 0)
+        return Series(path.parent, hashed(*content, path.name), header["patient"], (alone,))
+    folder, uid, patient = path.parent, hashed(*content), header["patient"]
     slices = sorted((slice_of(path, header) for path, header in part), key=Slice.order)
     kept = slices[:1] + [b for a, b in pairwise(slices) if b.along() - a.along() > SAME_PLACE]
     if len(kept) < FEWEST:
-        return Series(folder, uid, tuple(kept))
+        return Series(folder, uid, patient, tuple(kept))
     odd, failure = odd_places(kept)
     if repeated := len(slices) - len(kept):
         odd.insert(0, f"{repeated} files lie where others do: of each place the first is taken")
     which = f"{folder}: series {uid}"
     doubts = tuple(Doubt(f"{which}: {text}") for text in odd)
-    return Series(folder, uid, tuple(kept), doubts, failure and f"{which}: {failure}")
+    return Series(folder, uid, patient, tuple(kept), doubts, failure and f"{which}: {failure}")
 
 
 def hashed(*content):

@@ -235,6 +235,16 @@ def test_nobodys_name_goes_anywhere(tmp_path, capsys):
         assert word.encode() not in written and word not in said + checked + error
 
 
+def test_series_of_one_patient_are_known_by_a_hash_of_the_id(tmp_path):
+    identity = "MRN-4711"
+    for folder, given in (("a", identity), ("b", identity + " "), ("c", "MRN-4712"), ("d", None)):
+        write_series(tmp_path / folder, hu_volume(3), f"1.2.{folder}", **{"0010|0020": given})
+    found, _ = scans.find_series(scans.dicom_files(tmp_path))
+    first, again, other, unknown = (one.patient for one in found)
+    assert first == again != other and len(first) == len(other) == 8 and unknown == ""
+    assert identity not in repr(found) and identity not in repr(scans.read_header(found[0].path))
+
+
 def enhanced(path, hu, z, uid="1.2.3", implicit=False, intercepts=None):
     """A CT of many frames in one file, by pydicom: frames (S, H, W) at the heights z, in mm. intercepts: of
     each frame, in place of one for all."""
