@@ -5,13 +5,13 @@ Everything here is plain tensors in, tensors out, and needs only torch, so the f
     info_nce, local_info_nce        MoCo's loss and its version for the regions of an image, in plain form
     queue_nce, local_nce_per_image  the same as training uses them: of unit vectors, and for each image
     cosines, nt_xent, cosine_distance, sinkhorn, swapped_prediction, barlow_twins, vicreg, nearest_pairs,
-    pixel_agreement, patch_reconstruction    the losses of the other methods (methods.py)
+    propagate, pixel_agreement, patch_reconstruction    the losses of the other methods (methods.py)
     matched_points, sample_regions  where the regions of two crops lie, and their feature vectors
     ZCAWhitening, IterNorm          feature decorrelation (built on inverse_sqrt)
     singular_values, effective_rank how far features have collapsed
     segmentation_loss, dice_loss    cross entropy and soft Dice for the evaluation
 
-Losses and whitening compute in float32 (or float64, if given that) also under autocast.
+Losses, places and whitening are computed in float32 (or float64, if given that) also under autocast.
 """
 
 import functools
@@ -153,20 +153,21 @@ def at_least_float32(x: Tensor) -> Tensor:
 # ---- The losses of other methods: batches are global ones (gather), in rows ----------------------
 
 
-def full_precision(loss):
-    """Compute a loss in float32 (float64 stays) also under autocast, whatever type its tensors have."""
+def full_precision(function):
+    """Compute in float32 (float64 stays) also under autocast, whatever type the tensors have."""
 
-    @functools.wraps(loss)
-    def computed(first: Tensor, *more, **options):
-        with torch.autocast(first.device.type, enabled=False):
-            floats = [at_least_float32(x) if is_float(x) else x for x in (first, *more)]
-            return loss(*floats, **options)
+    @functools.wraps(function)
+    def computed(*values, **named):
+        (device, *_) = {x.device.type for x in (*values, *named.values()) if isinstance(x, Tensor)}
+        with torch.autocast(device, enabled=False):
+            return function(*map(raised, values), **{name: raised(x) for name, x in named.items()})
 
     return computed
 
 
-def is_float(x) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+def raised(x):
+    """A tensor of floats in float32 at least; anything else as it is."""
+    return at_least_float32(x) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 @full_precision
@@ -274,6 +275,18 @@ def positions_at(x: Tensor, indices: Tensor) -> Tensor:
 
 
 @full_precision
+def propagate(pixels: Tensor, transformed: Tensor, sharpness: float = 2.0) -> Tensor:
+    """PixPro's pixel propagation (arXiv 2011.10043, equations 2 and 3), of unit vectors as in its code: each
+    pixel becomes the sum of all transformed ones, weighted by their cosine with it to the power `sharpness`.
+
+    pixels, transformed: (N, P, D), any scale -> (N, P, D).
+    """
+    units = F.normalize(pixels, dim=2)
+    likeness = (units @ units.mT).clamp(min=0) ** sharpness  # (N, P, P)
+    return likeness @ F.normalize(transformed, dim=2)
+
+
+@full_precision
 def pixel_agreement(y: Tensor, x: Tensor, positive: Tensor) -> Tensor:
     """PixPro's loss (arXiv 2011.10043, equation 4) of one direction: the mean of 1 - cosine over an image's
     positive pairs, 0 without any; then over images.
@@ -308,6 +321,7 @@ def patch_reconstruction(prediction: Tensor, image: Tensor, masked: Tensor) -> T
 # ---- Matched regions: which points of two crops show the same anatomy ----------------------------
 
 
+@full_precision
 def matched_points(
     query_box: Tensor, key_box: Tensor, grid: int = 4, match: str = "overlap", min_overlap: float = 0.15
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -381,6 +395,7 @@ def to_slice(points: Tensor, box: Tensor) -> Tensor:
     return box[:, None, :2] + inside * box_side(box)[:, None]
 
 
+@full_precision
 def cell_centres(box: Tensor, grid: tuple[int, int]) -> Tensor:
     """Where the positions of a view's feature map lie in the source slice: crop boxes (N, 5 or 9) and the
     map's (h, w) -> (N, h w, 2), x and y in [0, 1], row by row of the view."""
@@ -404,6 +419,7 @@ def mirror(points: Tensor, flip: Tensor) -> Tensor:
     return torch.stack([torch.where(flip[:, None] > 0.5, 1 - x, x), y], dim=2)
 
 
+@full_precision  # in bfloat16 a point is up to 1/512 of the view away from its place
 def sample_regions(feature_map: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples of a feature map: (N, C, h, w) at points (N, R, 2) in [0, 1] -> (N, R, C)."""
     locations = (2 * points - 1).to(feature_map.dtype)[:, None]  # (N, 1, R, 2) in [-1, 1]

@@ -27,6 +27,7 @@ from losses import (
     own_rows,
     pixel_agreement,
     positions_at,
+    propagate,
     queue_nce,
     sinkhorn,
     swapped_prediction,
@@ -449,10 +450,8 @@ class PixPro(WithMomentumEncoder):
         return self.terms(own, local, keys1.mean(dim=1))
 
     def propagate(self, maps: Tensor) -> Tensor:
-        """Pixel propagation, of unit vectors as in the authors' code: (n, D, h, w) -> (n, P, D)."""
-        units = F.normalize(rows_of(maps), dim=2)
-        likeness = cosines(units, units).clamp(min=0) ** self.sharpness  # (n, P, P)
-        return likeness @ F.normalize(rows_of(self.transform(maps)), dim=2)
+        """Each pixel smoothed over the pixels like it: (n, D, h, w) -> (n, P, D)."""
+        return propagate(rows_of(maps), rows_of(self.transform(maps)), self.sharpness)
 
     def near(self, boxes: list[Tensor] | None, grid: tuple[int, int]) -> Tensor:
         """Which pixels of the two maps are positive pairs, (n, P, P)."""

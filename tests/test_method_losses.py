@@ -18,6 +18,7 @@ from losses import (
     patch_reconstruction,
     pixel_agreement,
     positions_at,
+    propagate,
     sinkhorn,
     swapped_prediction,
     vicreg,
@@ -287,6 +288,28 @@ def test_pixpro_propagates_over_similar_pixels():
                 max(cosine(pixels[i], x), 0) ** 2 * F.normalize(weight @ x + bias, dim=0) for x in pixels
             )
             torch.testing.assert_close(propagated[n, i], expected)
+
+
+def test_pixpro_propagates_in_float32_under_autocast():
+    """Sums over positions: of the same numbers as without it."""
+    pixels, transformed = (randn(2, 49, 8, seed=seed).bfloat16() for seed in (0, 1))
+    expected = propagate(pixels.double(), transformed.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = propagate(pixels, transformed)
+    torch.testing.assert_close(found, expected.float())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_distances_in_the_slice_are_float32_under_autocast(turned):
+    """Which pixels are near each other, and which positions are matched, does not depend on it."""
+    (_, _, *boxes) = next(training_batches(1, 12))
+    matrix = torch.tensor([[0.9, 0.3, -0.2, 1.1]]).expand(12, 4)
+    boxes = [torch.cat([box.float(), matrix], dim=1) if turned else box.float() for box in boxes]
+    model = small("pixpro")
+    expected = centre_distances(boxes, (7, 7)), model.near(boxes, (7, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = centre_distances(boxes, (7, 7)), model.near(boxes, (7, 7))
+    assert all(map(torch.equal, found, expected)) and found[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (3, 5)])
