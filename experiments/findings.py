@@ -102,7 +102,8 @@ def benchmark_tables(records: list[dict], protocol: dict) -> str:
         column: {method: values for method, values in own.items() if method in trained}
         for column, own in found.items()
     }
-    parts = [table_of_seeds(found), *verdicts(found, protocol), *correlations(ordered)]
+    parts = [table_of_seeds(found), other_machines(records, protocol), *verdicts(found, protocol)]
+    parts += correlations(ordered)
     return "\n\n".join(part for part in parts if part) if found else ""
 
 
@@ -166,6 +167,27 @@ def first_metric(record: dict, name: str) -> float | None:
     """The value of a benchmark's first metric, if that is finished."""
     metrics = record.get("benchmarks", {}).get(name, {}).get("metrics", {})
     return next((metric["value"] for metric in metrics.values()), None)
+
+
+def other_machines(records: list[dict], protocol: dict) -> str:
+    """Which rows were measured, wholly or in part, on another machine than most, as lines; "" if none was.
+    Its rounding differs, and a training of some hundred steps with it."""
+    seeds = {}  # {machine: {method: the seeds whose encoder was evaluated there}}
+    for method in protocol["methods"]:
+        for record in chosen(records, method):
+            seeds.setdefault(record["linear"].get("machine"), {}).setdefault(method, []).append(
+                record["seed"]
+            )
+    usual = max(seeds, key=lambda machine: len(seeds[machine]), default=None)
+    lines = []
+    for machine in seeds.keys() - {usual}:
+        partly = {method for method in seeds[machine] if method in seeds[usual]}
+        rows = (
+            f"{method} (seeds {', '.join(map(str, own))})" if method in partly else method
+            for method, own in seeds[machine].items()
+        )
+        lines.append(f"Measured on {machine}, the others on {usual}: {', '.join(rows)}")
+    return "\n".join(lines)
 
 
 def missing_organs(records: list[dict], protocol: dict) -> str:

@@ -396,6 +396,18 @@ def test_better_is_with_every_seed_and_by_two_points():
     assert "than moco" in second and "| short   |      + |     |" in second
 
 
+def test_rows_of_another_processor_are_named():
+    def record(method, seed, machine):
+        return vars(Cell(method, None, seed)) | {"linear": {"machine": machine, "val_dice": 0.3}}
+
+    records = [record(name, seed, "AVX512") for name in ("moco", "full", "byol") for seed in (0, 1)]
+    records += [record("spark", 0, "AVX512"), record("spark", 1, "AVX2"), record("swav", 0, "AVX2")]
+    protocol = {"methods": dict.fromkeys(("moco", "full", "byol", "spark", "swav"))}
+    text = "Measured on AVX2, the others on AVX512: spark (seeds 1), swav"
+    assert findings.other_machines(records, protocol) == text
+    assert findings.other_machines(records[:6], protocol) == ""
+
+
 def test_what_a_measure_picks_among_methods_and_rates():
     def record(method, rate, seed, dice, score):
         monitor = [{"step": 6, "score": score, "grey_readout": 1 - score, "dse": None}]
