@@ -22,6 +22,7 @@ from losses import effective_rank_of, singular_values
 SLICES = 2048  # measured at most; also the number of position vectors
 STRUCTURED = 128  # slices at most whose dense structure is estimated
 POSITIONS = 64  # per slice, for that
+STRUCTURE = ("dse", "inter", "intra", "dimension", "image_share")  # what is said of it, see dense_structure
 
 GROUP = 8  # images whose positions are clustered together
 CLUSTERS = 24  # per group
@@ -44,7 +45,8 @@ class FeatureSample:
 
     def add(self, maps: Tensor) -> None:
         """Maps (n, C, h, w) of the next slices."""
-        chosen = torch.randint(maps[0, 0].numel(), (len(maps), self.positions), generator=self.generator)
+        places = maps.shape[2:].numel()
+        chosen = torch.randint(places, (len(maps), self.positions), generator=self.generator)
         columns = chosen[:, None].expand(-1, maps.shape[1], -1).to(maps.device)
         dense = maps.flatten(2).gather(2, columns)  # (n, C, positions)
         self.pooled.append(maps.mean(dim=(2, 3)).float())
@@ -56,8 +58,9 @@ class FeatureSample:
 
 
 def some_positions(maps: Tensor, generator: torch.Generator) -> Tensor:
-    """64 positions of maps (n, C, h, w), the same in all of them, or all if there are fewer: (n, P, C)."""
-    chosen = torch.randperm(maps[0, 0].numel(), generator=generator)[:POSITIONS]
+    """64 positions of maps (n, C, h, w), the same in all of them, or all if there are fewer: (n, P, C). There
+    may be no map: n = 0."""
+    chosen = torch.randperm(maps.shape[2:].numel(), generator=generator)[:POSITIONS]
     return maps.flatten(2)[:, :, chosen].mT.float()
 
 
@@ -82,7 +85,7 @@ def dense_structure(features: Tensor, seed: int = 0) -> dict[str, float]:
     """
     features = features.double().cpu()
     if not features.isfinite().all():
-        return dict.fromkeys(("dse", "inter", "intra", "dimension", "image_share"), float("nan"))
+        return dict.fromkeys(STRUCTURE, float("nan"))
     images, positions, channels = features.shape
     generator = torch.Generator().manual_seed(seed)
     everything = features.flatten(0, 1)

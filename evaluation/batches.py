@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from collapse import SLICES, STRUCTURED, FeatureSample, dense_structure, some_positions
+from collapse import SLICES, STRUCTURE, STRUCTURED, FeatureSample, dense_structure, some_positions
 from engine.config import Config
-from engine.process import Process, progress
+from engine.process import Process, only_warning, progress
 from engine.stopping import ignore_stop_signals
 from losses import effective_rank_of
 from models import seeded
@@ -107,25 +107,26 @@ def frozen_collapse(batches: Batches) -> dict[str, dict]:
     """How far the frozen encoder's features have collapsed, from batches of (n, D, h, w).
 
     effective_rank: pooled: of the slices' mean vectors; dense: of single positions. structure: of some
-    slices, see collapse.dense_structure.
+    slices, see collapse.dense_structure. What cannot be measured is a warning, and None.
 
     Raises:
         WeightsError: features that are not finite, of which nothing can be learnt.
     """
     count = min(len(batches), SLICES)
-    rows = [len(batches) * i // count for i in range(count)]
-    structured = set(rows[:: -(-count // STRUCTURED)])
-    sample, structure = FeatureSample(count, seeded("positions"), 2 * SLICES), []
-    plan = chunks(rows, batches.batch_size)
-    found = progress(batches.process, "effective rank", batches.of(plan), len(plan))
-    for some, (features, _) in zip(plan, found):
-        sample.add(features)
-        mine = [i for i, row in enumerate(some) if row in structured]
-        structure.append(some_positions(features[mine], seeded("readout")).cpu())
-    pooled, dense = map(effective_rank_of, sample.spectra())
-    if not math.isfinite(pooled):
+    ranks = {"pooled": None, "dense": None, "slices": count}
+    measured = {"effective_rank": ranks, "structure": dict.fromkeys(STRUCTURE)}
+    with only_warning("collapse not measured"):
+        rows = [len(batches) * i // count for i in range(count)]
+        structured = set(rows[:: -(-count // STRUCTURED)])
+        sample, structure = FeatureSample(count, seeded("positions"), 2 * SLICES), []
+        plan = chunks(rows, batches.batch_size)
+        found = progress(batches.process, "effective rank", batches.of(plan), len(plan))
+        for some, (features, _) in zip(plan, found):
+            sample.add(features)
+            mine = [i for i, row in enumerate(some) if row in structured]
+            structure.append(some_positions(features[mine], seeded("readout")).cpu())
+        ranks["pooled"], ranks["dense"] = map(effective_rank_of, sample.spectra())
+        measured["structure"] = dense_structure(torch.cat(structure))
+    if ranks["pooled"] is not None and not math.isfinite(ranks["pooled"]):
         raise WeightsError("encoder: its features are not finite numbers; are its weights sound?")
-    return {
-        "effective_rank": {"pooled": pooled, "dense": dense, "slices": count},
-        "structure": dense_structure(torch.cat(structure)),
-    }
+    return measured

@@ -32,7 +32,6 @@ from evaluation.results import (
     defined,
     deviation,
     encoder_label,
-    is_number,
     is_score,
     is_text,
     percent,
@@ -160,7 +159,7 @@ def measured_text(counts: dict[str, list[int]]) -> str:
 # ---- What is shown of them -----------------------------------------------------------------------
 
 
-def millimetres(value: float | None) -> str:
+def one_digit(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
@@ -175,12 +174,12 @@ def organ_table(results: dict) -> str:
         apart = defined(case[organ] for case in distances.values())
         hd95 = results["hd95_organs"][organ]
         row = (organ, percent(dice), percent(deviation(found)), str(len(found)))
-        rows.append((*row, millimetres(hd95), millimetres(deviation(apart)), str(len(apart))))
+        rows.append((*row, one_digit(hd95), one_digit(deviation(apart)), str(len(apart))))
     means = [[mean_or_none(case.values()) for case in kind.values()] for kind in (cases, distances)]
     means = [deviation(defined(values)) for values in means]
     over = [measured(kind) for kind in (cases, distances)]
     row = ("mean", percent(results["mean_dice"]), percent(means[0]), str(over[0]["cases"][0]))
-    row += (millimetres(results["hd95"]), millimetres(means[1]), str(over[1]["cases"][0]))
+    row += (one_digit(results["hd95"]), one_digit(means[1]), str(over[1]["cases"][0]))
     rows.append(row)
     whole = results["dataset_dice"]
     below = "mean Dice over {}; mean HD95 over {}; ".format(*map(measured_text, over))
@@ -259,9 +258,9 @@ def read_results(folder: str | Path, whole: bool = True) -> dict:
 
 def is_comparable(found: dict) -> bool:
     texts = [*found["cases"], *(organ for case in found["cases"].values() for organ in case)]
-    numbers = [found["effective_rank"][kind] for kind in ("pooled", "dense")]
-    scores = [found["mean_dice"], *(dice for case in found["cases"].values() for dice in case.values())]
-    return all(map(is_text, texts)) and all(map(is_number, numbers)) and all(map(is_score, scores))
+    scores = [found["mean_dice"], *(found["effective_rank"][kind] for kind in ("pooled", "dense"))]
+    scores += [dice for case in found["cases"].values() for dice in case.values()]
+    return all(map(is_text, texts)) and all(map(is_score, scores))
 
 
 def has_organs(found: dict) -> bool:
@@ -290,8 +289,8 @@ def compare(folders: list[str], without_effect: tuple[str, ...]) -> str:
     rows = [("encoder", "linear Dice %", "fine-tuned Dice %", "effective rank (pooled / dense)")]
     for label, own in by_encoder(runs).items():
         scores = [[run["mean_dice"] for run in own if run["mode"] == mode] for mode in ("linear", "finetune")]
-        ranks = [mean(run["effective_rank"][kind] for run in own) for kind in ("pooled", "dense")]
-        rows.append((label, *map(spread, scores), " / ".join(f"{rank:.1f}" for rank in ranks)))
+        ranks = [mean_or_none(run["effective_rank"][kind] for run in own) for kind in ("pooled", "dense")]
+        rows.append((label, *map(spread, scores), " / ".join(map(one_digit, ranks))))
     pictures = [
         "\npictures (image | truth | prediction):",
         *(f"{folder}/predictions.png" for folder in folders),
