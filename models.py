@@ -786,7 +786,8 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
     """Load a ResNet's weights from our own or most published files, and say what was done.
 
     The file may nest the tensors in dicts and put any prefix before the names (MoCo's `module.encoder_q.`,
-    mmselfsup's and mmseg's `backbone.`, our checkpoint's `query.encoder.`); heads are left out. A stem of
+    mmselfsup's and mmseg's `backbone.`, our checkpoint's `query.encoder.`), number the network's parts as
+    nn.Sequential does, and name wrappers in between (`_orig_mod.`); heads are left out. A stem of
     another number of channels is summed (or spread) so that it answers the same to a slice repeated in
     every channel. Into a whitened encoder the last norm goes as a diagonal covariance; a file's IterNorm is
     folded into the convolution before it, unless the encoder has the same.
@@ -812,7 +813,7 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
     required = [name for name in own if not name.endswith("num_batches_tracked")]
     missing = [name for name in required if name not in state]
     unfit = [name for name in required if name in state and state[name].shape != own[name].shape]
-    in_layers = tuple(f"{layer}." for layer in LAYERS)
+    in_layers = tuple(f"{part}." for part in ("conv1", "bn1", *LAYERS))
     own_norm = f"{encoder.last_norm}."
     more = [n for n in state if n.startswith(in_layers) and n not in own and not n.startswith(own_norm)]
     more = [name for name in more if not name.endswith("num_batches_tracked")]

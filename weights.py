@@ -59,6 +59,9 @@ def initial_weights(name: str) -> Path | None:
 
 
 MARK = "layer1.0.conv1.weight"  # every ResNet checkpoint has it, whatever stands before it
+FIRST = ".0.conv1.weight"  # of the first block of a layer
+NUMBERED = re.compile(r"(?:layer)?(\d+)\.")  # a part of nn.Sequential; the stem may be layer0
+WRAPPERS = re.compile(r"\.(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 FAMILIES = {  # of other networks, and what names of their weights hold in the usual libraries
     "a U-Net of nnU-Net": r"stages\.\d+\.\d+\.convs\.|conv_blocks_context\.|decoder\.seg_layers\.",
     "a Swin transformer": r"relative_position_bias_table|\.cpb_mlp\.|swinViT\.",
@@ -91,11 +94,12 @@ FOLLOWERS = (
 
 def read_resnet(path: Path) -> tuple[dict[str, Tensor], str, list[str], str]:
     """The ResNet in a file, sound and of our kind: its state dict, what stands before its names in the file,
-    the names of all tensors there, and what to say of the file."""
+    the names of all tensors there (torchvision's where it is theirs), and what to say of the file."""
     content = read_weights(path)
     kind = next((kind for kind, keys in OURS.items() if set(keys) <= content.keys()), "")
     found = find_tensors(content)
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    names = torchvisions_names(found)
+    tensors = {names[name]: value for name, value in found.items() if isinstance(value, Tensor)}
     prefixes = [name.removesuffix(MARK) for name in tensors if name.endswith(MARK)]
     prefixes.sort(key=lambda prefix: any(word in prefix for word in FOLLOWERS))
     if not prefixes:
@@ -103,7 +107,8 @@ def read_resnet(path: Path) -> tuple[dict[str, Tensor], str, list[str], str]:
     prefix = prefixes[0]
     own = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
     if any(name.startswith(("stem.", "conv1.0.")) for name in own):
-        raise WeightsError(f"{path}: has a deep stem (ResNetV1c or -D); only the 7x7 stem can be loaded")
+        other = "a deep stem (ResNetV1c or -D), or one of other parts than a convolution and a norm"
+        raise WeightsError(f"{path}: has {other}; only the 7x7 stem can be loaded")
     if unsound := [name for name, value in own.items() if not is_sound(value)]:
         raise WeightsError(f"{path}: {unsound[0]} is not a tensor of finite numbers")
     if negative := [name for name, value in own.items() if is_negative(name, value)]:
@@ -121,7 +126,44 @@ def read_resnet(path: Path) -> tuple[dict[str, Tensor], str, list[str], str]:
 def find_tensors(content: dict) -> dict:
     """The outermost dict with a name of a ResNet's weights in it, else an empty one."""
     dicts = (part for part in parts_of(content) if isinstance(part, dict))
-    return next((one for one in dicts if any(str(name).endswith(MARK) for name in one)), {})
+    marked = (one for one in dicts if any(name.endswith(MARK) for name in torchvisions_names(one).values()))
+    return next(marked, {})
+
+
+def torchvisions_names(names) -> dict[str, str]:
+    """{name in a file: what torchvision calls it}, after whatever stands before a ResNet's own names.
+
+    Names of wrappers inside are left out (DataParallel's `module`, torch.compile's `_orig_mod`). The parts
+    of an nn.Sequential(*resnet.children()) are numbered: the first that holds blocks is layer1, what follows
+    are the other layers, and before it stand a convolution and a norm.
+    """
+    found, taken, firsts = {}, set(), {}
+    for name in names:
+        short = WRAPPERS.sub("", str(name))
+        found[name] = str(name) if short in taken else short
+        taken.add(short)
+        if short.endswith(FIRST) and (layer := re.search(r"(?:layer)?(\d+)$", short.removesuffix(FIRST))):
+            root = short[: layer.start()]
+            firsts[root] = min(int(layer[1]), firsts.get(root, int(layer[1])))
+    numbered = {root: defaultdict(list) for root in firsts}  # {root: {number: [(name, rest of it)]}}
+    for name, short in found.items():
+        for part in NUMBERED.finditer(short):
+            if (root := short[: part.start()]) in firsts:
+                numbered[root][int(part[1])].append((name, short[part.end() :]))
+    for root, parts in numbered.items():
+        before = [name for number in sorted(parts) if number < firsts[root] for name, _ in parts[number]]
+        places = {name: found[name].rpartition(".") for name in before}
+        stem = list(dict.fromkeys(place for place, _, _ in places.values()))
+        if not stem:  # it has torchvision's names
+            continue
+        called = ["conv1", "bn1"] if len(stem) == 2 else [f"stem.{i}" for i in range(len(stem))]
+        for name, (place, _, own) in places.items():
+            found[name] = f"{root}{called[stem.index(place)]}.{own}"
+        layers = [number for number in sorted(parts) if number >= firsts[root]]
+        for i, number in enumerate(layers[:4], 1):
+            for name, rest in parts[number]:
+                found[name] = f"{root}layer{i}.{rest}"
+    return found
 
 
 def other_network(content: dict) -> str:

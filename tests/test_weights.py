@@ -1,10 +1,13 @@
 """Weights by whatever name and of whatever network: taken, or refused with what the file holds."""
 
 import json
+from copy import deepcopy as copy_of
 
 import pytest
 import torch
 import torchvision
+from tiny import tiny_resnet
+from torch import nn
 
 import eval_seg
 import models
@@ -78,6 +81,109 @@ def test_the_architecture_is_that_of_the_file_where_nothing_says_it(phantom, pre
     assert f"model.arch: tiny, as the weights in {file} show" in capsys.readouterr().out
     with pytest.raises(WeightsError, match="holds a tiny, not a resnet18; model.arch=tiny"):
         eval_seg.main([*arguments, "model.arch=resnet18", f"run.out={tmp_path / 'other'}"])
+
+
+# ---- Under whatever names in the file -----------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """A network of somebody's, with a ResNet's parts under these names."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def compiled(module):
+    """Under the name that torch.compile gives it, without the seconds that it takes to import."""
+    return Wrapped(_orig_mod=module)
+
+
+def compiled_inside(resnet):
+    resnet.layer1, resnet.layer3[1] = compiled(resnet.layer1), compiled(resnet.layer3[1])
+    return nn.DataParallel(resnet)
+
+
+def with_a_momentum_copy(parts):
+    copy = copy_of(nn.Sequential(*parts[:-1]))
+    for value in copy.parameters():
+        value.data.zero_()
+    return Wrapped(backbone_momentum=copy, backbone=nn.Sequential(*parts[:-1]))
+
+
+NETWORKS = {  # from a ResNet and its parts, of which the last two are the pooling and fc: what is saved
+    "all but fc": lambda resnet, parts: nn.Sequential(*parts[:-1]),
+    "RadImageNet": lambda resnet, parts: Wrapped(backbone=nn.Sequential(*parts[:9])),
+    "on several GPUs": lambda resnet, parts: nn.DataParallel(Wrapped(backbone=nn.Sequential(*parts[:9]))),
+    "no pooling": lambda resnet, parts: nn.Sequential(*parts[:-2]),
+    "only parts with weights": lambda resnet, parts: nn.Sequential(*parts[:2], *parts[4:8]),
+    "a convolution at the end": lambda resnet, parts: nn.Sequential(*parts[:8], nn.Conv2d(128, 32, 1)),
+    "body and head": lambda resnet, parts: nn.Sequential(nn.Sequential(*parts[:8]), nn.Linear(128, 3)),
+    "the stem as one part": lambda resnet, parts: nn.Sequential(nn.Sequential(*parts[:4]), *parts[4:8]),
+    "layer0": lambda resnet, parts: Wrapped(
+        layer0=nn.Sequential(*parts[:4]), **{f"layer{i}": parts[3 + i] for i in range(1, 5)}
+    ),
+    "momentum": lambda resnet, parts: with_a_momentum_copy(parts),
+    "compiled": lambda resnet, parts: compiled(nn.Sequential(*parts[:-1])),
+    "compiled inside": lambda resnet, parts: Wrapped(model=compiled_inside(resnet)),
+    "compiled parts": lambda resnet, parts: nn.Sequential(*map(compiled, parts[:-1])),
+}
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    network = tiny_resnet()
+    network(torch.randn(4, 1, 64, 64))  # norms get statistics of their own
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_numbered_and_wrapped_parts_load_bit_for_bit(resnet, tmp_path, name):
+    network = copy_of(resnet)
+    torch.save(
+        {"state_dict": NETWORKS[name](network, [*network.children()]).state_dict()}, tmp_path / "x.pth"
+    )
+    encoder = Encoder("tiny").eval()
+    assert load_encoder_weights(encoder, tmp_path / "x.pth").loaded == len(encoder.state_dict())
+    x = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(encoder(x)["layer4"], nn.Sequential(*[*resnet.children()][:-2])(x))
+
+
+def test_a_numbered_resnet50_is_read(holding):
+    with torch.device("meta"):
+        parts = [*torchvision.models.resnet50().children()]
+    file = holding(Wrapped(backbone=nn.Sequential(*parts[:9])).state_dict())
+    assert architecture_of(file) == "resnet50"
+    state, prefix, names, _ = weights.read_resnet(file)
+    wanted = on_meta(lambda: Encoder("resnet50", in_channels=3)).state_dict()
+    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in wanted.items()}
+    assert prefix == "backbone." and len(names) == 318
+
+
+SEQUENTIALS = {  # of such a ResNet's parts and others; what is said of them
+    "a norm before": (lambda own: [nn.BatchNorm2d(1), *own[:8]], "other parts than a convolution and a norm"),
+    "without conv1": (lambda own: own[1:8], "other parts than a convolution and a norm"),
+    "without a stem": (lambda own: own[4:8], "tensors called 0.0.conv1.weight.*not the weights of a ResNet"),
+    "one between": (lambda own: [*own[:5], nn.Conv2d(16, 16, 1), *own[5:8]], "layer2.0.conv1.weight is"),
+    "a bias": (lambda own: [nn.Conv2d(1, 64, 7), *own[1:8]], "conv1.bias has no place"),
+    "a small stem": (lambda own: [nn.Conv2d(1, 64, 3, bias=False), *own[1:8]], "only the 7x7 stem"),
+    "other layers": (lambda own: [nn.Conv2d(3, 8, 3), nn.Linear(8, 2)], "tensors called 0.weight, 0.bias"),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENTIALS)
+def test_a_sequential_of_something_else_is_one_line(resnet, tmp_path, name):
+    build, found = SEQUENTIALS[name]
+    torch.save(nn.Sequential(*build([*copy_of(resnet).children()])).state_dict(), tmp_path / "x.pth")
+    encoder = Encoder("tiny")
+    before = copy_of(encoder.state_dict())
+    with pytest.raises(WeightsError, match=f"x.pth: .*{found}") as error:
+        load_encoder_weights(encoder, tmp_path / "x.pth")
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
 
 
 # ---- Of whatever network ------------------------------------------------------------------------
