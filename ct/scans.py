@@ -10,30 +10,24 @@ dates of patients go nowhere.
 """
 
 import glob
-import hashlib
 import mmap
 import os
 import re
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from ct.listing import SCANS, VOLUMES, files_below
-from ct.plausible import Doubt
-from ct.slices import MAX_SIDE, SUFFIXES, DataError
+from ct.series import FEWEST, TELLING, UNEVEN, by_place, hashed, numbers, volumes_of, whole
+from ct.slices import AIR, MAX_SIDE, SUFFIXES, DataError
 from engine.config import one_line
 
-FEWEST = 3  # slices; less is a localizer or a single picture
-LARGEST_GAP = 3.5  # times the usual distance of slices; two of them may be missing in a row
-UNEVEN = 0.02  # of the usual distance; what positions may be off without a word
-SAME_PLACE = 0.01  # mm
-TILT = 0.5  # degrees between the way the slices go and the normal of their plane, worth a word
 INFLATION = 1032  # the most that deflate can do
 REMEMBERED = 100_000  # headers, of about 1 kB each
 TO_RAS = np.diag([-1.0, -1, 1, 1])  # DICOM and ITK count towards the patient's left and back
@@ -42,6 +36,12 @@ TAGS = {
     "modality": "0008|0060",
     "kind": "0008|0008",
     "patient": "0010|0020",
+    "shown as": "0028|0004",
+    "allocated": "0028|0100",
+    "stored": "0028|0101",
+    "signed": "0028|0103",
+    "padding": "0028|0120",
+    "padding limit": "0028|0121",
     "acquisition": "0020|0012",
     "number": "0020|0013",
     "position": "0020|0032",
@@ -51,43 +51,6 @@ TAGS = {
     "intercept": "0028|1052",
     "slope": "0028|1053",
 }
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One DICOM file: how it is turned, (2, 3), row and column in mm as files count them, and its place."""
-
-    path: Path
-    size: tuple  # (columns, rows)
-    spacing: tuple  # mm between columns, between rows
-    turned: tuple  # (6,) cosines of a row and of a column
-    position: tuple  # mm of the first pixel
-    number: int
-
-    def along(self):
-        """mm along the normal of its plane."""
-        return float(np.dot(np.cross(self.turned[:3], self.turned[3:]), self.position))
-
-    def order(self):
-        return self.along(), self.number, str(self.path)
-
-
-@dataclass(frozen=True)
-class Series:
-    """Files of one volume in the order of their places. uid: of a series and its part, hashed; patient: their
-    ID, hashed, "" if the files name none."""
-
-    folder: Path
-    uid: str
-    patient: str
-    slices: tuple
-    doubts: tuple = ()
-    failure: str | None = None  # why it cannot be taken
-
-    @property
-    def path(self):
-        """The file that stands for all of them."""
-        return self.slices[0].path
 
 
 def import_simpleitk():
@@ -118,31 +81,45 @@ def reading(path):
 # ---- Which files are series of a CT --------------------------------------------------------------
 
 
+# An element of a first group: tag, and length, with the kind of value written before it or without.
+ELEMENT = re.compile(rb"([\x02\x08]\0.\0)(?:(?:OB|OW|SQ|UN|UT)\0\0(.{4})|[A-Z][A-Z](..)|(..\0\0))", re.DOTALL)
+
+
 def is_dicom(path):
-    """By the mark of the format, 128 bytes from the start."""
+    """By the mark of the format, 128 bytes from the start or there; without it, by two elements."""
     try:
         with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            start = file.read(1024)
     except OSError:
         return False
+    return b"DICM" in (start[128:132], start[:4]) or begins_with_elements(start)
+
+
+def begins_with_elements(start):
+    """With two of the group 0002 or 0008 in their order, which random bytes hardly do."""
+    tag, at = b"", 0
+    for _ in range(2):
+        found = ELEMENT.match(start, at)
+        if not found or found[1] <= tag:
+            return False
+        tag, at = found[1], found.end() + int.from_bytes(found[2] or found[3] or found[4], "little")
+    return True
 
 
 def find_series(files):
-    """The CT series among DICOM files, as [Series], and [what was left out and why]. A series is what has one
-    folder, UID, size and orientation; of places that occur several times by one acquisition each, or else the
-    first."""
+    """The CT series among DICOM files, as [Series], and [what was left out and why]. Files of one folder,
+    patient and UID come apart as volumes_of says."""
     groups, left_out, found = defaultdict(list), Counter(), []
     for path in files:
         header = read_header(path)
         if reason := not_a_slice(header):
             left_out[reason] += 1
         else:
-            groups[path.parent, header["series"]].append((path, header))
+            groups[path.parent, header["patient"], header["series"]].append((path, header))
     for members in groups.values():
-        for part in volumes_of(members):
-            series = ordered(part)
-            if max(len(series.slices), part[0][1]["frames"]) < FEWEST:
-                left_out[f"in series of fewer than {FEWEST} places"] += len(part)
+        for series in volumes_of(members):
+            if max(len(by_place(series.slices)), read_header(series.path)["frames"]) < FEWEST:
+                left_out[f"in series of fewer than {FEWEST} places"] += len(series.slices)
             else:
                 found.append(series)
     return found, [
@@ -184,24 +161,28 @@ def read_header(path):
 def header_as_of(path, size, mtime_ns):
     sitk = import_simpleitk()
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     reader.SetImageIO("GDCMImageIO")
     try:
-        with reading(path):
+        with reading(path), as_gdcm_reads(path) as file:
+            reader.SetFileName(str(file))
             reader.ReadImageInformation()
-            keys = {*reader.GetMetaDataKeys()}
-            header = {name: reader.GetMetaData(tag).strip() for name, tag in TAGS.items() if tag in keys}
+            wanted = {*TAGS.values(), *chain(*TELLING.values())}.intersection(reader.GetMetaDataKeys())
+            texts = {tag: sys.intern(reader.GetMetaData(tag).strip()) for tag in wanted}
     except DataError:  # a report, a presentation state, or damaged
         return {}
-    size, spacing, grey = reader.GetSize(), reader.GetSpacing(), reader.GetNumberOfComponents() == 1
-    header = dict.fromkeys(TAGS, "") | header | {"size": size[:2], "grey": grey}
+    header = {name: texts.get(tag, "") for name, tag in TAGS.items()}
+    header["told"] = tuple(
+        sys.intern("".join(texts.get(tag, "") for tag in tags)) for tags in TELLING.values()
+    )
+    header["size"], header["grey"] = reader.GetSize()[:2], reader.GetNumberOfComponents() == 1
     header["patient"] = header["patient"] and hashed(header["patient"])
     header["frames"] = whole(header["frames"], 1)
     if header["frames"] > 1:
-        header["frames apart"] = are_evenly_apart(
-            of_frames(path, "position"), header["frames"], abs(spacing[-1])
-        )
-        header["frames alike"] = all(len({*of_frames(path, name)}) < 2 for name in ("slope", "intercept"))
+        apart, places = abs(reader.GetSpacing()[-1]), of_frames(path, "position")
+        scales = {name: of_frames(path, name) for name in ("slope", "intercept")}
+        header["frames apart"] = are_evenly_apart(places, header["frames"], apart)
+        header["frames alike"] = all(len({*found}) < 2 for found in scales.values())
+        header |= {name: found[0] for name, found in scales.items() if found}
     return header
 
 
@@ -248,102 +229,6 @@ def not_a_slice(header):
     return None
 
 
-def numbers(text, count):
-    """count finite numbers, written 1\\2\\3; None for anything else."""
-    try:
-        values = tuple(float(part) for part in text.split("\\"))
-    except ValueError:
-        return None
-    return values if len(values) == count and np.isfinite(values).all() else None
-
-
-def whole(text, otherwise):
-    """A whole number of the 12 digits that DICOM allows; something else for any other text."""
-    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,12}", text) else otherwise
-
-
-def volumes_of(members):
-    """The files of one series, [(path, header)], apart by size, orientation and size of pixels, and by
-    acquisition where that leaves whole series, in which no place occurs twice."""
-    parts = defaultdict(list)
-    for path, header in members:
-        turned, spacing = numbers(header["orientation"], 6) or (), numbers(header["spacing"], 2) or ()
-        alone = path if header["frames"] > 1 else None
-        grid = header["size"], tuple(np.round(turned, 3)), tuple(np.round(spacing, 4))
-        parts[grid, alone].append((path, header))
-    for part in parts.values():
-        acquisitions = defaultdict(list)
-        for path, header in part:
-            acquisitions[header["acquisition"]].append((path, header))
-        split = [*acquisitions.values()]
-        apart = all(len(one) >= FEWEST and not has_repeated_places(one) for one in split)
-        if apart and has_repeated_places(part):
-            yield from split
-        else:
-            yield part
-
-
-def has_repeated_places(part):
-    places = [numbers(header["position"], 3) for _, header in part]
-    return len({*places}) < len(places)
-
-
-# ---- The places of a series ----------------------------------------------------------------------
-
-
-def ordered(part):
-    """The Series of some files, sorted by place; doubts: places that occur twice, gaps, tilt."""
-    path, header = part[0]
-    content = [header[name] for name in ("series", "orientation", "acquisition", "size", "spacing")]
-    if header["frames"] > 1:  # a volume of its own
-        alone = Slice(path, header["size"], (), (), (), 0)
-        return Series(path.parent, hashed(*content, path.name), header["patient"], (alone,))
-    folder, uid, patient = path.parent, hashed(*content), header["patient"]
-    slices = sorted((slice_of(path, header) for path, header in part), key=Slice.order)
-    kept = slices[:1] + [b for a, b in pairwise(slices) if b.along() - a.along() > SAME_PLACE]
-    if len(kept) < FEWEST:
-        return Series(folder, uid, patient, tuple(kept))
-    odd, failure = odd_places(kept)
-    if repeated := len(slices) - len(kept):
-        odd.insert(0, f"{repeated} files lie where others do: of each place the first is taken")
-    which = f"{folder}: series {uid}"
-    doubts = tuple(Doubt(f"{which}: {text}") for text in odd)
-    return Series(folder, uid, patient, tuple(kept), doubts, failure and f"{which}: {failure}")
-
-
-def hashed(*content):
-    return hashlib.sha256("".join(map(str, content)).encode()).hexdigest()[:8]
-
-
-def slice_of(path, header):
-    number, spacing = whole(header["number"], 0), numbers(header["spacing"], 2)[::-1]
-    turned, position = numbers(header["orientation"], 6), numbers(header["position"], 3)
-    return Slice(path, header["size"], spacing, turned, position, number)
-
-
-def odd_places(slices):
-    """What is odd about the places of sorted slices, in words; and why they cannot be taken, or None."""
-    along = np.array([one.along() for one in slices])
-    apart, odd = np.diff(along), []
-    usual = float(np.median(apart))
-    gaps = sorted((i for i in range(len(apart)) if apart[i] > 1.5 * usual), key=lambda i: -apart[i])
-    shown = "; ".join(f"{along[i]:.5g} and {along[i + 1]:.5g}" for i in gaps[:5])
-    shown += " ..." if len(gaps) > 5 else ""
-    if gaps and apart.max() > LARGEST_GAP * usual:
-        text = f"slices are {usual:.4g} mm apart, but up to {apart.max():.4g} mm between {shown} mm"
-        return [], f"{text}: more than {LARGEST_GAP:g} times as much; are files missing?"
-    if gaps:
-        odd.append(f"slices are missing (usually {usual:.4g} mm apart): between {shown} mm")
-    elif np.abs(apart - usual).max() > UNEVEN * usual:
-        span = f"{apart.min():.4g} to {apart.max():.4g} mm"
-        odd.append(f"slices are unevenly spaced, {span}: {usual:.4g} mm is taken")
-    way = np.subtract(slices[-1].position, slices[0].position)
-    cosine = (along[-1] - along[0]) / max(np.linalg.norm(way), 1e-9)
-    if (degrees := np.degrees(np.arccos(np.clip(cosine, -1, 1)))) > TILT:
-        odd.append(f"the gantry was tilted by {degrees:.1f} degrees: each slice is taken as it lies")
-    return odd, None
-
-
 # ---- As nibabel's images -------------------------------------------------------------------------
 
 
@@ -366,7 +251,7 @@ def open_scan(nibabel, path):
     A gantry's tilt stays in its affine, in which slices are set off against each other. Raises DataError.
     """
     if is_named_scan(path):
-        return open_file(nibabel, path, None), []
+        return open_file(nibabel, path), []
     own = series_of(path)
     image = open_file(nibabel, path, "GDCMImageIO") if len(own.slices) == 1 else open_series(nibabel, own)
     return image, [*own.doubts]
@@ -394,35 +279,81 @@ def is_named_scan(path):
 
 
 def open_series(nibabel, series):
-    sitk, first, last = import_simpleitk(), series.slices[0], series.slices[-1]
+    first, last = series.slices[0], series.slices[-1]
     count = len(series.slices)
     affine = np.eye(4)
     affine[:3, 0] = np.multiply(first.turned[:3], first.spacing[0])
     affine[:3, 1] = np.multiply(first.turned[3:], first.spacing[1])
     way = np.subtract(last.position, first.position)
-    steps = np.diff([one.along() for one in series.slices])
+    steps = np.diff([one.place for one in series.slices])
     affine[:3, 2] = way / np.sum(steps) * np.median(steps)
     affine[:3, 3] = first.position
 
     def read():
         voxels = np.empty((*first.size, count), np.int16, order="F")  # slice after slice
         for index, one in enumerate(series.slices):
-            pixels = read_pixels(sitk, one.path, first.size)
+            pixels = read_hu(one.path)
+            if pixels.shape != (1, *first.size[::-1]):
+                raise DataError(f"{one.path}: {pixels.shape} pixels for the {first.size} of its header")
             if voxels.dtype == np.int16 and not fits_int16(pixels):
                 voxels = voxels.astype(np.float32)
-            voxels[:, :, index] = pixels
+            voxels[:, :, index] = pixels[0].T
         return voxels
 
     return as_nifti(nibabel, Voxels((*first.size, count), np.float32, read), TO_RAS @ affine)
 
 
-def read_pixels(sitk, path, size):
-    """(columns, rows) of one file, its rescale slope and intercept applied."""
-    with reading(path):
-        pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(path), imageIO="GDCMImageIO"))
-    if pixels.shape != (1, *size[::-1]):
-        raise DataError(f"{path}: {pixels.shape} pixels for the {size} of its header")
-    return pixels[0].T
+def read_hu(path):
+    """(frames, rows, columns) of a DICOM file: stored value x slope + intercept, and padding as air."""
+    sitk, header = import_simpleitk(), read_header(path)
+    with as_gdcm_reads(path, header["shown as"]) as file, reading(path):
+        pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(file), imageIO="GDCMImageIO"))
+    if not header["padding"]:
+        return pixels
+    low, high, air = padding_of(header)
+    return np.where((low <= pixels) & (pixels <= high), np.int16(air), pixels)
+
+
+MONOCHROME1 = re.compile(rb"((?:\x28\0\x04\0|\0\x28\0\x04).{4}MONOCHROME)1", re.DOTALL)
+
+
+@contextmanager
+def as_gdcm_reads(path, shown_as=""):
+    """The path, or that of a copy, which has the 128 bytes that go before the mark of the format, or says
+    MONOCHROME2: MONOCHROME1 is how values are shown, not what they are, but GDCM would turn them over."""
+    with open(path, "rb") as file:
+        starts_with_mark = file.read(4) == b"DICM"
+    if not starts_with_mark and shown_as != "MONOCHROME1":
+        yield path
+        return
+    content = bytes(128) * starts_with_mark + path.read_bytes()
+    if shown_as == "MONOCHROME1":
+        content, count = MONOCHROME1.subn(rb"\g<1>2", content)
+        if not count:
+            raise DataError(f"{path}: MONOCHROME1 in a deflated file is not read; convert it with dcm2niix")
+    with tempfile.NamedTemporaryFile(suffix=".dcm") as file:
+        file.write(content)
+        file.flush()
+        yield file.name
+
+
+def padding_of(header):
+    """(low, high, air) in HU: values between the first two are padding, by its tag and that of the limit."""
+    slope, intercept = ((numbers(header[name], 1) or (0,))[0] for name in ("slope", "intercept"))
+    slope = slope or 1.0  # as GDCM takes it
+    ends = [stored_value(header[name], header) for name in ("padding", "padding limit") if header[name]]
+    ends = [value * slope + intercept for value in ends]
+    no_hu = header["signed"] != "1" and intercept >= 0  # which would all be above 0
+    return min(ends) - abs(slope) / 2, max(ends) + abs(slope) / 2, 0 if no_hu else AIR["hu"]
+
+
+def stored_value(text, header):
+    """The number of an element that may be written with the sign of the pixels or without."""
+    value = whole(text, 0)
+    if header["signed"] != "1":
+        return value % 2 ** whole(header["allocated"], 16)
+    half = 2 ** (whole(header["stored"], 16) - 1)
+    return (value + half) % (2 * half) - half
 
 
 def fits_int16(pixels):
@@ -430,8 +361,8 @@ def fits_int16(pixels):
     return limits.min <= pixels.min() and pixels.max() <= limits.max and (np.rint(pixels) == pixels).all()
 
 
-def open_file(nibabel, path, io):
-    """One file of a volume, as SimpleITK's `io` reads it; None: by its name."""
+def open_file(nibabel, path, io=None):
+    """One file of a volume, as SimpleITK's `io` reads it: GDCMImageIO for DICOM; None: by its name."""
     sitk = import_simpleitk()
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -454,6 +385,8 @@ def open_file(nibabel, path, io):
     check_header(path, shape, dtype)
 
     def read():
+        if io:
+            return read_hu(path).T
         with reading(path):
             return sitk.GetArrayFromImage(reader.Execute()).T
 

@@ -138,18 +138,115 @@ def test_one_series_with_two_orientations_is_two_volumes(tmp_path, capsys):
     assert "2 CT series" in said
 
 
-def test_places_that_occur_twice(tmp_path, capsys):
-    """Two acquisitions are two cases; without acquisitions the first file of a place is taken, and said."""
+@pytest.mark.parametrize("first", (-100.0, -99.999998, -99.0))
+def test_two_acquisitions_of_one_range_are_two_cases(tmp_path, capsys, first):
+    """At the same places, micrometres off, and half a slice off; numbers of slices run through both."""
     one, two = hu_volume(4), hu_volume(4)
-    for folder, numbers in ((tmp_path / "a/p1", ("1", "2")), (tmp_path / "b/p1", ("1", "1"))):
-        for hu, number, name in zip((one, two), numbers, ("x{:d}", "y{:d}")):
-            numbered = [str(i + 100 * (name == "y{:d}")) for i in range(4)]
-            write_series(folder, hu, name=name, **{"0020|0012": number, "0020|0013": numbered})
-    root, said = slice_them(capsys, tmp_path, tmp_path / "a")
-    assert "2 CT series" in said
-    code, said, _ = run(capsys, "slice", "--images", tmp_path / "b", "--out", tmp_path / "other")
-    assert code == 0 and "4 files lie where others do" in said
-    assert (stack(tmp_path / "other", "p1") == one).all()
+    for offset, hu, number, start in ((0, one, "1", -100.0), (1, two, "2", first)):
+        numbered = [str(2 * i + offset) for i in range(4)]
+        told = {"0020|0012": number, "0020|0013": numbered}
+        write_series(tmp_path / "in/p1", hu, name=f"{{:d}}{offset}", first=start, **told)
+    root, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    assert "2 CT series" in said and "WARNING" not in said
+    cases = [path.name for path in (root / "images").iterdir() if path.is_dir()]
+    assert {stack(root, case).tobytes() for case in cases} == {
+        hu.astype(np.float32).tobytes() for hu in (one, two)
+    }
+
+
+@pytest.mark.parametrize("first", (-100.0, -99.999998))
+def test_acquisitions_that_nothing_tells_apart_are_refused(tmp_path, capsys, first):
+    write_series(tmp_path / "in/p1", hu_volume(4), name="x{:d}")
+    write_series(tmp_path / "in/p1", hu_volume(4), name="y{:d}", first=first)
+    code, _, error = run(capsys, "slice", "--images", tmp_path / "in", "--out", tmp_path / "other")
+    assert code == 2 and one_line_of(error) and "acquisitions are mixed" in error and "dcm2niix" in error
+    for path in (tmp_path / "in/p1").glob("x*"):
+        path.with_name(path.name.replace("x", "y")).write_bytes(path.read_bytes())
+    root, _ = slice_them(capsys, tmp_path, tmp_path / "in")
+    assert len(stack(root, "p1")) == 4
+
+
+def test_inverted_display_changes_no_value(tmp_path):
+    """MONOCHROME1 says how values are shown; they are stored value x slope + intercept all the same."""
+    hu = hu_volume(4)
+    for name, intercept in (("a", "0"), ("b", "-1024")):
+        folder = write_series(tmp_path / name, hu, **{"0028|1052": intercept, "0028|1053": "1"})
+        for path in folder.iterdir():
+            content = path.read_bytes()
+            assert content.count(b"MONOCHROME2 ") == 1
+            path.write_bytes(content.replace(b"MONOCHROME2 ", b"MONOCHROME1 "))
+        assert (read_volume(folder / "IM0000").array == hu).all()
+
+
+@pytest.mark.parametrize(
+    "tags, stored",
+    (
+        ({"0028|0120": "63536"}, [63536]),
+        ({"0028|0120": "-2000"}, [-2000]),
+        ({"0028|0120": "63536"}, [-2000]),  # written without the sign that pixels have
+        ({"0028|0120": "60000", "0028|0121": "60009"}, [60000, 60004, 60009]),
+        ({"0028|0120": "60009", "0028|0121": "60000"}, [60000, 60004, 60009]),
+        ({"0028|0120": "-3000", "0028|0121": "-2990"}, [-3000, -2995, -2990]),
+    ),
+)
+@pytest.mark.parametrize("intercept", (-1024, -1000))
+def test_what_tags_call_padding_is_air(tmp_path, capsys, tags, stored, intercept):
+    hu = hu_volume(4)
+    padded = hu.astype(np.int32)
+    padded[:, 0, : len(stored)] = np.add(stored, intercept)
+    as_stored = (padded - intercept).astype(np.uint16 if min(stored) > 0 else np.int16)
+    folder = write_series(tmp_path / "in/p1", as_stored, **tags)
+    for path in folder.iterdir():  # SimpleITK would store other values if it were told the intercept
+        old, new = b"\x28\0\x52\x10\2\0\0\x000 ", b"\x28\0\x52\x10\6\0\0\0%-6d" % intercept
+        assert path.read_bytes().count(old) == 1
+        path.write_bytes(path.read_bytes().replace(old, new))
+    root, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    hu[:, 0, : len(stored)] = -1024
+    assert (read_volume(folder / "IM0000").array == hu).all() and (stack(root, "p1") == hu).all()
+
+
+def test_padding_of_values_that_are_no_hu_hides_nothing(tmp_path, capsys):
+    """Unsigned without an intercept: air is 0 there, and the offset is asked for as without padding."""
+    stored = (hu_volume(4) + 1024).astype(np.uint16)
+    stored[:, 0] = 63536
+    write_series(tmp_path / "in/p1", stored, **{"0028|0120": "63536"})
+    code, _, error = run(capsys, "slice", "--images", tmp_path / "in", "--out", tmp_path / "set")
+    assert code == 2 and one_line_of(error) and "1024" in error
+    assert (read_volume(tmp_path / "in/p1/IM0000").array[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("without", ("preamble", "preamble and mark", "first group"))
+def test_files_without_the_mark_of_the_format(tmp_path, capsys, without):
+    hu = hu_volume(4)
+    for path in write_series(tmp_path / "in/p1", hu).iterdir():
+        content = path.read_bytes()
+        group = 132 + 12 + int.from_bytes(content[140:144], "little")
+        path.write_bytes(
+            content[{"preamble": 128, "preamble and mark": 132, "first group": group}[without] :]
+        )
+    root, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    assert "1 CT series: p1 (4 slices)" in said and (stack(root, "p1") == hu).all()
+
+
+def test_other_files_are_not_tried(tmp_path, monkeypatch):
+    """However they begin: noise, texts, small numbers, volumes, pictures."""
+    monkeypatch.setattr(scans, "import_simpleitk", lambda: pytest.fail("tried"))
+    starts = [RNG.bytes(1024) for _ in range(300)] + [b"\x08\0" + RNG.bytes(1024) for _ in range(300)]
+    starts += [b"\x08\0\x05\0" + RNG.bytes(1024) for _ in range(300)]
+    starts += [
+        np.array([8, 4, *range(200)], dtype).tobytes() for dtype in ("<i2", "<i4", "<i8", "<f4", ">i2")
+    ]
+    starts += [
+        b"",
+        b"\x08",
+        b"\x08\0\x05\0CS",
+        bytes(2000),
+        b"\x89PNG\r\n\x1a\n",
+        b"\x5c\x01\0\0" + bytes(400),
+    ]
+    for number, start in enumerate(starts):
+        (tmp_path / str(number)).write_bytes(start)
+    assert scans.series_in(tmp_path) == ({}, [])
 
 
 def test_gaps_and_uneven_places_are_said_and_large_gaps_refused(tmp_path, capsys):
