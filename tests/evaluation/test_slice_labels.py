@@ -56,8 +56,42 @@ def test_several_columns_are_of_yes_and_no(tmp_path):
         False,
         False,
     ]
-    with pytest.raises(DataError, match="column note holds x.*labels.columns=.NAME. chooses one"):
+    with pytest.raises(DataError, match=r"column note holds x.*labels.columns=\[note\] takes its values"):
         table(tmp_path, text)
+
+
+@pytest.mark.parametrize("word", ("", " ", "nan", "NaN", "NA", "N/A", "None", "null", "NULL", "#N/A", "<NA>"))
+def test_what_programs_write_for_unknown_labels_is_unknown(tmp_path, word):
+    found = table(tmp_path, f"slice,x\na/00,1\na/01,{word}\nb/00,0\nb/01,{word}\n")
+    assert found.classes == ["0", "1"] and found.known.tolist() == [True, False, True, False]
+    assert found.missing == ([word] if word.strip() else [])
+    found = table(tmp_path, f"slice,x,y\na/00,1,0\na/01,{word},1\nb/00,0,1\nb/01,1,{word}\n")
+    assert found.kind == "multi" and found.known.tolist() == [True, False, True, False]
+    assert found.targets[[0, 2]].tolist() == [[1, 0], [0, 1]]
+
+
+def test_words_for_nothing_in_small_letters_are_classes(tmp_path):
+    found = table(tmp_path, "slice,contrast\na/00,none\na/01,iv\nb/00,oral\nb/01,na\n")
+    assert found.classes == ["iv", "na", "none", "oral"] and found.known.all()
+
+
+@pytest.mark.parametrize(
+    "written, classes",
+    (
+        (("1.0", "1", "0", "0.0"), ["0", "1"]),  # pandas writes 1.0 where a column has gaps
+        (("01", "1", "02", "2.00"), ["1", "2"]),
+        (("2.5", "2.50", "-0.5", "-0.50"), ["2.5", "-0.5"]),
+        (("-0", "0", "+1", "1."), ["0", "1"]),
+        (("100", "10", "1e2", "1.0.0"), ["1.0.0", "1e2", "10", "100"]),  # no plain numbers stay text
+        (("12345678901234567890.0", "12345678901234567891", "-1", "1"), None),
+    ),
+)
+def test_equal_numbers_are_one_value(tmp_path, written, classes):
+    rows = "".join(f"{name},{value}\n" for name, value in zip(NAMES, written))
+    found = table(tmp_path, "slice,x\n" + rows)
+    assert found.classes == classes if classes else len(found.classes) == 4
+    several = table(tmp_path, "slice,x,y\na/00,1.0,0\na/01,0.0,01\nb/00,1,0\nb/01,0,1\n")
+    assert several.targets.tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +101,14 @@ def test_several_columns_are_of_yes_and_no(tmp_path):
         ("case,x\nz,1\na,0\n", "1 of 2 cases do not exist, the first z"),
         ("slice,x\na/00,1\na/00.png,0\n", "line 3: a/00 stands there twice"),
         ("slice,x\na/00,1\na/01,1\n", "all slices have the label 1"),
-        ("slice,x\nc/00,1\n", "no label for any of the 4 slices"),
+        ("slice,x\nc/00,1\n", "none of the 4 slices has a label$"),
+        ("slice,x\na/00,nan\na/01,\n", "none of the 4 slices has a label$"),
+        ("slice,x,y\na/00,1,\na/01,,1\n", r"a label in all of its columns; labels.columns=\[NAME, ...\]"),
+        ("slice,x\na/00,1\na/01,1.0\n", "all slices have the label 1: nothing to tell apart$"),
+        ("slice,x\na/00,-1\na/01,1\nb/00,0\n", "-1 stands beside 0 and 1; leave the field empty"),
+        ("slice,x,y\na/00,-1,0\na/01,1,1\n", "x holds -1, not 0 or 1 .*; an empty field means unknown$"),
+        ("slice,x\na/00,Yes\na/01,yes\nb/00,no\n", "Yes and yes would be two classes"),
+        ("slice,x\na/00,1\na/00.png,0\na/00,1.0\n", "line 3: a/00 stands there twice"),
         ("name,x\na/00,1\n", "slice,NAME or case,NAME"),
         ("slice,case,x\na/00,a,1\n", "slice,NAME or case,NAME"),
         ("slice\na/00\n", "slice,NAME or case,NAME"),
