@@ -46,7 +46,7 @@ if __name__ == "__main__":
 
 import csv
 import io
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -70,8 +70,18 @@ from evaluation.classifier import (
 )
 from evaluation.features import Features, pooled_stages, raw_pixels
 from evaluation.labelled import LabelledSlices, labelled_slices
-from evaluation.probes import PROBES, Probed, Task, best_kind, folds_of, logistic
-from evaluation.scores import NAMES, class_values, interval, main_value, mean, measure, scikit_learn
+from evaluation.probes import PROBES, Probed, Task, best_kind, logistic
+from evaluation.scores import (
+    NAMES,
+    interval,
+    main_value,
+    mean,
+    measure,
+    one_hot,
+    over_draws,
+    scikit_learn,
+    told_apart,
+)
 from evaluation.script import (
     begin_run,
     check_batch,
@@ -178,10 +188,7 @@ def reference_settings(cfg: Config, name: str, slices: LabelledSlices) -> Config
 def judge_frozen(cfg: Config, name: str, slices: LabelledSlices, task: Task, process: Process) -> dict:
     """By the lists, or by folds over all slices: each is judged by a probe that has not seen its case."""
     features = features_of(cfg, name, slices, process)
-    tasks = [task]
-    if cfg.labels.folds:
-        folds = folds_of(task, task.train, cfg.labels.folds)
-        tasks = [replace(task, train=rows, test=held) for rows, held in folds]
+    tasks = slices.tasks(cfg)
     pairs = [(each, kind) for each in tasks for kind in features]
     bar = progress(process, f"{cfg.mode}: {name}", pairs, len(pairs))
     found = [PROBES[cfg.mode](each, features[kind]) for each, kind in bar]
@@ -225,15 +232,21 @@ def judged_as(task: Task, found: dict[str, Probed], best: str | None = None) -> 
         "feature": best,
         "features": kinds,
         "drawn": drawn,
-        "scores": sum(scores) / len(scores),
+        "scores": mean_scores(np.stack(scores)),
     }
+
+
+def mean_scores(scores: np.ndarray) -> np.ndarray:
+    """(N, K) of (draws, N, K); NaN where no draw has one."""
+    counts = (~np.isnan(scores)).sum(0)
+    return np.where(counts > 0, np.nansum(scores, 0) / np.maximum(counts, 1), np.nan)
 
 
 def summary_of(task: Task, probed: Probed) -> dict:
     """One kind of feature: its value on the validation cases, on the test cases, and what was chosen."""
     scores = [one for draws in probed.scores.values() for one in draws]
-    each = [class_values(task.kind, task.targets[task.test], one) for one in scores]
-    values = {name: mean([one[name][0] for one in each]) for name in NAMES[task.kind]}
+    found = over_draws(task.kind, task.targets[task.test], scores)
+    values = {name: value for name, (value, *_) in found.items()}
     return {"validation": probed.value, **values, "chosen": probed.chosen, **probed.details}
 
 
@@ -298,13 +311,17 @@ def finetuned(
     def batches_of(split: str, prepare) -> Batches:
         return Batches(slices.parts[split], [*range(len(slices.parts[split]))], prepare, cfg, process)
 
-    score = f"val_{NAMES[slices.kind][0]}"
+    learnt = told_apart(one_hot(slices.kind, slices.train.targets, len(slices.classes)))
+
+    def scores_on(split: str, desc: str) -> np.ndarray:
+        return np.where(learnt, scores_of(model, batches_of(split, to_images), process, desc), np.nan)
 
     def validate() -> dict:
-        if "val" not in slices.parts:
-            return {score: None}
-        found = scores_of(model, batches_of("val", to_images), process, "validation")
-        return {score: max(0.0, main_value(slices.kind, slices.parts["val"].targets, found))}
+        value = None
+        if "val" in slices.parts:
+            found = scores_on("val", "validation")
+            value = main_value(slices.kind, slices.parts["val"].targets, found)
+        return {f"val_{NAMES[slices.kind][0]}": value}
 
     def keep() -> None:
         if process.is_main:
@@ -317,7 +334,7 @@ def finetuned(
     train(cfg, process, model, training, augment, loss_of, validate, keep, kept, stop)
     process.barrier()
     kept()
-    return scores_of(model, batches_of("test", to_images), process, "test slices")
+    return scores_on("test", "test slices")
 
 
 def judge_reference(
@@ -385,19 +402,20 @@ def tables(found: dict) -> str:
 
 
 def write_scores(path: Path, slices: LabelledSlices, scores: np.ndarray) -> None:
-    """slice, case, then one column a class: the scores of the test slices, not scaled to anything."""
+    """slice, case, then one column a class: the scores of the test slices, not scaled to anything; empty
+    where the training slices taught nothing of a class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["slice", "case", *slices.classes])
     part = slices.parts.get("test", slices.train)
     for name, case, row in zip(part.names, part.cases, scores):
-        writer.writerow([name, case, *(float(score) for score in row)])
+        writer.writerow([name, case, *("" if np.isnan(score) else float(score) for score in row)])
     write_whole(path, text.getvalue())
 
 
 def read_scores(path: Path) -> np.ndarray:
     with open(path, encoding="utf-8", newline="") as file:
-        return np.array([[float(score) for score in row[2:]] for row in list(csv.reader(file))[1:]])
+        return np.array([[float(score or "nan") for score in row[2:]] for row in [*csv.reader(file)][1:]])
 
 
 # ---- Command line --------------------------------------------------------------------------------

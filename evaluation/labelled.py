@@ -1,6 +1,6 @@
 """The slices that a classification is of: of each list those with a label, and their cases."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ from engine.process import Process
 from evaluation import encoder_file
 from evaluation.judgement import judge_encoder
 from evaluation.labels import Labels, presence, read_table
-from evaluation.probes import Task
-from evaluation.scores import one_hot
+from evaluation.probes import Task, folds_of, trainings
+from evaluation.scores import main_value, one_hot, told_apart
 from evaluation.supervised import training_positions
 
 
@@ -70,6 +70,14 @@ class LabelledSlices:
         test = rows.get("test", rows["train"])
         return Task(self.kind, self.classes, targets, groups, rows["train"], rows.get("val"), test, seed)
 
+    def tasks(self, cfg: Config) -> list[Task]:
+        """One by the lists, or with labels.folds one for each fold."""
+        task = self.task(cfg.seed)
+        if not cfg.labels.folds:
+            return [task]
+        folds = folds_of(task, task.train, cfg.labels.folds)
+        return [replace(task, train=rows, test=held) for rows, held in folds]
+
     def counts(self) -> dict[str, dict[str, int]]:
         return {
             split: {"slices": len(part), "cases": len(set(part.cases)) if self.has_cases else None}
@@ -107,7 +115,6 @@ def labelled_slices(cfg: Config, process: Process) -> LabelledSlices:
         text = "no list has more than one case: each slice counts as one; if neighbours of a patient are"
         process.say(f"note: {data.root}: {text} among them, figures are too good and intervals too narrow")
     found = LabelledSlices(parts, labels.kind, labels.classes, has_cases)
-    check_classes(found, cfg)
     found.warnings = heed_slices(cfg, sets, found, process)
     return found
 
@@ -158,29 +165,18 @@ def parts_of(cfg: Config, sets: dict, labels: Labels, process: Process) -> dict[
             positions = [i for i in positions if i in taken]
         unknown += int((~labels.known[start : start + len(dataset)]).sum())
         if not positions:
-            raise DataError(f"{cfg.labels.table}: no label for any slice of {cfg.data[split]}")
+            few = (
+                f", label_fraction={cfg.label_fraction:g}"
+                if split == "train" and cfg.label_fraction < 1
+                else ""
+            )
+            raise DataError(f"{cfg.labels.table}: no label for any slice of {cfg.data[split]}{few}")
         parts[split] = LabelledPart(dataset, positions, labels.targets[start:][positions])
         start += len(dataset)
     if unknown:
-        process.say(f"note: {unknown} of {start} slices have no label and are left out")
+        words = f" ({', '.join(map(one_line, labels.missing))} mean none)" if labels.missing else ""
+        process.say(f"note: {unknown} of {start} slices have no label{words} and are left out")
     return parts
-
-
-def check_classes(slices: LabelledSlices, cfg: Config) -> None:
-    """DataError for a class that the training slices cannot teach, since none or all of them have it."""
-    if cfg.label_fraction < 1:
-        return  # of few cases that is to be expected
-    counts = one_hot(slices.kind, slices.train.targets, len(slices.classes)).sum(0)
-    mend = "labels.columns=[NAME, ...] names those to judge"
-    if not counts.any():
-        raise DataError(f"{cfg.data.root}: no training slice has any of the classes; nothing to learn")
-    for name, count in zip(slices.classes, counts):
-        if count in (0, len(slices.train)):
-            which = "none" if count == 0 else "all"
-            text = (
-                f"{which} of the {len(slices.train)} training slices have it: nothing to tell apart; {mend}"
-            )
-            raise DataError(f"labels: {one_line(name)}: {text}")
 
 
 def heed_slices(cfg: Config, sets: dict, slices: LabelledSlices, process: Process) -> list[str]:
@@ -192,15 +188,51 @@ def heed_slices(cfg: Config, sets: dict, slices: LabelledSlices, process: Proces
     if slices.has_cases:
         doubts += judge_lists({split: dataset.cases for split, dataset in sets.items()})
         doubts += judge_shared_cases(slices.parts)
-    for split, part in slices.parts.items():
-        counts = one_hot(slices.kind, part.targets, len(slices.classes)).sum(0)
-        lacking = [name for name, count in zip(slices.classes, counts) if count in (0, len(part))]
-        if lacking and split != "train":
-            some = ", ".join(map(one_line, lacking))
-            doubts.append(
-                Doubt(f"{cfg.data[split]}: none or all slices have: {some}; left out of means there")
-            )
+    doubts += judge_classes(cfg, slices)
     return heed(doubts, cfg.data.insist, "data.insist=true", process.warn)
+
+
+def judge_classes(cfg: Config, slices: LabelledSlices) -> list[Doubt]:
+    """The classes that a model cannot learn, or that cannot be judged, since none or all of the slices have
+    them: they have no value there. Raises DataError where no class has one."""
+    tasks, doubts = slices.tasks(cfg), []
+    each = [[told_apart(task.one_hot(rows)) for rows in trainings(task, cfg.mode)] for task in tasks]
+    rows = np.concatenate([task.test for task in tasks])
+    known = np.concatenate([np.tile(np.any(some, 0), (len(task.test), 1)) for some, task in zip(each, tasks)])
+    if main_value(slices.kind, tasks[0].targets[rows], np.where(known, 0.0, np.nan)) is None:
+        raise DataError(nothing_to_judge(cfg, slices, known.any()))
+    models = np.concatenate(each)  # (models, K)
+    which = "draws" if cfg.mode == "lowshot" else "folds"
+    some = [
+        one_line(name) + (f" (in {count} of {len(models)} {which})" if count < len(models) else "")
+        for name, count in zip(slices.classes, (~models).sum(0))
+        if count
+    ]
+    if some:
+        where = "labels.folds" if cfg.labels.folds else cfg.data.train
+        text = f"none or all training slices have: {', '.join(some)}; no value there, left out of means"
+        doubts.append(Doubt(f"{where}: {text}"))
+    for split, part in slices.parts.items():
+        apart = told_apart(one_hot(slices.kind, part.targets, len(slices.classes)))
+        some = [one_line(name) for name, ok in zip(slices.classes, apart | ~models.any(0)) if not ok]
+        if some and split != "train":
+            text = f"none or all slices have: {', '.join(some)}; left out of means there"
+            doubts.append(Doubt(f"{cfg.data[split]}: {text}"))
+    return doubts
+
+
+def nothing_to_judge(cfg: Config, slices: LabelledSlices, learnt: bool) -> str:
+    """Why no class has a value: nothing can be learnt, or nothing of it judged."""
+    each = "class" if cfg.labels.table else f"organ (labels.min_pixels={cfg.labels.min_pixels})"
+    if learnt:
+        where, text = cfg.data.test, f"test slices have each {each} that can be learnt: nothing to judge"
+    else:
+        where, text = (
+            cfg.data.train,
+            f"{len(slices.train)} training slices have each {each}: nothing to learn",
+        )
+    few = f"; label_fraction={cfg.label_fraction:g} takes few cases" if cfg.label_fraction < 1 else ""
+    return f"{cfg.data.root if cfg.labels.folds else where}: none or all {text}{few}"
 
 
 def judge_shared_cases(parts: dict[str, LabelledPart]) -> list[Doubt]:

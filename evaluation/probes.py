@@ -10,7 +10,7 @@ neighbours, a penalty) is chosen on validation cases, or without them by folds o
     lowshot    the same machine on k training cases, five draws of them
 
 Arrays: features (N, D) float32; targets (N, K) of 0 and 1, or (N,) class numbers; scores (N, K), the higher
-the likelier; groups (N,), the cases.
+the likelier, NaN for a class that all or none of the training slices have; groups (N,), the cases.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from engine.config import ConfigError
-from evaluation.scores import class_values, main_value, one_hot, scikit_learn
+from evaluation.scores import class_values, main_value, mean, one_hot, scikit_learn, told_apart
 
 TEMPERATURE = 0.07
 NEIGHBOURS = (10, 20, 100, 200)
@@ -45,7 +45,7 @@ class Task:
     test: np.ndarray
     seed: int = 0
 
-    def value(self, rows: np.ndarray, scores: np.ndarray) -> float:
+    def value(self, rows: np.ndarray, scores: np.ndarray) -> float | None:
         return main_value(self.kind, self.targets[rows], scores)
 
     def one_hot(self, rows: np.ndarray) -> np.ndarray:
@@ -67,13 +67,12 @@ def folds_of(task: Task, rows: np.ndarray, count: int) -> list[tuple[np.ndarray,
     cases = len(np.unique(task.groups[rows]))
     if cases < count:
         raise ConfigError(f"{count} folds of cases are needed, and there are {cases} cases with labels")
-    select = scikit_learn().model_selection
-    if task.kind == "single":
-        splitter = select.StratifiedGroupKFold(count, shuffle=True, random_state=task.seed)
-    else:
-        splitter = select.GroupKFold(count, shuffle=True, random_state=task.seed)
-    y = task.targets[rows] if task.kind == "single" else None
-    return [(rows[a], rows[b]) for a, b in splitter.split(rows, y, task.groups[rows])]
+    select, y = scikit_learn().model_selection, task.targets[rows]
+    stratified = task.kind == "single" and np.bincount(y).max() >= count
+    kind = select.StratifiedGroupKFold if stratified else select.GroupKFold
+    splitter = kind(count, shuffle=True, random_state=task.seed)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of rare classes: we name those
+        return [(rows[a], rows[b]) for a, b in splitter.split(rows, y, task.groups[rows])]
 
 
 def choosing_folds(task: Task) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -81,15 +80,16 @@ def choosing_folds(task: Task) -> list[tuple[np.ndarray, np.ndarray]]:
     return folds_of(task, task.train, FOLDS) if task.val is None else [(task.train, task.val)]
 
 
-def choose(task: Task, fit, features: np.ndarray, candidates) -> tuple[object, float]:
-    """The candidate with the best value on what it was not fitted on, and that value."""
+def choose(task: Task, fit, features: np.ndarray, candidates) -> tuple[object, float | None]:
+    """The candidate with the best value on what it was not fitted on, and that value; the first where none
+    has a value."""
     found = []
     folds = choosing_folds(task)
     rows = np.concatenate([held for _, held in folds])
     for candidate in candidates:
         scores = [fit(task, features, train, held, candidate) for train, held in folds]
         found.append(task.value(rows, np.concatenate(scores)))
-    best = int(np.argmax(found))
+    best = int(np.argmax([-1 if value is None else value for value in found]))
     return candidates[best], found[best]
 
 
@@ -115,8 +115,10 @@ def knn_scores(task: Task, features: np.ndarray, train: np.ndarray, rows: np.nda
     k = min(k, len(train))
     nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
     weights = np.exp(np.take_along_axis(cosines, nearest, 1).astype(np.float64) / TEMPERATURE)
-    votes = task.one_hot(train)[nearest]  # (rows, k, K)
-    return np.einsum("nk,nkc->nc", weights, votes) / weights.sum(1, keepdims=True)
+    truth = task.one_hot(train)
+    votes = truth[nearest]  # (rows, k, K)
+    scores = np.einsum("nk,nkc->nc", weights, votes) / weights.sum(1, keepdims=True)
+    return np.where(told_apart(truth), scores, np.nan)
 
 
 def l2_normalised(features: np.ndarray) -> np.ndarray:
@@ -139,7 +141,7 @@ def logistic_scores(task: Task, features: np.ndarray, train, rows, c: float) -> 
 
     if task.kind == "multi":
         return by_class(fit, task.targets[train], features[rows])
-    found = np.zeros((len(rows), len(task.classes)))  # probability of classes that the training slices lack
+    found = np.full((len(rows), len(task.classes)), np.nan)
     known = np.unique(task.targets[train])
     if len(known) > 1:
         found[:, known] = fit(task.targets[train]).predict_proba(features[rows])
@@ -155,7 +157,7 @@ def svm(task: Task, features: np.ndarray) -> Probed:
     return Probed({"": [scores]}, {"C": dict(zip(task.classes, penalties))}, value)
 
 
-def svm_penalties(task: Task, features: np.ndarray, folds) -> tuple[list[float], float]:
+def svm_penalties(task: Task, features: np.ndarray, folds) -> tuple[list[float], float | None]:
     """For each class the penalty with the best average precision over the held-out rows of all folds, and the
     value that they reach together."""
     rows = np.concatenate([held for _, held in folds])
@@ -200,22 +202,18 @@ def lowshot(task: Task, features: np.ndarray) -> Probed:
             values.append(value)
         chosen[count] = c
         scores[count] = [svm_scores(task, features, rows, task.test, [c] * classes) for rows in draws]
-    return Probed(scores, {"C": chosen}, float(np.mean(values)) if values else None)
+    return Probed(scores, {"C": chosen}, mean(values))
 
 
 def lowshot_draws(task: Task) -> dict[str, list[np.ndarray]]:
-    """{k: the training rows of k cases, five times}; k cases of each class where a slice has one class.
-
-    Raises ConfigError where there are too few cases for the smallest k.
-    """
+    """{k: the training rows of k cases, five times}; k cases of each class that there is, where a slice has
+    one class."""
     groups, targets = task.groups[task.train], task.targets[task.train]
     if task.kind == "single":
-        pools = [np.unique(groups[targets == k]) for k in range(len(task.classes))]
+        pools = [np.unique(groups[targets == k]) for k in np.unique(targets)]
     else:
         pools = [np.unique(groups)]
     enough = [count for count in LOWSHOT_CASES if count <= min(map(len, pools))]
-    if not enough:
-        raise ConfigError("mode: lowshot needs a training case of each class")
     rng, draws = np.random.default_rng(task.seed), {}
     for count in enough:
         picked = [
@@ -226,14 +224,19 @@ def lowshot_draws(task: Task) -> dict[str, list[np.ndarray]]:
     return draws
 
 
+def trainings(task: Task, mode: str) -> list[np.ndarray]:
+    """The training rows of each model that is judged: all, or those of each low-shot draw."""
+    draws = lowshot_draws(task) if mode == "lowshot" else {"": [task.train]}
+    return [rows for some in draws.values() for rows in some]
+
+
 def by_class(fit, targets: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Scores (N, K) of fit(column, k), a model for each column of targets (rows, K); 0 where a column says
+    """Scores (N, K) of fit(column, k), a model for each column of targets (rows, K); NaN where a column says
     nothing, being all 0 or all 1."""
-    found = np.zeros((len(features), targets.shape[1]))
+    found = np.full((len(features), targets.shape[1]), np.nan)
     with warnings.catch_warnings(action="ignore", category=scikit_learn().exceptions.ConvergenceWarning):
-        for k, column in enumerate(targets.T):
-            if column.min() < column.max():
-                found[:, k] = fit(column, k).decision_function(features)
+        for k in np.flatnonzero(told_apart(targets)):
+            found[:, k] = fit(targets[:, k], k).decision_function(features)
     return found
 
 

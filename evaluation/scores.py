@@ -1,8 +1,9 @@
 """Metrics of classification, with 95 % intervals by bootstrap over cases.
 
 Multi-label: mean average precision (mAP) and AUROC. Single-label: accuracy (by class: the share of its slices
-that are recognised) and AUROC, one class against the rest. A class of which all or none of the slices are
-positive has no value, and is left out of the mean.
+that are recognised) and AUROC, one class against the rest. A class that all or none of the slices have has
+no value, and is left out of the mean. So is one that all or none of the training slices had: its scores are
+NaN and do not count; nor do, in accuracy, the slices of such a class.
 """
 
 import numpy as np
@@ -31,28 +32,34 @@ def one_hot(kind: str, targets: np.ndarray, classes: int) -> np.ndarray:
     return targets if kind == "multi" else np.eye(classes, dtype=np.uint8)[targets]
 
 
+def told_apart(truth: np.ndarray) -> np.ndarray:
+    """(K,) bool: the classes that some of these slices, (N, K) of 0 and 1, have and some have not."""
+    return (truth.min(0) < truth.max(0)) if len(truth) else np.zeros(truth.shape[1], bool)
+
+
 def class_values(kind: str, targets: np.ndarray, scores: np.ndarray) -> dict[str, tuple]:
     """{metric: (mean, [by class])}; None where it is not defined.
 
-    targets: (N, K) of 0 and 1, or (N,) class numbers; scores: (N, K), the higher the likelier.
+    targets: (N, K) of 0 and 1, or (N,) class numbers; scores: (N, K), the higher the likelier; NaN does not
+    count.
     """
-    truth = one_hot(kind, targets, scores.shape[1])
-    counts = truth.sum(0)
-    defined = (counts > 0) & (counts < len(truth))
-
-    pairs = [ranked(y, s) if ok else (None, None) for y, s, ok in zip(truth.T, scores.T, defined)]
+    truth, known = one_hot(kind, targets, scores.shape[1]), ~np.isnan(scores)
+    pairs = [ranked(y[ok], s[ok]) for y, s, ok in zip(truth.T, scores.T, known.T)]
     precision, auroc = map(list, zip(*pairs))
     if kind == "multi":
         return {"mAP": (mean(precision), precision), "AUROC": (mean(auroc), auroc)}
-    right = scores.argmax(1) == targets
-    recall = [float(right[targets == k].mean()) if counts[k] else None for k in range(scores.shape[1])]
-    return {"accuracy": (float(right.mean()), recall), "AUROC": (mean(auroc), auroc)}
+    right = np.where(known, scores, -np.inf).argmax(1) == targets
+    judged = known[np.arange(len(targets)), targets]
+    recall = [mean(right[judged & (targets == k)].tolist()) for k in range(scores.shape[1])]
+    return {"accuracy": (mean(right[judged].tolist()), recall), "AUROC": (mean(auroc), auroc)}
 
 
-def ranked(truth: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
-    """Average precision, not interpolated, and area under the ROC curve, of (N,) truths of 0 and 1 of which
-    there are both. Equal scores count at once. As scikit-learn's, which takes sixty times as long to check
-    what it is given, and the bootstrap needs thousands of them."""
+def ranked(truth: np.ndarray, scores: np.ndarray) -> tuple[float | None, float | None]:
+    """Average precision, not interpolated, and area under the ROC curve, of (N,) truths of 0 and 1; None
+    unless there are both. Equal scores count at once. As scikit-learn's, which takes sixty times as long to
+    check what it is given, and the bootstrap needs thousands of them."""
+    if not told_apart(truth[:, None])[0]:
+        return None, None
     order = np.argsort(-scores, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of runs of equal scores
     right = np.append(0, np.cumsum(truth[order], dtype=float)[ends])
@@ -68,10 +75,27 @@ def mean(values: list[float | None]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def main_value(kind: str, targets: np.ndarray, scores: np.ndarray) -> float:
-    """The first metric, by which settings are chosen; -1 where it is not defined."""
-    value = next(iter(class_values(kind, targets, scores).values()))[0]
-    return -1.0 if value is None else value
+def main_value(kind: str, targets: np.ndarray, scores: np.ndarray) -> float | None:
+    """The first metric, by which settings are chosen; None where it is not defined."""
+    return next(iter(class_values(kind, targets, scores).values()))[0]
+
+
+def over_draws(kind: str, targets: np.ndarray, all_scores: list[np.ndarray]) -> dict[str, tuple]:
+    """{metric: (mean, [by class], [of each draw])} of several scores of the same slices, as several draws of
+    training cases give them. A class has the mean over the draws in which it has a value, also in the others,
+    or the means would jump with the classes that they go over."""
+    each, found = [class_values(kind, targets, scores) for scores in all_scores], {}
+    for name in NAMES[kind]:
+        values, by_class = zip(*(one[name] for one in each))
+        classes = [mean(own) for own in zip(*by_class)]
+        if name != "accuracy":
+            values = [mean(filled(own, classes)) for own in by_class]
+        found[name] = mean(values), classes, values
+    return found
+
+
+def filled(values: list, others: list) -> list:
+    return [other if value is None else value for value, other in zip(values, others)]
 
 
 def drawn_rows(groups: np.ndarray, draws: int) -> list[np.ndarray]:
@@ -88,18 +112,16 @@ def bootstrap(
 ) -> dict[str, np.ndarray]:
     """{metric: its means over draws of cases}, NaN where undefined.
 
-    A class that a draw leaves without positive slices has its value over all cases there, or the mean would
-    jump with the classes that it goes over. Of several scores of the same slices, as several draws of
-    training cases give them, each draw takes the next.
+    A class that a draw leaves without positive slices has its value over all cases there. Of several scores
+    of the same slices each draw takes the next.
     """
     found = {name: [] for name in NAMES[kind]}
-    whole = [class_values(kind, targets, scores) for scores in all_scores]
+    whole = over_draws(kind, targets, all_scores)
     for number, rows in enumerate(drawn_rows(groups, draws)):
-        which = number % len(all_scores)
-        for name, (value, by_class) in class_values(kind, targets[rows], all_scores[which][rows]).items():
+        scores = all_scores[number % len(all_scores)][rows]
+        for name, (value, by_class) in class_values(kind, targets[rows], scores).items():
             if name != "accuracy":
-                pairs = zip(by_class, whole[which][name][1])
-                value = mean([own if mine is None else mine for mine, own in pairs])
+                value = mean(filled(by_class, whole[name][1]))
             found[name].append(np.nan if value is None else value)
     return {name: np.array(values) for name, values in found.items()}
 
@@ -119,13 +141,11 @@ def measure(
 ) -> tuple[dict, dict]:
     """The metrics as results.json has them, and their bootstrap draws. Of several scores of the same slices:
     the means over them, and "deviation" from one to another."""
-    each = [class_values(kind, targets, scores) for scores in all_scores]
     drawn = bootstrap(kind, targets, all_scores, groups, draws)
     metrics = {}
-    for name in NAMES[kind]:
-        values, by_class = zip(*(one[name] for one in each))
-        metrics[name] = {"value": mean(values), "interval": interval(drawn[name])}
-        metrics[name]["classes"] = dict(zip(classes, map(mean, zip(*by_class))))
-        if len(each) > 1:
-            metrics[name]["deviation"] = float(np.std([value or 0.0 for value in values], ddof=1))
+    for name, (value, by_class, values) in over_draws(kind, targets, all_scores).items():
+        metrics[name] = {"value": value, "interval": interval(drawn[name])}
+        metrics[name]["classes"] = dict(zip(classes, by_class))
+        if len(values) > 1:
+            metrics[name]["deviation"] = None if None in values else float(np.std(values, ddof=1))
     return metrics, drawn

@@ -14,6 +14,8 @@ from handmade import put
 
 pytest.importorskip("sklearn")
 import eval_cls
+from ct.properties import class_names
+from ct.slices import read_mask
 from data import DataError
 from engine.config import ConfigError
 from models import Encoder
@@ -132,6 +134,76 @@ def test_a_set_without_cases_says_so_once(table_set, tmp_path, capsys):
     assert found["metrics"]["AUROC"]["interval"] is not None  # over slices
 
 
+@pytest.mark.parametrize("mode", ("knn", "svm", "finetune"))
+def test_organs_that_no_training_slice_shows_are_left_out(phantom, tmp_path, capsys, mode):
+    """As of a small field of view, and an organ that all of them show; the others are judged as if there were
+    none such."""
+    root = tmp_path / "set"
+    shutil.copytree(phantom, root)
+    organs = class_names(root, None)
+    everywhere, nowhere = organs.index("gallbladder"), organs.index("left adrenal gland")
+    for split in ("train", "val", "test"):
+        for name in (root / f"{split}.txt").read_text().split():
+            mask = read_mask(root / "masks" / name).copy()
+            mask[mask == nowhere] = 0
+            mask[:2] = everywhere
+            put(root / "masks" / name, mask.astype(np.uint8))
+    names = "labels.columns=[liver,gallbladder,stomach,left adrenal gland]"
+    found = evaluate(root, tmp_path / "run", f"mode={mode}", names, "references=[raw]")
+    warned = capsys.readouterr().err
+    for one in (found, *found["references"].values()):
+        for metric in one["metrics"].values():
+            classes = metric["classes"]
+            assert classes["gallbladder"] is classes["left adrenal gland"] is None
+            assert metric["value"] == pytest.approx((classes["liver"] + classes["stomach"]) / 2)
+    named = [text for text in found["warnings"] if "gallbladder" in text or "adrenal" in text]
+    assert len(named) == 1 and warned.count("gallbladder") == warned.count("adrenal") == 1
+    assert named[0] == (
+        "train.txt: none or all training slices have: gallbladder, left adrenal gland; "
+        "no value there, left out of means"
+    )
+    rows = list(csv.reader((tmp_path / "run/scores.csv").read_text().splitlines()))
+    assert all(row[3] == row[5] == "" and row[2] and row[4] for row in rows[1:])
+    if mode != "finetune":
+        rest = evaluate(root, tmp_path / "rest", f"mode={mode}", CHOSEN, "references=[]")
+        for metric in ("mAP", "AUROC"):
+            assert rest["metrics"][metric]["value"] == found["metrics"][metric]["value"]
+    with pytest.raises(DataError) as raised:
+        only = "labels.columns=[gallbladder,left adrenal gland]"
+        evaluate(root, tmp_path / "none", f"mode={mode}", only)
+    assert str(raised.value) == (
+        "train.txt: none or all 18 training slices have each organ (labels.min_pixels=5): nothing to learn"
+    )
+
+
+@pytest.mark.parametrize("mode", ("knn", "lowshot"))
+def test_a_class_of_one_case_is_left_out_of_folds_and_named(table_set, tmp_path, capsys, mode):
+    text = (table_set / "labels.csv").read_text()
+    (table_set / "labels.csv").write_text(text.replace("c0,yes", "c0,rare"))
+    found = evaluate(table_set, tmp_path / "run", f"mode={mode}", "labels.table=labels.csv", "labels.folds=4")
+    for metric in found["metrics"].values():
+        assert metric["classes"]["rare"] is None and None not in (metric["value"], metric["classes"]["no"])
+    models = "1 of 4 folds" if mode == "knn" else "10 of 25 draws"
+    named = f"labels.folds: none or all training slices have: rare (in {models}); no value there"
+    assert [text.startswith(named) for text in found["warnings"]].count(True) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("rare (in") == 1 and "| rare |" in " ".join(printed.out.split())
+
+
+def test_fine_tuning_without_a_value_on_validation_cases_keeps_the_last_model(table_set, tmp_path):
+    rows = [f"c{case}/{index}.png" for case in range(8) for index in range(4)]
+    for split, cases in (("train", "2345"), ("val", "1"), ("test", "067")):
+        own = [row for row in rows if row[1] in cases]
+        (table_set / f"{split}.txt").write_text("\n".join(own) + "\n")
+    table = ["case,a,b", *(f"c{case},{int(case % 2 == 0)},{int(case < 4)}" for case in range(8))]
+    (table_set / "labels.csv").write_text("\n".join(table) + "\n")
+    found = evaluate(table_set, tmp_path / "run", "mode=finetune", "labels.table=labels.csv", "references=[]")
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {row["val_mAP"] for row in log if "val_mAP" in row} == {None}
+    assert "val.txt: none or all slices have: a, b; left out of means there" in found["warnings"]
+    assert found["metrics"]["AUROC"]["value"] is not None
+
+
 def test_what_cannot_be_judged_is_one_line(phantom, table_set, tmp_path):
     def refused(root, message, *overrides, error=DataError):
         with pytest.raises(error, match=message) as raised:
@@ -140,11 +212,10 @@ def test_what_cannot_be_judged_is_one_line(phantom, table_set, tmp_path):
 
     refused(
         phantom,
-        "labels: .*: none of the 18 training slices have it.*labels.columns",
-        "labels.min_pixels=60",
-        "labels.columns=[liver,left adrenal gland]",
+        r"none or all 18 training slices have each organ \(labels.min_pixels=4000\): nothing to learn$",
+        "labels.min_pixels=4000",
+        CHOSEN,
     )
-    refused(phantom, "no training slice has any of the classes", "labels.min_pixels=4000", CHOSEN)
     refused(
         phantom,
         "labels.columns: no organ heart; there are spleen",
@@ -169,6 +240,21 @@ def test_what_cannot_be_judged_is_one_line(phantom, table_set, tmp_path):
     refused(table_set, "1 of 3 cases do not exist, the first c99", *table)
     (table_set / "labels.csv").write_text("case,contrast\n" + "".join(f"c{i},no\n" for i in range(8)))
     refused(table_set, "all slices have the label no", *table)
+    rows = "".join(f"c{i},{'no' if i < 5 else 'yes'},{int(i > 5)}\n" for i in range(8))
+    (table_set / "labels.csv").write_text("case,x,y\n" + rows)
+    for split, cases in (("train", "01234"), ("test", "567")):
+        names = [f"c{case}/{index}.png\n" for case in cases for index in range(4)]
+        (table_set / f"{split}.txt").write_text("".join(names))
+    lists = ("labels.table=labels.csv", "data.val=null")
+    refused(
+        table_set,
+        "none or all 20 training slices have each class: nothing to learn",
+        *lists,
+        "labels.columns=[x]",
+    )
+    (table_set / "train.txt").write_text("".join(f"c{case}/0.png\n" for case in "456"))
+    (table_set / "test.txt").write_text("".join(f"c{case}/0.png\n" for case in "013"))
+    refused(table_set, "none or all test slices have each class that can be learnt", *lists)
 
 
 def test_a_case_on_both_sides_is_refused(phantom, tmp_path):

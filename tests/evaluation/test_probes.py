@@ -1,5 +1,9 @@
 """Probes against scikit-learn called directly, a loop, and chance; metrics; who is on which side."""
 
+import warnings
+from contextlib import suppress
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,7 +16,7 @@ from sklearn.svm import LinearSVC
 from engine.config import ConfigError
 from evaluation import probes
 from evaluation.probes import Task, best_kind, folds_of, knn, logistic, lowshot, lowshot_draws, svm
-from evaluation.scores import class_values, measure
+from evaluation.scores import class_values, main_value, measure, over_draws
 
 
 def task_of(kind="multi", cases=12, slices=10, dims=24, classes=3, seed=0, val=True, signal=1.0):
@@ -153,6 +157,81 @@ def test_the_kind_of_feature_is_chosen_without_the_test_cases():
     assert best_kind(found | {"x grid": found["noise mean"]}) == "told mean"  # the last mean
 
 
+def without(task, kind, rows, k=1, present=False):
+    """The task with a class that none, or all, of these rows have."""
+    targets = task.targets.copy()
+    if kind == "multi":
+        targets[rows, k] = present
+    else:
+        targets[rows] = np.where(targets[rows] == k, k + 1, targets[rows])
+    return replace(task, targets=targets)
+
+
+@pytest.mark.parametrize("name", probes.PROBES)
+@pytest.mark.parametrize("kind, present", (("multi", False), ("multi", True), ("single", False)))
+def test_a_class_that_training_cannot_teach_has_no_value(name, kind, present):
+    """For scikit-learn a training set without one side is an error; each other class is judged as if there
+    were none such."""
+    task, features = task_of(kind, cases=15)
+    task = without(task, kind, task.train, present=present)
+    found = probes.PROBES[name](task, features)
+    test, others = task.targets[task.test], [0, 2]
+    for scores in (one for draws in found.scores.values() for one in draws):
+        assert np.isnan(scores[:, 1]).all() and np.isfinite(scores[:, others]).all()
+        for values in class_values(kind, test, scores).values():
+            assert values[1][1] is None and None not in [values[1][k] for k in others]
+    if kind == "multi":
+        rest = replace(task, classes=["class 0", "class 2"], targets=task.targets[:, others])
+        same = probes.PROBES[name](rest, features)
+        for count, draws in same.scores.items():
+            np.testing.assert_allclose(np.stack(draws), np.stack(found.scores[count])[..., others])
+        assert same.value == found.value
+    column = (task.targets[task.train] if kind == "multi" else np.eye(3)[task.targets[task.train]])[:, 1]
+    with pytest.raises(ValueError, match="class"):
+        LogisticRegression().fit(features[task.train], column)
+
+
+@pytest.mark.parametrize("name", probes.PROBES)
+def test_a_class_of_one_case_has_no_value_in_folds(name):
+    """Its fold has not seen it, the others have nothing of it to judge: equal scores in one fold beside true
+    ones in the others would give it an AUROC by construction."""
+    task, features = task_of("single", cases=12, slices=6, classes=2, val=False)
+    task.targets[:] = np.repeat(np.arange(12) % 2, 6)
+    task.targets[:6] = 2
+    task.classes.append("rare")
+    scores, rows = [], []
+    for train, held in folds_of(task, np.arange(72), 4):
+        found = probes.PROBES[name](replace(task, train=train, test=held), features)
+        scores.append(next(iter(found.scores.values()))[0])
+        rows.append(held)
+    rows, scores = np.concatenate(rows), np.concatenate(scores)
+    values = class_values("single", task.targets[rows], scores)
+    assert [values[metric][1][2] for metric in ("accuracy", "AUROC")] == [None, None]
+    others = task.targets[rows] != 2  # its slices do not count: nobody could recognise them
+    recognised = np.nan_to_num(scores[others], nan=-np.inf).argmax(1) == task.targets[rows][others]
+    assert values["accuracy"][0] == recognised.mean() and None not in values["AUROC"][1][:2]
+
+
+@pytest.mark.parametrize("val", (True, False))
+def test_nothing_to_choose_by_is_no_value(val):
+    task, features = task_of("single", classes=2, val=val)
+    task.targets[:] = np.arange(len(task.targets)) % 2
+    if val:
+        task.targets[task.val] = 1
+        assert knn(task, features).value is not None  # accuracy is defined all the same
+    task.targets[task.train] = 1
+    found = {name: probe(task, features) for name, probe in probes.PROBES.items()}
+    assert all(one.value is None for one in found.values())
+    assert main_value("single", task.targets[task.test], found["svm"].scores[""][0]) is None
+    assert best_kind({"a mean": found["knn"], "b grid": found["svm"]}) == "a mean"
+
+
+def test_folds_of_fewer_slices_of_a_class_than_folds():
+    targets, groups = np.array([0, 0, 0, 1, 1]), np.array([*"abcde"])
+    task = Task("single", ["no", "yes"], targets, groups, np.arange(5), None, np.arange(5))
+    assert len(folds_of(task, task.train, 4)) == 4
+
+
 # ---- Metrics -------------------------------------------------------------------------------------
 
 
@@ -169,6 +248,40 @@ def test_metrics_are_those_of_scikit_learn(digits):
     value, recall = class_values("single", single, scores)["accuracy"]
     assert value == (scores.argmax(1) == single).mean()
     assert recall == [(scores.argmax(1)[single == k] == k).mean() for k in range(3)]
+
+
+def test_undefined_values_are_those_of_scikit_learn():
+    """Of one side alone its AUROC is undefined; its average precision of no positives is 0, which we leave
+    out."""
+    scores = np.arange(4.0)
+    for truth in ([0, 0, 0, 0], [1, 1, 1, 1]):
+        assert class_values("multi", np.array(truth)[:, None], scores[:, None])["AUROC"] == (None, [None])
+        with warnings.catch_warnings(action="ignore"), suppress(ValueError):  # raised before 1.6
+            assert np.isnan(roc_auc_score(truth, scores))
+    targets, scores = np.array([[0], [1], [0], [1]]), np.array([[0.3], [0.2], [np.nan], [np.nan]])
+    assert class_values("multi", targets, scores)["AUROC"] == (0.0, [0.0])  # of those with a score
+
+
+def test_a_class_counts_with_the_draws_in_which_it_has_a_value():
+    rng = np.random.default_rng(0)
+    targets, scores = rng.integers(0, 2, (40, 2)), rng.normal(size=(3, 40, 2))
+    scores[0, :, 1] = np.nan  # as a low-shot draw without it
+    value, classes, each = over_draws("multi", targets, [*scores])["AUROC"]
+    own = [[roc_auc_score(targets[:, k], one[:, k]) for one in scores[k:]] for k in range(2)]
+    assert classes == pytest.approx([np.mean(own[0]), np.mean(own[1])]) and value == pytest.approx(
+        np.mean(classes)
+    )
+    assert each == pytest.approx([(a + b) / 2 for a, b in zip(own[0], [np.mean(own[1]), *own[1]])])
+    found, drawn = measure("multi", ["a", "b"], targets, [*scores], np.arange(40) // 4, 50)
+    assert (
+        found["AUROC"]["deviation"] == pytest.approx(np.std(each, ddof=1))
+        and np.isfinite(drawn["AUROC"]).all()
+    )
+    scores[:] = np.nan
+    found, _ = measure("multi", ["a", "b"], targets, [*scores], np.arange(40) // 4, 50)
+    assert found["mAP"] == {
+        "value": None, "interval": None, "classes": {"a": None, "b": None}, "deviation": None
+    }  # fmt: skip
 
 
 def test_average_precision_by_hand():
