@@ -323,7 +323,13 @@ def patch_reconstruction(prediction: Tensor, image: Tensor, masked: Tensor) -> T
 
 @full_precision
 def matched_points(
-    query_box: Tensor, key_box: Tensor, grid: int = 4, match: str = "overlap", min_overlap: float = 0.15
+    query_box: Tensor,
+    key_box: Tensor,
+    size: tuple[int, int],
+    stride: int,
+    grid: int = 4,
+    match: str = "overlap",
+    min_overlap: float = 0.15,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Centres of grid x grid matched regions in two crops of the same slice.
 
@@ -332,44 +338,53 @@ def matched_points(
     sheared it goes on with the matrix a b c d, by which an offset (u, v) from the view's centre, in its sides
     and before it was mirrored, is (a u + b v, c u + d v) in sides of the box.
 
-    match="grid" (the paper's): the same cell of both views; the mirrored cell if only one is flipped.
-    match="overlap" (ours): the grid lies over the intersection of the two crops, so that region r is the
-    same anatomy in both. Images whose intersection is narrower than `min_overlap` of a crop's side, in
-    either direction and for either crop, are not kept. Of a turned or sheared crop counts the largest box of
-    the same shape inside it, so that all regions are in both views.
+    match="overlap" (ours): the grid lies over the part of the slice that the feature maps of both crops span
+    (`map_box`), so that region r is the same anatomy in both, and no region lies beyond the outermost
+    positions of a map. Images where this part is narrower than `min_overlap` of a crop's side, in either
+    direction and for either crop, are not kept.
+    match="grid" (the paper's): the same cell of both views; the mirrored cell if only one is flipped. This is
+    what "overlap" finds of two crops of the same place.
 
     Args:
         query_box, key_box: (N, 5), or (N, 9) with the matrix.
+        size: (H, W) of the views, px.
+        stride: px from one position of the feature map to the next.
 
     Returns:
-        query_points, key_points: (N, R, 2), x and y in [0, 1] of each view as it was cropped and flipped;
-            R = grid * grid, row by row of the source slice ("grid": of the query view).
+        query_points, key_points: (N, R, 2), x and y in [0, 1] of each view as it was cropped and flipped,
+            from pixel edge to pixel edge; R = grid * grid, row by row of the source slice.
         keep: (N,) bool.
     """
-    cells = grid_cells(query_box, (grid, grid))  # (N, R, 2)
-
     if match == "grid":
-        keep = torch.ones(len(query_box), dtype=torch.bool, device=query_box.device)
-        return cells, mirror(cells, (query_box[:, 4] - key_box[:, 4]).abs()), keep
-    if match != "overlap":
+        query_box, key_box = uncropped(query_box), uncropped(key_box)
+    elif match != "overlap":
         raise ValueError(f"match must be 'grid' or 'overlap', not {match!r}")
 
-    query_inside, key_inside = inner_box(query_box), inner_box(key_box)
+    query_inside, key_inside = (map_box(box, size, stride) for box in (query_box, key_box))  # (N, 4) each
     low = torch.maximum(query_inside[:, :2], key_inside[:, :2])  # (N, 2): left, top of the intersection
-    side = torch.minimum(query_inside[:, 2:4], key_inside[:, 2:4]) - low  # negative if they do not meet
+    side = torch.minimum(query_inside[:, 2:], key_inside[:, 2:]) - low  # negative if they do not meet
     largest_crop = torch.maximum(box_side(query_box), box_side(key_box))
     keep = (side >= min_overlap * largest_crop).all(dim=1)
-    in_slice = low[:, None] + cells * side.clamp(min=0)[:, None]  # (N, R, 2) in the source slice
+    cells = (torch.arange(grid, device=low.device, dtype=low.dtype) + 0.5) / grid
+    in_slice = low[:, None] + row_by_row(cells, cells) * side.clamp(min=0)[:, None]  # (N, R, 2)
     return to_view(in_slice, query_box), to_view(in_slice, key_box), keep
 
 
-def inner_box(box: Tensor) -> Tensor:
-    """The box itself; of a turned or sheared crop (N, 9) the largest of its shape and centre that lies in the
-    crop, cut to the slice: (N, 4)."""
+def uncropped(box: Tensor) -> Tensor:
+    """The box (N, 5) of a view of the whole slice that is mirrored where that of `box` (N, 5 or 9) is."""
+    return torch.cat([torch.zeros_like(box[:, :2]), torch.ones_like(box[:, 2:4]), box[:, 4:5]], dim=1)
+
+
+def map_box(box: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """The part of the slice from the first position of a view's feature map to the last, (N, 4); of a turned
+    or sheared crop (N, 9) the largest box of the crop's shape and this centre within it, cut to the slice."""
+    ends = cell_centres(box, size, stride)[:, [0, -1]]  # (N, 2, 2)
     if box.shape[1] == 5:
-        return box[:, :4]
-    centre, half = (box[:, :2] + box[:, 2:4]) / 2, box_side(box) / 2
-    half = half / inverse_matrix(box).abs().sum(dim=2).amax(dim=1, keepdim=True)
+        return torch.cat([ends.amin(dim=1), ends.amax(dim=1)], dim=1)
+    height, width = (stride * ((side - 1) // stride) / side for side in size)  # of the map; the view's are 1
+    across, down = inverse_matrix(box).abs().sum(dim=2).unbind(dim=1)  # of the whole box, in the view
+    share = torch.minimum(width / across, height / down)  # (N,)
+    centre, half = ends.mean(dim=1), share[:, None] * box_side(box) / 2
     return torch.cat([centre - half, centre + half], dim=1).clamp(0, 1)
 
 
@@ -396,17 +411,31 @@ def to_slice(points: Tensor, box: Tensor) -> Tensor:
 
 
 @full_precision
-def cell_centres(box: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Where the positions of a view's feature map lie in the source slice: crop boxes (N, 5 or 9) and the
-    map's (h, w) -> (N, h w, 2), x and y in [0, 1], row by row of the view."""
-    return to_slice(grid_cells(box, grid), box)
+def cell_centres(box: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """Where the positions of a view's feature map lie in the source slice.
+
+    Position i looks at the centre of pixel stride * i. Output j of each strided layer of a ResNet (7x7 with
+    padding 3, 3x3 with padding 1 or its dilation, 1x1 without) is centred on its input 2 j, of all others on
+    input j: strides multiply, and nothing is added. H px have ceil(H / stride) positions, so that the last of
+    them is up to stride - 1 px before the last pixel.
+
+    Args:
+        box: (N, 5 or 9), the view's, see `matched_points`.
+        size: (H, W) of the view, px.
+        stride: px from one position to the next.
+
+    Returns:
+        (N, h w, 2), x and y in [0, 1], row by row of the view's map (h, w).
+    """
+    pixels = (torch.arange(0, side, stride, device=box.device, dtype=box.dtype) for side in size)
+    y, x = ((pixel + 0.5) / side for pixel, side in zip(pixels, size))  # from pixel edge to pixel edge
+    return to_slice(row_by_row(y, x).expand(len(box), -1, -1), box)
 
 
-def grid_cells(box: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Centres of (rows, columns) cells of a view, row by row, for each box: (N, R, 2), x and y in [0, 1]."""
-    y, x = ((torch.arange(n, device=box.device, dtype=box.dtype) + 0.5) / n for n in grid)
+def row_by_row(y: Tensor, x: Tensor) -> Tensor:
+    """All points of the rows y (h,) and columns x (w,), (h w, 2), x before y."""
     y, x = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([x.flatten(), y.flatten()], dim=1).expand(len(box), -1, -1)
+    return torch.stack([x.flatten(), y.flatten()], dim=1)
 
 
 def box_side(box: Tensor) -> Tensor:
@@ -420,11 +449,29 @@ def mirror(points: Tensor, flip: Tensor) -> Tensor:
 
 
 @full_precision  # in bfloat16 a point is up to 1/512 of the view away from its place
-def sample_regions(feature_map: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of a feature map: (N, C, h, w) at points (N, R, 2) in [0, 1] -> (N, R, C)."""
-    locations = (2 * points - 1).to(feature_map.dtype)[:, None]  # (N, 1, R, 2) in [-1, 1]
+def sample_regions(feature_map: Tensor, points: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """Bilinear samples of a view's feature map between its positions, which lie where `cell_centres` says;
+    beyond the outermost ones, of the nearest.
+
+    Args:
+        feature_map: (N, C, h, w).
+        points: (N, R, 2), x and y in [0, 1] of the view, as `matched_points` gives them.
+        size: (H, W) of the view, px.
+        stride: px from one position to the next.
+
+    Returns:
+        (N, R, C).
+    """
+    (height, width), (h, w) = size, feature_map.shape[2:]
+    x, y = points.unbind(dim=2)  # (N, R) each
+    x, y = (x * width - 0.5) / stride, (y * height - 0.5) / stride  # in positions of the map
+    locations = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], dim=2)  # where grid_sample has them
     sampled = F.grid_sample(
-        feature_map, locations, mode="bilinear", padding_mode="border", align_corners=False
+        feature_map,
+        locations.to(feature_map.dtype)[:, None],  # (N, 1, R, 2)
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
     )
     return sampled[:, :, 0].transpose(1, 2).contiguous()  # else a Linear copies its weight for each image
 

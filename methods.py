@@ -312,11 +312,11 @@ def rows_of(maps: Tensor) -> Tensor:
     return at_least_float32(maps.flatten(2).mT)
 
 
-def centre_distances(boxes: list[Tensor] | None, grid: tuple[int, int]) -> Tensor:
-    """Between the positions of two views' maps, in the slice: (n, P, P), in units of its sides."""
+def centre_distances(boxes: list[Tensor] | None, size: tuple[int, int], stride: int) -> Tensor:
+    """Between the positions of two views (H, W), in the slice: (n, P, P), in units of its sides."""
     if boxes is None:
         raise ValueError("where the views lie in the slice is needed: the crop boxes of both")
-    centres1, centres2 = (cell_centres(box, grid) for box in boxes)
+    centres1, centres2 = (cell_centres(box, size, stride) for box in boxes)
     return torch.cdist(centres1, centres2, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -350,7 +350,8 @@ class VICRegL(Method):
         (z1, maps1, _), (z2, maps2, _), local = self.both_views(views, targets)
         whole = vicreg(gather(z1), gather(z2), covariance=0.5)
         x1, x2 = rows_of(maps1), rows_of(maps2)  # (n, P, D)
-        by_place = self.matched(x1, x2, centre_distances(boxes, maps1.shape[2:]))
+        size, stride = views[0].shape[2:], self.query.encoder.output_stride
+        by_place = self.matched(x1, x2, centre_distances(boxes, size, stride))
         by_feature = self.matched(x1, x2, torch.cdist(x1.detach(), x2.detach()))
         own = self.alpha * whole + (1 - self.alpha) * (by_place + by_feature)
         return self.terms(
@@ -443,7 +444,7 @@ class PixPro(WithMomentumEncoder):
 
     def losses(self, views, boxes, targets) -> dict[str, Tensor]:
         maps1, maps2, local = self.query_views(views, targets)
-        positive = self.near(boxes, maps1.shape[2:])  # (n, P, P)
+        positive = self.near(boxes, views[0].shape[2:])  # (n, P, P)
         keys1, keys2 = rows_of(targets.z1), rows_of(targets.z2)  # (n, P, D)
         own = pixel_agreement(self.propagate(maps1), keys2, positive)
         own = own + pixel_agreement(self.propagate(maps2), keys1, positive.mT)
@@ -453,11 +454,13 @@ class PixPro(WithMomentumEncoder):
         """Each pixel smoothed over the pixels like it: (n, D, h, w) -> (n, P, D)."""
         return propagate(rows_of(maps), rows_of(self.transform(maps)), self.sharpness)
 
-    def near(self, boxes: list[Tensor] | None, grid: tuple[int, int]) -> Tensor:
-        """Which pixels of the two maps are positive pairs, (n, P, P)."""
-        distances = centre_distances(boxes, grid)
-        bins = [(box[:, 2:4] - box[:, :2]) / box.new_tensor(grid[::-1]) for box in boxes]  # width, height
-        diagonal = torch.maximum(*(torch.linalg.vector_norm(one, dim=1) for one in bins))
+    def near(self, boxes: list[Tensor] | None, size: tuple[int, int]) -> Tensor:
+        """Which pixels of the maps of two views (H, W) are positive pairs, (n, P, P)."""
+        stride = self.query.encoder.output_stride
+        distances = centre_distances(boxes, size, stride)
+        width, height = (stride / side for side in size[::-1])  # of a bin, in sides of the view
+        x0, y0, x1, y1 = torch.stack(boxes)[:, :, :4].unbind(dim=2)  # (2, n) each
+        diagonal = torch.hypot((x1 - x0) * width, (y1 - y0) * height).amax(dim=0)
         return distances < self.radius * diagonal[:, None, None]
 
 

@@ -257,7 +257,9 @@ class Branch(nn.Module):
         projection = self.projector(maps["layer4"])
         if self.local_projector is None or points is None:
             return projection, None
-        return projection, self.local_projector(sample_regions(maps[self.local_layer], points))
+        stride = self.encoder.strides()[self.local_layer]
+        regions = sample_regions(maps[self.local_layer], points, view.shape[2:], stride)
+        return projection, self.local_projector(regions)
 
 
 class GlobalHead(nn.Sequential):
@@ -405,9 +407,10 @@ class Method(nn.Module):
             if self.local["match"] == "overlap":
                 raise ValueError("local.match = overlap needs the crop boxes of both views")
             query_box = key_box = whole_slices(view)
-        query_points, key_points, keep = matched_points(
-            query_box, key_box, self.local["grid"], self.local["match"], self.local["min_overlap"]
-        )
+        stride = self.query.encoder.strides()[self.local["layer"]]
+        options = {name: self.local[name] for name in ("grid", "match", "min_overlap")}
+        size = view.shape[2:]
+        query_points, key_points, keep = matched_points(query_box, key_box, size, stride, **options)
         keep = keep.to(query_box.dtype)
         kept = gather(keep).mean()  # of the whole global batch, so that every kept image counts alike
         weight = keep / kept.clamp(min=1e-12)

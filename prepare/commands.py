@@ -189,7 +189,7 @@ def show_views(slices, captions, args):
     warp = {name: getattr(args, name) for name in WARPS}
     views = TwoViews(size=min(slices.shape[-2:]), flip=0.5, **warp)
     view1, view2, *boxes = views(slices, torch.Generator().manual_seed(args.seed))
-    points1, points2, keep = matched_points(*boxes, grid=4)
+    points1, points2, keep = matched_points(*boxes, views.size, stride=1, grid=4)
     pair = view1[:, 0].numpy(), view2[:, 0].numpy()
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]).expand(len(slices), 4, 2)
     outlines = [to_slice(corners, box).numpy() for box in boxes]

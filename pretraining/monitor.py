@@ -85,7 +85,7 @@ class CollapseMonitor:
         with at_output_stride_8(encoder):
             for stored in self.stored(range(0, len(self.slices), -(-len(self.slices) // STRUCTURED))):
                 maps = self.maps(encoder, stored)
-                around = self.neighbourhoods(stored, maps.shape[2:])
+                around = self.neighbourhoods(stored, encoder.output_stride)
                 features.append(some_positions(maps, seeded("readout")))
                 grey.append(some_positions(around, seeded("readout")))  # the same positions
         features = torch.cat(features)  # (n, P, C)
@@ -101,10 +101,11 @@ class CollapseMonitor:
         try:
             with at_output_stride_8(encoder):
                 maps = torch.cat([self.maps(encoder, stored) for stored in self.stored(chosen)])
+                stride = encoder.output_stride
         finally:
             encoder.train(training)
         tiles, captions = [], []
-        for i, colors in zip(chosen, feature_colors(maps)):
+        for i, colors in zip(chosen, at_pixels(feature_colors(maps), self.size, stride)):
             unit = self.intensity.to_unit(middle(self.slices[i])[0])
             shown = (unit - unit.min()) / (unit.max() - unit.min()).clamp(min=1e-6)
             tiles.append(gray_tile(shown.numpy(), TILE))
@@ -126,9 +127,11 @@ class CollapseMonitor:
         unit = self.intensity.to_unit(stored.to(self.process.device))
         return F.interpolate(unit, (self.size, self.size), mode="bilinear", antialias=True)
 
-    def neighbourhoods(self, stored: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Mean grey values of the 3 x 3 cells around each position of a map (h, w): (n, 9, h w)."""
-        cells = F.adaptive_avg_pool2d(self.scaled(middle(stored)), shape)
+    def neighbourhoods(self, stored: Tensor, stride: int) -> Tensor:
+        """Mean grey values of the 3 x 3 cells around each position of a map (h, w): (n, 9, h w). A cell is
+        centred on its position's pixel (losses.cell_centres), and so it has stride + 1 px a side."""
+        scaled = self.scaled(middle(stored))
+        cells = F.avg_pool2d(scaled, stride + 1, stride, stride // 2, count_include_pad=False)
         return F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3)
 
 
@@ -164,6 +167,13 @@ def feature_colors(maps: Tensor) -> Tensor:
     low, high = (components.quantile(q, dim=0) for q in (0.01, 0.99))
     colors = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return colors.view(len(maps), *maps.shape[2:], -1)
+
+
+def at_pixels(colors: Tensor, size: int, stride: int) -> Tensor:
+    """Positions (N, h, h, 3) -> pixels (N, size, size, 3), each in the colour of the nearest position, which
+    is number pixel / stride (losses.cell_centres)."""
+    nearest = ((torch.arange(size) + stride // 2) // stride).clamp(max=colors.shape[1] - 1)
+    return colors[:, nearest][:, :, nearest]
 
 
 def describe_collapse(measured: dict) -> str:

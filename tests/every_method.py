@@ -38,8 +38,8 @@ def small_settings(name):
 
 
 def random_boxes(n, generator):
-    low = torch.rand(n, 2, generator=generator, dtype=torch.float64) * 0.5
-    side = 0.3 + 0.2 * torch.rand(n, 2, generator=generator, dtype=torch.float64)
+    low = torch.rand(n, 2, generator=generator, dtype=torch.float64) * 0.1
+    side = 0.6 + 0.2 * torch.rand(n, 2, generator=generator, dtype=torch.float64)
     flip = torch.randint(2, (n, 1), generator=generator).double()
     return torch.cat([low, low + side, flip], dim=1)
 

@@ -77,7 +77,7 @@ def test_matched_points_of_two_views_show_the_same_place():
     views = TwoViews(48, flip=0.5, **GEOMETRY_ONLY)
     x1, x2, box1, box2 = views(images_x, seeded(1))
     y1, y2, _, _ = views(images_y, seeded(1))
-    points1, points2, keep = matched_points(box1, box2, grid=4)
+    points1, points2, keep = matched_points(box1, box2, (48, 48), stride=1)
 
     def read(view, points):
         grid = points[:, None] * 2 - 1

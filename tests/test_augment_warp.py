@@ -10,7 +10,7 @@ from PIL import Image
 from test_augment import GEOMETRY_ONLY, coordinate_images, seeded
 
 from augment import COLUMNS, TwoViews, crop
-from losses import cell_centres, inner_box, matched_points, to_slice, to_view
+from losses import cell_centres, map_box, matched_points, to_slice, to_view
 
 WARPS = {"rotate": 25.0, "shear": 0.2, "translate": 0.15}
 WHOLE = {"scale": (1, 1), "ratio": (1, 1), **GEOMETRY_ONLY}
@@ -121,7 +121,7 @@ def test_every_pixel_shows_the_place_that_its_box_says():
     for k in (0, 1):
         box = view_x[2 + k]
         assert box.shape == (16, 9) and torch.equal(box, view_y[2 + k])
-        centres = cell_centres(box, (24, 24))
+        centres = cell_centres(box, (24, 24), stride=1)
         shown = torch.stack([view_x[k].flatten(1), view_y[k].flatten(1)], 2)
         sure = inside(centres, 0.03)
         assert sure.float().mean() > 0.5
@@ -136,26 +136,30 @@ def test_matched_regions_are_the_same_tissue_and_in_both_views():
     views = TwoViews(48, flip=0.5, **GEOMETRY_ONLY, **WARPS)
     x1, x2, box1, box2 = views(images_x, seeded(1))
     y1, y2, _, _ = views(images_y, seeded(1))
-    points1, points2, keep = matched_points(box1, box2, grid=4)
+    points1, points2, keep = matched_points(box1, box2, (48, 48), 1)
     assert keep.sum() > 30
     assert inside(points1)[keep].all() and inside(points2)[keep].all()
     within = inside(to_slice(points1, box1), 0.02) & keep[:, None]  # half a pixel from the border is darker
     for view1, view2 in ((x1, x2), (y1, y2)):
         assert (read(view1, points1) - read(view2, points2))[within].abs().max() < 0.02
-    ignored1, ignored2, _ = matched_points(box1[:, :5], box2[:, :5], grid=4)  # by the boxes alone: wrong
+    ignored1, ignored2, _ = matched_points(box1[:, :5], box2[:, :5], (48, 48), 1)  # by the boxes alone: wrong
     assert (read(x1, ignored1) - read(x2, ignored2))[within].abs().mean() > 0.02
-    cells, same_cells, every = matched_points(box1, box2, grid=4, match="grid")
-    plain, same_plain, _ = matched_points(box1[:, :5], box2[:, :5], grid=4, match="grid")
+    cells, same_cells, every = matched_points(box1, box2, (48, 48), 1, match="grid")
+    plain, same_plain, _ = matched_points(box1[:, :5], box2[:, :5], (48, 48), 1, match="grid")
     assert torch.equal(cells, plain) and torch.equal(same_cells, same_plain) and every.all()
 
 
-def test_the_inner_box_is_the_largest_inside():
+@pytest.mark.parametrize("stride", [1, 16])
+def test_the_box_of_a_map_is_the_largest_inside(stride):
+    """About the middle of its positions: of view px 0 to 39, or to 32."""
     box = TwoViews(8, scale=(0.05, 0.1), rotate=70.0, shear=0.4)(torch.zeros(40, 1, 32, 40), seeded())[2]
-    inner = inner_box(box)
-    assert torch.allclose(inner[:, :2] + inner[:, 2:], box[:, :2] + box[:, 2:4], atol=1e-5)
+    inner = map_box(box, (40, 40), stride)
+    last = (40 - 1) // stride * stride
+    middle = to_slice(torch.full((40, 1, 2), (last / 2 + 0.5) / 40), box)[:, 0]
+    assert torch.allclose((inner[:, :2] + inner[:, 2:]) / 2, middle, atol=1e-5)
     corners = torch.stack([inner[:, [i, j]] for i in (0, 2) for j in (1, 3)], 1)  # (N, 4, 2)
-    seen = to_view(corners, box)
-    assert torch.allclose((seen - 0.5).abs().amax((1, 2)), torch.full((40,), 0.5), atol=1e-4)
+    pixels = to_view(corners, box) * 40 - 0.5
+    assert torch.allclose((pixels - last / 2).abs().amax((1, 2)), torch.full((40,), last / 2), atol=1e-2)
 
 
 def test_what_is_drawn_otherwise_stays():

@@ -107,15 +107,8 @@ def test_losses_are_float32_under_autocast():
 # ---- Matched regions ----
 
 
-def coordinate_image(size=64):
-    """(1, 2, size, size): every pixel holds the x and y of its own centre in [0, 1]."""
-    centres = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    y, x = torch.meshgrid(centres, centres, indexing="ij")
-    return torch.stack([x, y])[None]
-
-
-def crop(image, box, size):
-    """A slow crop: every output pixel by interpolating between the coordinates that it must show."""
+def crop(box, size):
+    """A slow crop (1, 2, size, size): pixels show the x and y, in [0, 1] of the slice, that they lie at."""
     x0, y0, x1, y1, flip = box.tolist()
     view = torch.empty(1, 2, size, size, dtype=torch.float64)
     for i in range(size):
@@ -131,10 +124,13 @@ def crop(image, box, size):
 def test_overlap_points_show_the_same_place_in_both_views(flips):
     query_box = torch.tensor([[0.1, 0.2, 0.7, 0.9, flips[0]]], dtype=torch.float64)
     key_box = torch.tensor([[0.3, 0.0, 0.95, 0.6, flips[1]]], dtype=torch.float64)
-    query_points, key_points, keep = matched_points(query_box, key_box, grid=3)
-    query = sample_regions(crop(coordinate_image(), query_box[0], 32), query_points)  # (1, 9, 2)
-    key = sample_regions(crop(coordinate_image(), key_box[0], 32), key_points)
-    expected = [(0.3 + (c + 0.5) / 3 * 0.4, 0.2 + (r + 0.5) / 3 * 0.4) for r in range(3) for c in range(3)]
+    query_points, key_points, keep = matched_points(query_box, key_box, (32, 32), 1, grid=3)
+    query = sample_regions(crop(query_box[0], 32), query_points, (32, 32), 1)  # (1, 9, 2)
+    key = sample_regions(crop(key_box[0], 32), key_points, (32, 32), 1)
+    left, right = 0.3 + 0.65 / 64, 0.7 - 0.6 / 64  # half a pixel from the crops' borders
+    top, bottom = 0.2 + 0.7 / 64, 0.6 - 0.6 / 64
+    cells = [(i + 0.5) / 3 for i in range(3)]
+    expected = [(left + x * (right - left), top + y * (bottom - top)) for y in cells for x in cells]
     assert keep.tolist() == [True]
     torch.testing.assert_close(query[0], torch.tensor(expected, dtype=torch.float64))
     torch.testing.assert_close(key, query)
@@ -145,12 +141,12 @@ def test_grid_points_are_the_same_cell_mirrored_under_a_flip():
     boxes[:, 4] = 0
     flipped = boxes.clone()
     flipped[1, 4] = 1
-    query, key, keep = matched_points(boxes, flipped, grid=2, match="grid")
+    query, key, keep = matched_points(boxes, flipped, (4096, 4096), 1, grid=2, match="grid")
     assert keep.all()
     torch.testing.assert_close(query[0], key[0])
     torch.testing.assert_close(key[1, :, 0], 1 - query[1, :, 0])
     torch.testing.assert_close(
-        query[0], torch.tensor([[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])
+        query[0], torch.tensor([[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]), rtol=0, atol=1e-4
     )
 
 
@@ -164,16 +160,15 @@ def test_images_with_too_little_overlap_are_left_out():
             [0.42, 0.0, 1.00, 0.5, 0.0],  # 16 % of the query's side, but 14 % of the key's
         ]
     )
-    query_points, key_points, keep = matched_points(query, key, min_overlap=0.15)
+    query_points, key_points, keep = matched_points(query, key, (512, 512), 1, min_overlap=0.15)
     assert keep.tolist() == [True, False, False, False]
     assert query_points.isfinite().all() and key_points.isfinite().all()
 
 
 def test_a_grid_finer_than_the_map_is_legal():
-    points, _, _ = matched_points(
-        torch.tensor([[0.0, 0, 1, 1, 0]]), torch.tensor([[0.0, 0, 1, 1, 0]]), grid=5
-    )
-    assert sample_regions(torch.rand(1, 3, 2, 2), points).shape == (1, 25, 3)
+    box = torch.tensor([[0.0, 0, 1, 1, 0]])
+    points, _, _ = matched_points(box, box, (32, 32), 16, grid=5)
+    assert sample_regions(torch.rand(1, 3, 2, 2), points, (32, 32), 16).shape == (1, 25, 3)
 
 
 def turned_boxes(n=6):
@@ -191,16 +186,16 @@ def test_places_are_float32_under_autocast(columns):
     maps = torch.randn(6, 8, 7, 7).bfloat16()
 
     def computed():
-        *points, keep = matched_points(*boxes, grid=4)
-        samples = [sample_regions(maps, of_view) for of_view in points]
-        return [*points, keep, *samples, cell_centres(boxes[0], (7, 7))]
+        *points, keep = matched_points(*boxes, (224, 224), 32)
+        samples = [sample_regions(maps, of_view, (224, 224), 32) for of_view in points]
+        return [*points, keep, *samples, cell_centres(boxes[0], (224, 224), 32)]
 
     with torch.autocast("cpu", torch.bfloat16):
         found = computed()
     for one, expected in zip(found, computed(), strict=True):
         assert one.dtype == expected.dtype != torch.bfloat16
         assert torch.equal(one, expected)
-    torch.testing.assert_close(found[3], sample_regions(maps.double(), found[0]).float())
+    torch.testing.assert_close(found[3], sample_regions(maps.double(), found[0], (224, 224), 32).float())
 
 
 # ---- Whitening ----

@@ -179,7 +179,7 @@ def test_the_loss_of_vicregl(matches, monkeypatch):
             last.weight.mul_(20)
     views = [randn(3, 1, 224, 224, seed=view) for view in (1, 2)]
     features = [(z, maps.permute(0, 2, 3, 1)) for (z, maps), _ in map(method.query, views)]
-    grids = [cell_centres(box, (7, 7)).unflatten(1, (7, 7)) for box in BOXES]
+    grids = [cell_centres(box, (224, 224), 32).unflatten(1, (7, 7)) for box in BOXES]
     theirs = lightly_loss.VICRegLLoss(alpha=0.75, num_matches=(matches, matches))
     expected, loss = theirs(features, grids).squeeze(), method(views, BOXES)["loss"]
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)

@@ -79,7 +79,7 @@ def test_ranks_of_the_test_above_keep_different_numbers_of_images():
     """Else the mean over the images of all ranks would not be tested."""
     for samples in (8, 16):
         (_, _, *boxes) = next(training_batches(1, samples))
-        keep = matched_points(*boxes, 2)[2]
+        keep = matched_points(*boxes, (64, 64), 32)[2]
         assert len({int(half.sum()) for half in keep.split(4)}) > 1
 
 

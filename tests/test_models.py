@@ -148,7 +148,7 @@ class NaiveMoCo:
     def train_step(self, query_view, key_view, query_box, key_box):
         for k, q in zip(self.key.parameters(), self.query.parameters()):
             k.data = 0.9 * k.data + 0.1 * q.data
-        query_points, key_points, keep = matched_points(query_box, key_box, 3)
+        query_points, key_points, keep = matched_points(query_box, key_box, query_view.shape[2:], 32, 3)
         order = torch.randperm(8, generator=seeded("keys", 5, self.step))
         z_key, r_key = [None] * 8, [None] * 8
         with torch.no_grad():
