@@ -25,7 +25,7 @@ from engine.text import encoding_of
 LONGEST_LINE = 8192  # characters of a list
 SPLITS = ("train", "val", "test", "unlabelled")  # what lists are called
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagests"}
+SPLIT_FOLDERS |= {"unlabelled", "unlabeled", "imagestr", "imagesva", "imagests"}
 
 
 def find_masks(folder, names):

@@ -12,10 +12,15 @@ from ct.slices import SUFFIXES, DataError
 
 SCANS = (".nrrd", ".mha", ".mhd")  # read by SimpleITK
 VOLUMES = (".nii.gz", ".nii", *SCANS)
-MASKS = re.compile(r"masks?|labels?(tr|ts)?|segmentations?|seg|annotations?|ann_dir")
+MASKS = re.compile(r"masks?|labels?(tr|va|ts)?|segmentations?|seg|annotations?|ann_dir")
 # What files are called: kits/CASE/imaging.nii.gz, volume-0.nii and segmentation-0.nii, p1_ct and p1_seg.
 IMAGE_WORDS = {"image", "images", "imaging", "img", "ct", "volume", "vol", "scan"}
 LABEL_WORDS = {"label", "labels", "seg", "segmentation", "segmentations", "mask", "masks", "gt"}
+# patient05, sub-01: a name that says itself whose it is.
+PATIENT = re.compile(
+    r"(?<![a-z])((?:patient|subject|pat|sub)[-_ ]?(?:\d+|(?!s)[a-z](?![a-z]))|sub-[a-z]*\d[a-z\d]*)",
+    re.IGNORECASE,
+)
 
 
 def files_below(folder, endings, deep=True):
@@ -42,6 +47,11 @@ def files_below(folder, endings, deep=True):
     return sorted(names, key=natural_order)
 
 
+def listed(what, names):
+    """A line that counts names and has the first of them."""
+    return f"{what}: {len(names)}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
+
+
 def stem_of(name):
     """The name of a volume without its suffix."""
     return re.sub(r"\.(nii(\.gz)?|nrrd|mh[ad])$", "", name, flags=re.IGNORECASE)
@@ -57,38 +67,45 @@ def natural_order(name):
     return [[(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in part if p] for part in parts]
 
 
-def slices_and_volumes(source):
-    """The slices, and the volumes, by their suffixes, anywhere below a folder; or the one file: two lists of
-    paths. DICOM files, which may be called anything, are found by ct/scans.py.
+def slices_below(source):
+    """The slices, by their suffixes, anywhere below a folder; or the one file: paths. Volumes: ct/cases.py.
 
     Raises DataError if there is no such file or folder.
     """
     source = Path(source)
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
-    folder, names = (source, None) if source.is_dir() else (source.parent, [source.name])
-    return [
-        [folder / name for name in names or files_below(folder, endings) if name.lower().endswith(endings)]
-        for endings in (SUFFIXES, VOLUMES)
-    ]
+    if source.is_file():
+        return [source] if source.name.lower().endswith(SUFFIXES) else []
+    return [source / name for name in files_below(source, SUFFIXES)]
 
 
 def without_masks(paths, source, masks):
     """The paths without those that a file's or a folder's name below `source` says to be masks, or that lie
     in its folder `masks`, in which "{split}" may stand for a list's name. Beside p1, p1_ct or p1_0000 also
-    p1_seg is one."""
+    p1_seg is one, beside an image without a name of its own (ct, imaging) any that is called one."""
     own = masks.partition("{split}")[0].strip("/")
     names = [path.relative_to(source).as_posix() for path in paths]
     stems = (re.sub(r"(\.nii)?\.\w+$", "", name.lower()) for name in names)
     places = [stem.rpartition("/")[::2] for stem in stems]  # folder, what the file is called
-    images = {(folder, case_in(file)) for folder, file in places if not is_called_mask(file)}
+    others = [(folder, file) for folder, file in places if not is_called_mask(file)]
+    images = {(folder, "" if is_nameless(folder, file) else case_in(file)) for folder, file in others}
 
     def is_mask(name, folder, file):
-        beside = is_called_mask(file) and (folder, case_in(file)) in images
+        beside = is_called_mask(file) and {(folder, case_in(file)), (folder, "")} & images
         in_own = own and name.startswith(f"{own}/")
-        return beside or in_own or any(map(MASKS.fullmatch, [*folder.split("/"), file]))
+        alone = folder and is_called_mask(file) and is_nameless(folder, file)
+        return beside or alone or in_own or any(map(MASKS.fullmatch, [*folder.split("/"), file]))
 
     return [path for path, name, place in zip(paths, names, places) if not is_mask(name, *place)]
+
+
+def is_nameless(folder, name):
+    """Whether a name says only what kind of file it is: imaging, ct, seg, or p1_ct in the folder p1."""
+    words = {*words_in(name)}
+    return bool(words & (IMAGE_WORDS | LABEL_WORDS)) and words <= IMAGE_WORDS | LABEL_WORDS | {
+        *words_in(folder.rpartition("/")[2])
+    }
 
 
 def is_called_mask(name):

@@ -1,8 +1,7 @@
 """DICOM series, NRRD and MetaImage as nibabel's images, so that everything else knows one kind of volume.
 
-dicom_files, find_series    the CT series below a folder, one Series each; in words what was left out
-series_in                   the same as names of cases
-open_scan                   header and grid of a file or a series; voxels are read when they are asked for
+find_series     the CT series among DICOM files, one Series each; in words what was left out
+open_scan       header and grid of a file or a series; voxels are read when they are asked for
 
 SimpleITK is needed here and nowhere else (pip install SimpleITK); it also reads compressed DICOM. Of a DICOM
 header only what says where pixels lie is looked at, and the patient's ID, of which a hash is kept: names and
@@ -23,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ct.listing import SCANS, VOLUMES, files_below
+from ct.listing import SCANS, files_below
 from ct.series import FEWEST, TELLING, UNEVEN, by_place, hashed, numbers, volumes_of, whole
-from ct.slices import AIR, MAX_SIDE, SUFFIXES, DataError
+from ct.slices import AIR, MAX_SIDE, DataError
 from engine.config import one_line
 
 INFLATION = 1032  # the most that deflate can do
@@ -125,30 +124,6 @@ def find_series(files):
     return found, [
         f"{count} {'file' if count == 1 else 'files'}: {reason}" for reason, count in left_out.items()
     ]
-
-
-def case_names(series, root):
-    """What cases are called: by their folder below the root, and by a hash of the UID where a folder holds
-    several."""
-    several = Counter(one.folder for one in series)
-    names = []
-    for one in series:
-        inside = one.folder.resolve().is_relative_to(root.resolve())
-        parts = one.folder.resolve().relative_to(root.resolve()).parts if inside else ()
-        name = "_".join(parts) or one.folder.resolve().name
-        names.append(f"{name}_{one.uid}" if several[one.folder] > 1 else name)
-    return names
-
-
-def series_in(source):
-    """{the file that stands for a CT series: what its case is called} of all series below a folder, or of the
-    one that a file belongs to; and [what was left out and why]. Files that are called slices or volumes of
-    other formats are not opened. Raises DataError for a file of no series that can be read."""
-    if source.is_file():
-        return {source: series_of(source).folder.resolve().name} if is_dicom(source) else {}, []
-    others = [name for name in files_below(source, "") if not name.lower().endswith((*SUFFIXES, *VOLUMES))]
-    series, left_out = find_series(filter(is_dicom, (source / name for name in others)))
-    return dict(zip([one.path for one in series], case_names(series, source))), left_out
 
 
 def read_header(path):

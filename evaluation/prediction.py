@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ct.cases import File, refuse_namesakes, volumes_below
+from ct.channels import first_channels
 from ct.grid import Grid
 from ct.layout import case_of, stacks_in
-from ct.listing import VOLUMES, slices_and_volumes, without_masks
+from ct.listing import VOLUMES, listed, slices_below, stem_of, without_masks
 from ct.plausible import Doubt, Values, heed, judge_values, judge_window
 from ct.properties import AXES, KINDS, Facts, Properties, Reading, read_properties, reading_of
-from ct.scans import series_in
 from ct.slices import AIR, SUFFIXES, DataError, whole_hu
 from ct.volumes import Volume, read_volume
 from data import LOOKED_AT, RECENT, Intensity, network_input
@@ -35,8 +36,8 @@ TAKES_HU = "the model takes HU"
 def predict(kind: type["Predictor"], cfg: Config, process: Process, source: Path, out: Path) -> None:
     """What the model in run.out finds in a slice, a volume, or all slices and volumes below a folder.
 
-    The files written have the same relative names (given a data set's root, those of its images folder);
-    those of DICOM series have the names of their cases.
+    The files written have the relative names of the slices (given a data set's root, those of its images
+    folder), and of volumes those of their cases, as `data.py slice` calls them.
     What cannot be read is named and passed over.
     Raises ConfigError without a trained model, DataError for an input that cannot be used.
     """
@@ -46,7 +47,7 @@ def predict(kind: type["Predictor"], cfg: Config, process: Process, source: Path
         process.say(f"{out}: lies below {source}; {inputs.left_out} files there are not taken as input")
     if inputs.images is not None and source.is_dir() and inputs.base != source:
         process.say(f"note: {source}: a data set; what lies in its {inputs.base.name} is taken")
-    for text in inputs.no_series:
+    for text in inputs.not_taken:
         process.say(f"note: {source}: left out: {text}")
     if inputs.masks:
         found = f"{len(inputs.masks)} files are masks by their names, the first {inputs.masks[0]}"
@@ -82,14 +83,13 @@ class Inputs:
     set around them, if there is one, its properties and its images folder."""
 
     slices: list[Path]
-    volumes: list[Path]
+    volumes: dict[Path, str]  # with their cases
     base: Path
     properties: Properties
     images: Path | None
     left_out: int  # files that are earlier predictions
     masks: list[Path]  # that lie beside
-    cases: dict[Path, str] = field(default_factory=dict)  # what a DICOM series is called, among the volumes
-    no_series: list[str] = field(default_factory=list)  # DICOM files that are left out, in words
+    not_taken: list[str] = field(default_factory=list)  # further volumes, in words
 
     @classmethod
     def of(cls, source: Path, out: Path, cfg: Config) -> "Inputs":
@@ -98,31 +98,31 @@ class Inputs:
         name = name if name and (source / name).is_dir() else "images"
         inside = (source / name).is_dir() and is_set(source, cfg.data.masks)
         where = source / name if inside else source
-        everything = slices_and_volumes(where)
-        cases, no_series = series_in(where)
-        if not any(everything) and not cases:
+        every_slice, found = slices_below(where), volumes_below(where, cfg.data.masks)
+        if not every_slice and not found.images + found.masks:
             kinds = f"neither slices ({', '.join(SUFFIXES)}) nor volumes ({', '.join(VOLUMES)}, DICOM series)"
-            found = f" (left out: {'; '.join(no_series)})" if no_series else ""
-            raise DataError(f"{source}: {kinds}; give such a file or a folder of them{found}")
-        slices, volumes = (outside(out, where, paths) for paths in everything)
-        left_out = sum(map(len, everything)) - len(slices) - len(volumes)
-        if not slices and not volumes and not cases:
+            more = f" (left out: {'; '.join(found.left_out)})" if found.left_out else ""
+            raise DataError(f"{source}: {kinds}; give such a file or a folder of them{more}")
+        files, masks = ({file.path: file for file in own} for own in (found.images, found.masks))
+        slices, volumes, masks = (outside(out, where, [*own]) for own in (every_slice, files, masks))
+        left_out = len(every_slice) + len(found.images + found.masks) - len(slices + volumes + masks)
+        if not slices + volumes + masks:
             raise DataError(f"{source}: all slices and volumes there lie below --out {out}; choose another")
-        masks = []
         if where.is_dir():
-            with_masks = slices + volumes
-            slices, volumes = (without_masks(paths, where, cfg.data.masks) for paths in (slices, volumes))
-            masks = sorted({*with_masks} - {*slices, *volumes})
-        volumes += cases
-        if not slices and not volumes:
+            images = without_masks(slices, where, cfg.data.masks)
+            masks, slices = sorted({*slices} - {*images}) + masks, images
+        if not slices + volumes:
             raise DataError(f"{source}: only masks there, by their names, such as {masks[0]}; give images")
+        files, channels = cases_of([files[path] for path in volumes], where)
+        not_taken = found.left_out + ([listed("further channels", channels)] if channels else [])
+        volumes = {file.path: file.name for file in files}
         base, here = where if where.is_dir() else where.parent, where.absolute()
         roots = (folder for folder in here.parents if here.is_relative_to(folder / name))
         root = next((folder for folder in roots if (folder / "set.json").is_file()), None)
         own, images = Properties(), where if inside else None
         if root is not None:
             own, images = read_properties(root), root / name
-        return cls(slices, volumes, base, own, images, left_out, masks, cases, no_series)
+        return cls(slices, volumes, base, own, images, left_out, masks, not_taken)
 
     def reading(self, facts: Facts, cfg: Config) -> Reading:
         """How its slices are read: as their own set says, else as those that the model was trained on."""
@@ -134,16 +134,15 @@ class Inputs:
         return reading_of(own, cfg.data.hu_offset)
 
     def targets(self, out: Path, name_of) -> dict[Path, Path]:
-        """{input: file to be written}, of the same name relative to `base` but for its ending; of a series
-        as of a NIfTI that is called after its case.
+        """{input: file to be written}, of the same name relative to `base` but for its ending; of a volume
+        called after its case.
 
         name_of: (path, whether it is a volume) -> path.
         """
         targets = {path: out / name_of(path.relative_to(self.base), False) for path in self.slices}
-        for path in self.volumes:
-            series = path in self.cases
-            name = Path(f"{self.cases[path]}.nii.gz") if series else path.relative_to(self.base)
-            targets[path] = out / name_of(name, True)
+        for path, case in self.volumes.items():
+            ending = path.name[len(stem_of(path.name)) :] or ".nii.gz"
+            targets[path] = out / name_of(Path(f"{case}{ending}"), True)
         return targets
 
     def stacks(self, neighbours: int) -> dict[Path, list[Path]]:
@@ -286,6 +285,16 @@ class Predictor(ABC):
                 images = network_input(unit, self.intensity, self.about.in_channels)
                 found += self.find(images, grid, own, mm)
         return found
+
+
+def cases_of(files: list[File], source: Path) -> tuple[list[File], list[str]]:
+    """The files of which each is a case, and the names of those that are further channels of one."""
+    try:
+        files, _, left_out = first_channels(files, [], source, None)
+    except DataError:  # `data.py slice` asks whether _0000, _0001 ... are channels; here each is predicted
+        left_out = []
+    refuse_namesakes(files)
+    return files, left_out
 
 
 def is_set(folder: Path, masks: str) -> bool:

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from ct.channels import dataset_json
 from ct.geometry import is_same_grid, judge_geometry, resampled, share_inside
 from ct.organs import BTCV_ORGANS
 from ct.plausible import Doubt, heed
 from ct.properties import checked_names, class_names, read_json
 from ct.slices import IGNORE, DataError
 from ct.volumes import read_geometry, read_volume
-from prepare.pairing import dataset_json, organ_files, print_names
+from prepare.pairing import organ_files, print_names
 
 NEARLY = 0.01  # labels that are off a whole number by less, as a scaled header leaves them, are rounded
 HIGHEST = 65535  # id that a label map may name

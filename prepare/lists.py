@@ -20,7 +20,7 @@ from prepare.pairing import number_in, print_names
 LIST = "data.py list"  # by which its files are known, see engine/ownership.py
 ABOUT = ("set.json",)  # what else lies beside the lists
 FOLDER_OF = {"train": "train", "training": "train", "imagestr": "train", "val": "val", "valid": "val"}
-FOLDER_OF |= {"validation": "val", "test": "test", "testing": "test", "imagests": "test"}
+FOLDER_OF |= {"validation": "val", "imagesva": "val", "test": "test", "testing": "test", "imagests": "test"}
 
 
 def split_cases(cases, val=None, test=None):

@@ -8,40 +8,24 @@ pairs = pair_volumes("kits/*/imaging.nii.gz", "kits/*/segmentation.nii.gz")
 import glob
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ct.listing import (
-    IMAGE_WORDS,
-    LABEL_WORDS,
-    VOLUMES,
-    bare_name,
-    files_below,
-    is_named,
-    natural_order,
-    stem_of,
-)
-from ct.properties import read_json
-from ct.scans import FEWEST, case_names, dicom_files, find_series, is_dicom, series_of
-from ct.slices import DataError
+from ct.cases import File, no_volumes, refuse_namesakes, volumes_below
+from ct.channels import first_channels, without_channel, without_channels
+from ct.listing import VOLUMES, bare_name, files_below, is_named, listed, natural_order, stem_of
+from ct.slices import SUFFIXES, DataError
 from engine.config import one_line
-
-OTHER_VOLUMES = (".nhdr", ".hdr", ".mgz", ".mgh", ".dcm")
 
 
 @dataclass
 class Pair:
+    """file: of the image, with its place and patient."""
+
     case: str
     image: Path
     labels: Path | None
-
-
-@dataclass(frozen=True)
-class File:
-    """A volume, and what it is called by: its own name without suffix, or that of its case's folder."""
-
-    path: Path
-    name: str
+    file: File
 
 
 def pair_volumes(images, labels, by=None, channels=None, organs=None):
@@ -57,36 +41,45 @@ def pair_volumes(images, labels, by=None, channels=None, organs=None):
     image_files, label_files = image_and_label_files(images, labels, organs)
     given = [labels and Path(one).is_file() for one in (images, labels)]
     if any(given) and len(image_files) == len(label_files) == 1:
-        own = Pair(without_channel(image_files[0].name), image_files[0].path, label_files[0].path)
+        own = pair_of(image_files[0], label_files[0].path, without_channel(image_files[0].name))
         if not all(given):
             only = labels if given[0] else images
             name = own.image.name if given[0] else own.case
             print(f"paired {name} with {own.labels.name}, the only volume of {only}")
         return [refuse_itself(own)]
     names = {file.name for file in image_files}
-    image_files = first_channels(image_files, label_files, images, channels)
+    image_files, why, left_out = first_channels(image_files, label_files, images, channels)
+    if why:
+        print(f"{why}; --channels says otherwise")
+    print_names("other channels (left out)", left_out)
     if {file.name for file in image_files} - names:
         label_files = without_channels(label_files)
+    refuse_namesakes(image_files)
     if not labels:
-        return [Pair(name, file.path, None) for name, file in unique_by(by_name, image_files).items()]
+        return [pair_of(file) for file in image_files]
+    label_files = [named_after_image(file, image_files) for file in label_files]
     key, how = pairing_key(image_files, label_files, by)
     labels_of = unique_by(key, label_files)
     pairs = []
     for value, image in unique_by(key, image_files).items():
         own = labels_of.pop(value, None)
-        pairs.append(refuse_itself(Pair(image.name, image.path, own and own.path)))
+        pairs.append(refuse_itself(pair_of(image, own and own.path)))
     paired = [pair for pair in pairs if pair.labels]
     if not paired:
         raise DataError(
             f"{images}, {labels}: no image has the {how} of a label file, the first are "
-            f"{image_files[0].path.name} and {label_files[0].path.name}; patterns can say which are meant"
+            f"{image_files[0].shown} and {label_files[0].shown}; patterns can say which are meant"
         )
-    unique_by(by_name, image_files)  # folders are called by it
-    example = f"{paired[0].image.name} with {paired[0].labels.name}"
+    example = f"{paired[0].file.shown} with {paired[0].labels.name}"
     print(f"paired {len(paired)} of {len(pairs)} images with labels, by {how}: {example}")
-    print_names("images without labels (for pretraining only)", [p.image.name for p in pairs if not p.labels])
-    print_names("labels without an image (left out)", [file.path.name for file in labels_of.values()])
+    alone = [pair.file.shown for pair in pairs if not pair.labels]
+    print_names("images without labels (for pretraining only)", alone)
+    print_names("labels without an image (left out)", [file.shown for file in labels_of.values()])
     return pairs
+
+
+def pair_of(image, labels=None, case=None):
+    return Pair(case or image.name, image.path, labels, image)
 
 
 def refuse_itself(pair):
@@ -98,6 +91,20 @@ def refuse_itself(pair):
     return pair
 
 
+def named_after_image(file, image_files):
+    """Labels that are called after a folder, as the only image in there. DataError if there are several."""
+    beside = [image for image in image_files if image.folder == file.name]
+    if not beside or any(image.name == file.name for image in image_files):
+        return file
+    if len(beside) > 1:
+        both = " and ".join(image.shown for image in beside[:2])
+        raise DataError(
+            f"{file.shown}: could be the labels of {both}; give them the name of one of these, or say "
+            "which are meant, such as --images 'DIR/*/arterial.nii.gz'"
+        )
+    return replace(file, name=beside[0].name)
+
+
 def unique_by(key, files):
     found = {}
     for file in files:
@@ -105,8 +112,8 @@ def unique_by(key, files):
         if value in found:
             shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value
             raise DataError(
-                f"{file.path.parent}: {found[value].path.name} and {file.path.name} both count as "
-                f"{shown}; --pair and patterns for --images and --labels say which are meant"
+                f"{found[value].shown} and {file.shown} both count as {shown}; "
+                "--pair and patterns for --images and --labels say which are meant"
             )
         found[value] = file
     return found
@@ -114,7 +121,7 @@ def unique_by(key, files):
 
 def print_names(what, names):
     if names:
-        print(f"{what}: {len(names)}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
+        print(listed(what, names))
 
 
 # ---- By which key --------------------------------------------------------------------------------
@@ -155,149 +162,51 @@ def number_in(name):
 KEYS = [(by_name, "name"), (by_bare_name, "name"), (by_numbers, "number"), (by_last_number, "number")]
 
 
-# ---- Channels ------------------------------------------------------------------------------------
-
-
-def without_channel(name):
-    return name.removesuffix("_0000")
-
-
-def without_channels(files):
-    """Files that are all called CASE_0000, called CASE; others as they are."""
-    if not all(file.name.endswith("_0000") for file in files):
-        return files
-    return [File(file.path, without_channel(file.name)) for file in files]
-
-
-def first_channels(files, label_files, images, channels):
-    """The Files that are images: of CASE_0000, CASE_0001 ... the first, called CASE, if these are channels of
-    one image; else all of them."""
-    numbered = [(file, re.fullmatch(r"(.+)_(\d{4})", file.name)) for file in files]
-    channels_of = defaultdict(set)
-    for _, match in numbered:
-        if match:
-            channels_of[match[1]].add(int(match[2]))
-    several = {prefix: found for prefix, found in channels_of.items() if len(found) > 1 and 0 in found}
-    if channels is None:
-        channels = count_channels(files, label_files, channels_of, several, images) if several else 1
-    elif channels > 1 and not several:
-        raise DataError(f"{images}: --channels {channels}, but no CASE_0000 with CASE_0001 is there")
-    if channels == 1:
-        return without_channels(files)
-    first, left_out = [], []
-    for file, match in numbered:
-        if match and int(match[2]) >= channels:
-            raise DataError(f"{file.path}: channel {int(match[2])} of an image of {channels} (from 0 on)")
-        if match and match[2] != "0000":
-            if 0 not in channels_of[match[1]]:
-                raise DataError(f"{file.path}: of its image {match[1]}_0000 is missing")
-            left_out.append(file.path.name)
-        else:
-            first.append(File(file.path, match[1] if match else file.name))
-    print_names("other channels (left out)", left_out)
-    return first
-
-
-def count_channels(files, label_files, channels_of, several, images):
-    """How many channels an image has, by what is evidence for it; printed. DataError without any."""
-    names, labels = {file.name for file in files}, {file.name for file in label_files}
-    most = 1 + max(max(found) for found in several.values())
-    about = dataset_json(images)
-    content = read_json(about, dict) if about else {}
-    said = content.get("channel_names", content.get("modality"))
-    sets = {frozenset(found) for found in channels_of.values()}
-    if labels & names:
-        found, reason = 1, "labels have these names"
-    elif labels & {*channels_of}:
-        found, reason = most, "labels have the names without it"
-    elif isinstance(said, dict) and said:
-        found, reason = most if len(said) > 1 else 1, f"{about}: {len(said)} channels"
-    elif len(label_files) == len(files):
-        found, reason = 1, "there are as many labels"
-    elif len(sets) == 1 and len(channels_of) > 1:
-        found, reason = most, f"the same in {len(channels_of)} cases"
-    else:
-        prefix, numbers = next(iter(several.items()))
-        some = f"{prefix}_0000 to {prefix}_{max(numbers):04d}"
-        raise DataError(
-            f"{images}: {some}: channels of one image, or images? --channels {most}: the first of them "
-            "is taken; --channels 1: every file is an image"
-        )
-    meant = "every file is an image" if found == 1 else f"_0000 to _{most - 1:04d} are channels of one image"
-    print(f"{meant} ({reason}; --channels says otherwise)")
-    return found
-
-
-def dataset_json(images):
-    """nnU-Net's description above its folder of images, or None."""
-    path = Path(images).parent / "dataset.json"
-    return path if Path(images).is_dir() and path.is_file() else None
-
-
 # ---- Files, folders and patterns -----------------------------------------------------------------
 
 
 def image_and_label_files(images, labels, organs):
     """The Files that --images and --labels name; where both are one folder, by what files are called."""
-    if found := organ_folders(labels, organs):
-        return volume_files(images, IMAGE_WORDS), found
-    if labels and is_flat(images) and Path(images).resolve() == Path(labels).resolve():
-        files = volume_files(images)
-        are_labels = [bool(words_of(file.name) & LABEL_WORDS) for file in files]
-        if len({*are_labels}) == 2:
-            chosen = [[f for f, is_label in zip(files, are_labels) if is_label == want] for want in (0, 1)]
-            print(f"{images}: of {len(files)} files {len(chosen[1])} are called labels")
-            return chosen
-    return volume_files(images, IMAGE_WORDS), volume_files(labels, LABEL_WORDS) if labels else []
+    of_organs = organ_folders(labels, organs)
+    image_files, masks = volume_files(images)
+    if not labels:
+        return image_files, []
+    if of_organs:
+        folders = [file.path for file in of_organs]
+        return [file for file in image_files if file.path.parent not in folders], of_organs
+    if Path(images).is_dir() and Path(labels).is_dir() and Path(images).samefile(labels):
+        label_files = masks or image_files  # of which each is refused as its own labels
+    else:
+        label_files, called_so = volume_files(labels, "--labels")
+        if called_so:
+            print_names(f"{labels}: not called labels (left out)", [file.shown for file in label_files])
+        label_files = called_so or label_files
+    inner, outer = Path(labels).resolve(), Path(images).resolve()
+    if inner.is_dir() and outer in inner.parents:  # they are no images, whatever the folder is called
+        image_files = [file for file in image_files if inner not in file.path.resolve().parents]
+    return image_files, label_files
 
 
-def words_of(name):
-    return {*re.findall("[a-z]+", name.lower())}
-
-
-def volume_files(given, words=IMAGE_WORDS):
-    """The Files that are meant: one file, a pattern, a folder of files; or one with a folder for each case,
-    of which the file is taken that is called by one of `words`."""
+def volume_files(given, option="--images"):
+    """The Files that a file, a pattern or a folder means, and those that are masks by their names; what was
+    left out is printed."""
     path = Path(given)
-    if path.is_file():
-        name = series_of(path).folder.resolve().name if is_dicom(path) else stem_of(path.name)
-        return [File(path, name)]
     if not path.exists() and re.search(r"[*?\[]", str(given)):
-        return files_of_pattern(str(given))
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
-    if names := files_below(path, VOLUMES, deep=False):
-        print_names(
-            f"volumes in folders below {path} (left out)", sorted({*files_below(path, VOLUMES)} - {*names})
-        )
-        print_names("volumes of other kinds (left out)", files_below(path, OTHER_VOLUMES, deep=False))
-        return [File(path / name, stem_of(name)) for name in names]
-    if found := files_of_cases(path, words):
-        further = [name for name in files_below(path, VOLUMES) if name.count("/") > 1]
-        print_names(f"volumes further below {path} (left out)", further)
-        return found
-    if deep := files_below(path, VOLUMES):
-        likely = "/".join(["*"] * deep[0].count("/") + [Path(deep[0]).name])
-        organs = "; a file for each organ needs --classes" if words is LABEL_WORDS else ""
-        raise DataError(
-            f"{path}: volumes only far below, such as {deep[0]}; give a pattern: '{path}/{likely}'{organs}"
-        )
-    if dicom := dicom_files(path):
-        return files_of_series(path, dicom)
-    raise DataError(f"{path}: no volumes there ({', '.join(VOLUMES)}, DICOM)")
-
-
-def files_of_series(root, dicom):
-    """One File for each CT series among DICOM files; what was left out is printed."""
-    series, left_out = find_series(dicom)
-    for text in left_out:
-        print(f"{root}: left out: {text}")
-    if not series:
-        raise DataError(f"{root}: {len(dicom)} DICOM files, but no CT series of {FEWEST} slices or more")
-    names = case_names(series, root)
-    some = ", ".join(f"{name} ({len(one.slices)} slices)" for name, one in zip(names[:5], series))
-    print(f"{root}: {len(series)} CT series: {some}{' ...' if len(series) > 5 else ''}")
-    return [File(one.path, name) for name, one in zip(names, series)]
+        return files_of_pattern(str(given)), []
+    found = volumes_below(path)
+    for text in found.left_out:
+        print(f"{path}: left out: {text}")
+    if not found.images + found.masks:
+        raise no_volumes(path, found.left_out)
+    if pictures := files_below(path, SUFFIXES) if path.is_dir() else []:
+        print_names(f"{path}: slices, which this command does not take", pictures)
+    if option == "--images" and found.masks:
+        print_names(f"{path}: masks by their names", [file.shown for file in found.masks])
+    series = [file for file in found.images if file.slices]
+    if series:
+        some = ", ".join(f"{file.name} ({file.slices} slices)" for file in series[:5])
+        print(f"{path}: {len(series)} CT series: {some}{' ...' if len(series) > 5 else ''}")
+    return found.images, found.masks
 
 
 def organ_folders(labels, organs):
@@ -356,60 +265,15 @@ def files_of_pattern(pattern):
     parts = [(*path.parts[:-1], stem_of(path.name)) for path in paths]
     if len(paths) == 1:
         places = [index for index, part in enumerate(Path(pattern).parts) if re.search(r"[*?\[]", part)]
-        return [File(paths[0], parts[0][places[0]] if "**" not in pattern else parts[0][-1])]
+        name = parts[0][places[0]] if "**" not in pattern else parts[0][-1]
+        return [File(paths[0], name, name)]
+    shared = max(index for index in range(min(map(len, parts))) if len({p[:index] for p in parts}) == 1)
+    places = ["/".join(own[shared:]) for own in parts]
     if len({*map(len, parts)}) > 1:
-        shared = max(index for index in range(min(map(len, parts))) if len({p[:index] for p in parts}) == 1)
-        return [File(path, "_".join(own[shared:])) for path, own in zip(paths, parts)]
+        return [File(path, place.replace("/", "_"), place) for path, place in zip(paths, places)]
     differing = [index for index, column in enumerate(zip(*parts)) if len({*column}) > 1]
     for count in range(1, len(differing) + 1):
         names = ["_".join(own[index] for index in differing[:count]) for own in parts]
         if len({*names}) == len(names):
             break
-    return [File(path, name) for path, name in zip(paths, names)]
-
-
-def files_of_cases(root, words):
-    """CASE/imaging.nii.gz and the like: of each folder the file of the name that is called by one of `words`,
-    or the only one left. [] if no folder holds a volume; DataError where it is not clear which is meant."""
-    folders = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
-    folders.sort(key=lambda path: natural_order(path.name))
-    found = {}  # folder -> {name with CASE for the folder's own: path}
-    for folder in folders:
-        names = files_below(folder, VOLUMES, deep=False)
-        if names:
-            found[folder.name] = {without_case(stem_of(n), folder.name): folder / n for n in names}
-    if not found:
-        return []
-    everywhere = set.intersection(*({*files} for files in found.values()))
-    anywhere = set.union(*({*files} for files in found.values()))
-    image = the_one(everywhere, IMAGE_WORDS, LABEL_WORDS)
-    name = image if words is IMAGE_WORDS else the_one(anywhere - {image}, LABEL_WORDS, IMAGE_WORDS)
-    if name is None:
-        what = "--images" if words is IMAGE_WORDS else "--labels"
-        likely = min([one for one in anywhere if words_of(one) & words] or anywhere).replace("CASE", "*")
-        example = f"{what} '{root}/*/{likely}.nii.gz'"
-        raise DataError(
-            f"{root}: its folders hold {one_line(', '.join(sorted(anywhere)))}; say which is meant: {example}"
-        )
-    chosen = [File(files[name], case) for case, files in found.items() if name in files]
-    what = "image" if words is IMAGE_WORDS else "labels"
-    example = without_case(chosen[0].path.name, chosen[0].name)
-    print(f"{root}: a folder for each case, {what}: CASE/{example}")
-    print_names("folders without volumes", [path.name for path in folders if path.name not in found])
-    return chosen
-
-
-def without_case(name, case):
-    """p1_seg in the folder p1 is CASE_seg; imaging in the folder a stays imaging."""
-    return re.sub(rf"(?<![a-zA-Z0-9]){re.escape(case)}(?![a-zA-Z0-9])", "CASE", name)
-
-
-def the_one(names, words, other_words):
-    """The only name with one of the words, or the only one without the other's; None if there is none."""
-    for wanted in (
-        [name for name in names if words_of(name) & words and not words_of(name) & other_words],
-        [name for name in names if not words_of(name) & other_words],
-    ):
-        if len(wanted) == 1:
-            return wanted[0]
-    return None
+    return [File(*one) for one in zip(paths, names, places)]

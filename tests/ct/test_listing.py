@@ -6,7 +6,7 @@ import pytest
 from handmade import put
 
 from ct.layout import all_slices, find_slices, read_list
-from ct.listing import VOLUMES, files_below, natural_order, slices_and_volumes, without_masks
+from ct.listing import VOLUMES, files_below, natural_order, slices_below, without_masks
 from ct.slices import SUFFIXES, DataError
 
 
@@ -28,14 +28,10 @@ def test_any_case_of_suffix_links_and_hidden_files(tmp_path):
     expected = ["a/0.PNG", "a/9.Png", "a/10.npy", "a/11.png", "linked/3.png"]
     assert files_below(root, SUFFIXES) == all_slices(root) == expected
     assert files_below(root, VOLUMES) == files_below(root, VOLUMES, deep=False) == ["b.NII.GZ"]
-    slices, volumes = slices_and_volumes(root)
-    assert [path.relative_to(root).as_posix() for path in slices] == expected and volumes == [
-        root / "b.NII.GZ"
-    ]
-    assert slices_and_volumes(root / "a/0.PNG") == [[root / "a/0.PNG"], []]
-    assert slices_and_volumes(root / "a/notes.txt") == [[], []]
+    assert [path.relative_to(root).as_posix() for path in slices_below(root)] == expected
+    assert slices_below(root / "a/0.PNG") == [root / "a/0.PNG"] and slices_below(root / "a/notes.txt") == []
     with pytest.raises(DataError, match="no such file or folder"):
-        slices_and_volumes(root / "missing")
+        slices_below(root / "missing")
 
 
 def test_a_list_finds_files_whatever_the_case_of_their_suffix(tmp_path):
@@ -90,7 +86,7 @@ def test_two_links_to_one_folder_are_two_cases_in_any_order(tmp_path):
 
 def test_masks_are_known_by_their_names(tmp_path):
     images = ["a/1.png", "mask_patients/1.png", "KiTS/case/imaging.nii.gz", "b/lone_seg.nii.gz"]
-    images += ["b/x_0000.nii.gz", "b/y.PNG", "b/p1_ct.nii", "b/volume-0.nii", "b/gt_2.png"]
+    images += ["b/x_0000.nii.gz", "b/y.PNG", "b/p1_ct.nii", "b/volume-0.nii", "b/gt_2.png", "q/q_scan.nii"]
     masks = [
         "masks/a/1.png",
         "b/x_seg.nii.gz",
@@ -99,6 +95,9 @@ def test_masks_are_known_by_their_names(tmp_path):
         "b/segmentation-0.nii",
         "labelsTr/1.nii.gz",
         "KiTS/case/segmentation.NII.gz",
+        "KiTS/case/mask_v2.nii.gz",
+        "q/gt.nii",
+        "labelsVa/1.nii.gz",
         "gt/train/1.png",
     ]
     paths = [tmp_path / name for name in images + masks]

@@ -12,7 +12,7 @@ pytest.importorskip("SimpleITK")
 pytest.importorskip("nibabel")
 import SimpleITK as sitk
 
-from ct import scans
+from ct import cases, scans
 from ct.slices import DataError, read_slice
 from ct.volumes import read_geometry, read_volume
 
@@ -246,7 +246,7 @@ def test_other_files_are_not_tried(tmp_path, monkeypatch):
     ]
     for number, start in enumerate(starts):
         (tmp_path / str(number)).write_bytes(start)
-    assert scans.series_in(tmp_path) == ({}, [])
+    assert cases.volumes_below(tmp_path) == cases.Found([])
 
 
 def test_gaps_and_uneven_places_are_said_and_large_gaps_refused(tmp_path, capsys):
@@ -456,7 +456,12 @@ def test_slices_that_do_not_say_how_far_apart_their_pixels_are(tmp_path, capsys)
 def test_what_is_no_series_is_one_line(tmp_path, capsys):
     write_series(tmp_path / "in", hu_volume(2))
     code, _, error = run(capsys, "slice", "--images", tmp_path / "in", "--out", tmp_path / "out")
-    assert code == 2 and "2 DICOM files, but no CT series of 3 slices or more" in error and one_line_of(error)
+    assert (
+        code == 2
+        and "no volumes there" in error
+        and "2 files: in series of fewer than 3" in error
+        and one_line_of(error)
+    )
     code, _, error = run(capsys, "slice", "--images", tmp_path / "in/IM0000", "--out", tmp_path / "out")
     assert code == 2 and "not a slice of a CT series" in error and one_line_of(error)
     assert not (tmp_path / "out").exists()

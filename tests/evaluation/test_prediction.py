@@ -182,6 +182,47 @@ def test_a_dicom_series_is_segmented_like_the_same_volume_as_nifti(tmp_path, nib
         assert own == pytest.approx(other)
 
 
+def test_a_folder_of_all_kinds_gives_slicing_and_prediction_the_same_cases(mixed, tmp_path, nibabel, capsys):
+    """Several formats, nested, several series in a folder; what is no case is named by both."""
+    sitk = pytest.importorskip("SimpleITK")
+    from handmade import run as data_py
+    from handmade import write_series
+
+    root, hu = tmp_path / "in", np.random.default_rng(0).integers(-1000, 300, (3, 24, 24)).astype(np.int16)
+    for name in ("flat", "p2/old", "p3/imaging", "a_0000", "a_0001", "b_0000", "b_0001"):
+        save_volume(nibabel, root / f"{name}.nii.gz", hu.T)
+    for name in ("p1/seg.nii.gz", "p4/p4_seg.nii.gz", "labelsTr/flat.nii.gz", "p3/segmentation.nii.gz"):
+        save_volume(nibabel, root / name, (hu.T > 0).astype(np.uint8))
+    sitk.WriteImage(sitk.GetImageFromArray(hu), str(root / "q.nrrd"))
+    sitk.WriteImage(sitk.GetImageFromArray(hu), str(root / "p2/new.mha"))
+    write_series(root / "p1", hu)
+    write_series(root / "p4/study", hu, "1.2.4", "a{:d}")
+    write_series(root / "p4/study", hu, "1.2.5", "b{:d}")
+    write_series(root / "p4/drawn", hu, "1.2.6", **{"0008|0060": "SEG"})
+    put(root / "r.mgz", b"")
+    code, sliced, error = data_py(
+        capsys, "slice", "--images", root, "--out", tmp_path / "set", "--ignore-values"
+    )
+    assert code == 0, error
+    source = ["data.insist=true", "--predict", root, "--out", tmp_path / "out"]
+    run(f"run.out={mixed.parent / 'forth'}", *source)
+    cases = {path.name for path in (tmp_path / "set/images").iterdir() if path.is_dir()}
+    assert {
+        path.name.split(".")[0] for path in (tmp_path / "out").rglob("*.*") if path.name[0] != "."
+    } == cases
+    several = {case for case in cases if case.startswith("p4_study_")}
+    assert len(several) == 2 and cases - several == {"flat", "p2_old", "p2_new", "p3", "q", "p1", "a", "b"}
+    for said in (sliced, capsys.readouterr().out):
+        assert "3 files: SEG, not CT" in said and "r.mgz" in said and "a_0001" in said
+        assert "masks by their names" in said or "files are masks by their names" in said
+    put(root / "p3.nii", b"")
+    both = f"{root}/p3/imaging.nii.gz and {root}/p3.nii would both be the case p3"
+    code, _, error = data_py(capsys, "slice", "--images", root, "--out", tmp_path / "set2")
+    assert code == 2 and both in error
+    with pytest.raises(DataError, match=both):
+        run(f"run.out={mixed.parent / 'forth'}", *source)
+
+
 def test_dicom_files_that_are_no_series_are_one_line(mixed, tmp_path):
     pytest.importorskip("SimpleITK")
     from handmade import write_series

@@ -147,7 +147,7 @@ def test_images_and_labels_in_one_folder(tmp_path, capsys):
     files(tmp_path, *(f"all/{case}_{what}" for case in ("p1", "p2") for what in ("ct", "seg")))
     pairs = found(pair_volumes(tmp_path / "all", tmp_path / "all"), tmp_path)
     assert pairs == {f"{case}_ct": (f"all/{case}_ct", f"all/{case}_seg") for case in ("p1", "p2")}
-    assert "of 4 files 2 are called labels" in capsys.readouterr().out
+    assert "all: masks by their names: 2: p1_seg.nii.gz, p2_seg.nii.gz\n" in capsys.readouterr().out
 
 
 def test_an_image_is_never_its_own_labels(tmp_path):
@@ -174,7 +174,7 @@ def test_a_folder_for_each_case(tmp_path, capsys):
     right = {case: (f"{case}/imaging", f"{case}/segmentation") for case in ("case_1", "case_2")}
     assert found(pair_volumes(root, root), root) == right
     output = capsys.readouterr().out
-    assert "image: CASE/imaging.nii.gz" in output and "labels: CASE/segmentation.nii.gz" in output
+    assert "by name: case_1/imaging.nii.gz with segmentation.nii.gz" in output
     assert [pair.labels for pair in pair_volumes(root, None)] == [None, None]
     images, labels = root / "*/imaging.nii.gz", root / "*/segmentation.nii.gz"
     assert found(pair_volumes(images, labels), root) == right
@@ -193,17 +193,27 @@ def test_other_names_in_the_folders_of_cases(tmp_path, image, labels):
     ]
 
 
-def test_a_case_without_labels_is_for_pretraining_and_one_with_other_files_is_asked_about(tmp_path, capsys):
+def test_a_case_without_labels_is_for_pretraining_and_of_two_images_it_is_asked_whose_they_are(
+    tmp_path, capsys
+):
     root = kits(tmp_path, "case_3/imaging")
     pairs = found(pair_volumes(root, root), root)
     assert pairs["case_3"] == ("case_3/imaging", None)
     assert "paired 2 of 3" in capsys.readouterr().out
     files(root, "case_3/segmentation_v2")
-    with pytest.raises(DataError, match=r"say which is meant: --labels '.*/kits/\*/segmentation.nii.gz'"):
-        pair_volumes(root, root)
+    assert found(pair_volumes(root, root), root) == pairs
+    assert "labels without an image (left out): 1: case_3/segmentation_v2.nii.gz" in capsys.readouterr().out
     files(root, "case_4/arterial", "case_4/venous")
-    with pytest.raises(DataError, match="arterial, imaging.*say which is meant: --images"):
+    assert {"case_4_arterial", "case_4_venous"} <= {*found(pair_volumes(root, root), root)}
+    files(root, "case_4/segmentation")
+    with pytest.raises(DataError, match="case_4/segmentation.nii.gz: could be the labels of case_4/arterial"):
         pair_volumes(root, root)
+
+
+def test_labels_in_a_folder_belong_to_the_only_image_there(tmp_path):
+    root = files(tmp_path / "set", "p1/abc", "p1/seg", "p2/def", "p2/p2_gt")
+    pairs = found(pair_volumes(root, root), root)
+    assert pairs == {"p1_abc": ("p1/abc", "p1/seg"), "p2_def": ("p2/def", "p2/p2_gt")}
 
 
 def test_the_name_of_a_folder_inside_a_word_is_part_of_the_word(tmp_path):
@@ -213,7 +223,7 @@ def test_the_name_of_a_folder_inside_a_word_is_part_of_the_word(tmp_path):
 
 def test_several_images_in_the_folder_of_a_case_are_asked_about(tmp_path):
     root = files(tmp_path / "brats", *(f"{c}/{c}_{what}" for c in "ab" for what in ("t1", "t2", "seg")))
-    with pytest.raises(DataError, match=r"CASE_seg, CASE_t1, CASE_t2; say which is meant: --images"):
+    with pytest.raises(DataError, match=r"a/a_seg.nii.gz: could be the labels of a/a_t1.* and a/a_t2"):
         pair_volumes(root, root)
     pairs = found(pair_volumes(root / "*/*_t2.nii.gz", root / "*/*_seg.nii.gz"), root)
     assert pairs == {case: (f"{case}/{case}_t2", f"{case}/{case}_seg") for case in "ab"}
@@ -236,26 +246,37 @@ def test_hidden_files_are_no_volumes_and_suffixes_have_any_case(tmp_path):
 
 
 def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
-    root = files(tmp_path / "cts", "a", "b", "more/c", "more/deep/d")
-    for name in ("e.nhdr", "f.MGZ", "notes.md"):
+    root = files(tmp_path / "cts", "a", "b", "more/c", "more/deep/d", "more/labels/d")
+    for name in ("e.nhdr", "f.MGZ", "more/damaged.dcm", "more/1.png", "notes.md"):
         put(root / name, b"")
-    assert [*found(pair_volumes(root, None), root)] == ["a", "b"]
+    assert [*found(pair_volumes(root, None), root)] == ["a", "b", "more_c", "more_deep_d"]
     output = capsys.readouterr().out
-    assert "(left out): 2: more/c.nii.gz, more/deep/d.nii.gz\n" in output
-    assert "volumes of other kinds (left out): 2: e.nhdr, f.MGZ\n" in output
+    assert "left out: volumes of other kinds, or damaged: 3: e.nhdr, f.MGZ, more/damaged.dcm\n" in output
+    assert "masks by their names: 1: more/labels/d.nii.gz\n" in output
+    assert "slices, which this command does not take: 1: more/1.png\n" in output
 
 
-def test_volumes_far_below_are_said_or_asked_about(tmp_path, capsys):
-    files(tmp_path / "deep", "p1/day1/ct", "p2/day1/ct")
-    with pytest.raises(
-        DataError, match=r"such as p1/day1/ct.nii.gz; give a pattern: '.*/deep/\*/\*/ct.nii.gz'"
-    ):
-        pair_volumes(tmp_path / "deep", None)
-    pairs = pair_volumes(f"{tmp_path}/deep/*/*/ct.nii.gz", None)
-    assert [*found(pairs, tmp_path)] == ["p1", "p2"]
-    files(tmp_path / "mixed", "p1/ct", "p2/ct", "p2/day2/ct")
-    assert [*found(pair_volumes(tmp_path / "mixed", None), tmp_path)] == ["p1", "p2"]
-    assert "(left out): 1: p2/day2/ct.nii.gz\n" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "names, cases",
+    [
+        (["p1/day1/ct", "p2/day1/ct"], ["p1_day1", "p2_day1"]),
+        (["p1/ct", "p2/ct", "p2/day2/ct"], ["p1", "p2", "p2_day2"]),
+        (["patient1/patient1_frame1", "patient1/patient1_frame2"], ["patient1_frame1", "patient1_frame2"]),
+        (["a/x", "b/x"], ["a", "b"]),
+        (["a/x", "b/x", "c"], ["a_x", "b_x", "c"]),
+        (["arterial/patient3", "venous/patient3"], ["arterial_patient3", "venous_patient3"]),
+    ],
+)
+def test_cases_are_called_after_their_paths_without_what_tells_nothing(tmp_path, names, cases):
+    root = files(tmp_path / "in", *names)
+    assert sorted(found(pair_volumes(root, None), root)) == sorted(cases)
+
+
+def test_one_name_for_two_cases_is_refused(tmp_path):
+    root = files(tmp_path / "in", "p2/ct")
+    put(root / "p2.mha", b"")
+    with pytest.raises(DataError, match=r"in/p2/ct.nii.gz and .*in/p2.mha would both be the case p2; rename"):
+        pair_volumes(root, None)
 
 
 def test_the_only_labels_of_a_folder_are_printed_with_their_image(tmp_path, capsys):
