@@ -245,8 +245,9 @@ class SwAV(Method):
 class BarlowTwins(Method):
     """Barlow Twins (arXiv 2103.03230): the cross-correlation of the views' features is the identity.
 
-    Theirs: heads of 8192, and LARS, to which the scale of a loss is nothing. It is a sum over dim features;
-    `weight` is by default 1 / dim, so that SGD takes steps as with other losses.
+    It is a sum over dim features: `weight` is by default 1 / dim, so that SGD takes steps as with other
+    losses. Theirs: heads of 8192, and LARS, which sees the scale of a loss in norms and biases alone; 0.024
+    there, the rate of these over that of the weights.
     """
 
     whole_batch = True
@@ -266,8 +267,9 @@ class BarlowTwins(Method):
 
 
 class VICReg(Method):
-    """VICReg (arXiv 2105.04906): invariance, variance and covariance, equation 6. Theirs: heads of 8192, and
-    LARS; here `weight` is by default one over their 25, so that SGD takes steps as with other losses."""
+    """VICReg (arXiv 2105.04906): invariance, variance and covariance, equation 6. `weight` is by default
+    one over their 25, so that SGD takes steps as with other losses. Theirs: heads of 8192, LARS, a weight
+    of 1."""
 
     whole_batch = True
     coefficients = (25.0, 25.0, 1.0)

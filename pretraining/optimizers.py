@@ -1,4 +1,4 @@
-"""The optimisers: SGD, AdamW and LARS, all fused, since only those skip a step by `found_inf` (guard.py)."""
+"""The optimisers: SGD, AdamW, LARS, LARC, all fused: only those skip a step by `found_inf` (guard.py)."""
 
 import torch
 
@@ -8,9 +8,9 @@ from models import Method
 
 
 class LARS(torch.optim.SGD):
-    """SGD with layer-wise adaptive rates (arXiv 1708.03888), as SimCLR, BYOL and Barlow Twins use it: the
-    gradient of each tensor, weight decay included, gets the length `trust` times that of the weights. Groups
-    with "adaptive": False (biases and norms) take plain steps."""
+    """SGD with layer-wise adaptive rates (arXiv 1708.03888), as SimCLR, BYOL, Barlow Twins, VICReg and PixPro
+    use it: the gradient of each tensor, weight decay included, gets the length `trust` times that of the
+    weights. Groups with "adaptive": False (biases and norms) take plain steps, which grow with the loss."""
 
     trust = 0.001
 
@@ -26,18 +26,33 @@ class LARS(torch.optim.SGD):
             group["weight_decay"] = decay
 
     def adapt(self, weights: list[torch.Tensor], decay: float) -> None:
-        gradients = [p.grad for p in weights]
-        torch._foreach_add_(gradients, weights, alpha=decay)
-        lengths, slopes = torch._foreach_norm(weights), torch._foreach_norm(gradients)
+        gradients, lengths = [p.grad for p in weights], torch._foreach_norm(weights)
+        slopes = self.decayed(gradients, weights, lengths, decay)
         rates = [
             torch.where((length > 0) & (slope > 0), self.trust * length / slope, 1.0)
             for length, slope in zip(lengths, slopes)
         ]
         torch._foreach_mul_(gradients, rates)
 
+    def decayed(self, gradients, weights, lengths, decay: float) -> list[torch.Tensor]:
+        """Adds the decay to the gradients; the length of each by which it is divided."""
+        torch._foreach_add_(gradients, weights, alpha=decay)
+        return torch._foreach_norm(gradients)
+
+
+class LARC(LARS):
+    """As SwAV uses it, from apex: all tensors are adapted, and the lengths of gradient and decay are added
+    up, as in equation 6 of the paper."""
+
+    def decayed(self, gradients, weights, lengths, decay: float) -> list[torch.Tensor]:
+        slopes = torch._foreach_norm(gradients)
+        torch._foreach_add_(gradients, weights, alpha=decay)
+        return [slope + decay * length for slope, length in zip(slopes, lengths)]
+
 
 def make_optimizer(cfg: Config, model: Method) -> torch.optim.Optimizer:
-    """optim.name over the trained parameters. With LARS and AdamW biases and norms have no weight decay.
+    """optim.name over the trained parameters. With LARS and AdamW biases and norms have no weight decay, with
+    SGD and LARC they have.
 
     A group's "constant": its rate stays optim.lr (Method.at_constant_rate).
     """
@@ -45,7 +60,7 @@ def make_optimizer(cfg: Config, model: Method) -> torch.optim.Optimizer:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             constant = name.split(".")[0] in model.at_constant_rate
-            plain = optim.name != "sgd" and parameter.dim() < 2
+            plain = optim.name in ("lars", "adamw") and parameter.dim() < 2
             groups.setdefault((constant, plain), []).append(parameter)
     named = [
         {
@@ -59,7 +74,7 @@ def make_optimizer(cfg: Config, model: Method) -> torch.optim.Optimizer:
     if optim.name == "adamw":
         optimizer = torch.optim.AdamW(named, optim.lr, fused=True)
     else:
-        kind = LARS if optim.name == "lars" else torch.optim.SGD
+        kind = {"sgd": torch.optim.SGD, "lars": LARS, "larc": LARC}[optim.name]
         optimizer = kind(named, optim.lr, optim.momentum, fused=True)
     for parameter in (p for group in named for p in group["params"]):
         # From the start: a first step that is skipped would leave them undefined.

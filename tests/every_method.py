@@ -12,11 +12,11 @@ ALONE = {"spark"}  # those that neither the local loss nor whitening can be adde
 LOCAL, ZCA = {"grid": 2}, {"method": "zca", "group_size": 4}
 
 
-def small(name, **common):
+def small(name, encoder=None, **common):
     """A method by name, its heads a few numbers wide, seeded; common: see models.Method."""
     torch.manual_seed(0)
     own = defaults_of(METHODS[name])
-    return METHODS[name](Encoder("tiny"), **{k: v for k, v in SMALL.items() if k in own}, **common)
+    return METHODS[name](encoder or Encoder("tiny"), **{k: v for k, v in SMALL.items() if k in own}, **common)
 
 
 def small_with_additions(name, **common):
@@ -86,5 +86,5 @@ def trained_parameters(model):
 
 def optim_settings(name, **changes):
     """The section `optim` of a config, of an optimiser that turns every gradient into a visible step."""
-    lr = {"sgd": 0.05, "lars": 0.5, "adamw": 1e-3}[name]
+    lr = {"sgd": 0.05, "lars": 0.5, "larc": 0.5, "adamw": 1e-3}[name]
     return {"optim": {"name": name, "lr": lr, "momentum": 0.9, "weight_decay": 1e-3, **changes}}

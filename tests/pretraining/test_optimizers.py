@@ -1,18 +1,23 @@
 """pretraining/optimizers.py: LARS against a slow loop, what each parameter gets, skipped steps."""
 
+import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from every_method import batches_for, optim_settings, small, take_step, trained_parameters
 from torch import nn
 
-from engine.config import to_config
+import train_moco
+from engine.config import load_config, to_config
 from engine.files import checked_optimizer, first_averages
 from methods import METHODS
-from pretraining.optimizers import LARS, make_optimizer
+from pretraining.method_settings import settle
+from pretraining.optimizers import LARC, LARS, make_optimizer
 
-NAMES = ("sgd", "lars", "adamw")
+NAMES = ("sgd", "lars", "larc", "adamw")
+PLAIN = ("lars", "adamw")  # that treat biases and norms otherwise than weights
 
 
 def optimizer_of(name, model, **changes):
@@ -93,13 +98,78 @@ def test_lars_of_zeros_is_finite():
     assert torch.equal(model.weight, before)
 
 
+# ---- As published ----
+
+PUBLISHED = {  # loss over our "global"; rates of weights, of norms and biases at a batch of 256; weight decay
+    "simclr": (2, 0.3, 0.3, 1e-6),
+    "byol": (1, 0.3, 0.3, 1e-6),
+    "swav": (1, 0.3, 0.3, 1e-6),
+    "barlow": (1, 0.2, 0.0048, 1.5e-6),
+    "vicreg": (1, 0.2, 0.2, 1e-6),
+    "vicregl": (1, 0.2, 0.2, 1e-6),
+    "pixpro": (2, 1.0, 1.0, 1e-5),
+}
+
+
+def published(name):
+    """The settings of configs/methods/NAME.yaml."""
+    overrides = ["data.root=set"]
+    file = Path(train_moco.__file__).parent / f"configs/methods/{name}.yaml"
+    cfg = load_config(train_moco.DEFAULTS, [file], overrides, train_moco.NULLABLE)
+    settle(cfg, METHODS, overrides)
+    train_moco.check_config(cfg)
+    return cfg
+
+
+def published_step(p, velocity, rate, decay, larc):
+    """Of the authors' LARS, or of apex's LARC, which SwAV has, but for the 1e-8 beside its lengths."""
+    g = p.grad
+    if p.dim() > 1 or larc:
+        length, slope = p.norm(), (g + decay * p).norm()
+        if larc:
+            slope = g.norm() + decay * length
+        g = (g + decay * p) * (0.001 * length / slope if length > 0 and slope > 0 else 1)
+    velocity.mul_(0.9).add_(g)
+    p.sub_(rate * velocity)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_steps_of_the_published_configs_are_those_of_the_authors_code(name):
+    """Weights, norms and biases after some steps, the rate at rest; heads of a few numbers."""
+    cfg, (scale, *rates, decay) = published(name), PUBLISHED[name]
+    model = small(name, bn_split=cfg.model.bn_split, weight=cfg.model.weight).double()
+    model.progress = 0.5
+    theirs, optimizer = copy.deepcopy(model), make_optimizer(cfg, model)
+    velocities = {key: torch.zeros_like(p) for key, p in trained_parameters(theirs).items()}
+    start = {key: p.detach().clone() for key, p in trained_parameters(model).items()}
+    for views, boxes in batches_for(name, 3, n=4, dtype=torch.float64):
+        take_step(model, optimizer, views, boxes)
+        theirs.zero_grad()
+        targets = theirs.targets(views, boxes)
+        (scale * theirs(views, boxes, targets)["global"]).backward()
+        with torch.no_grad():
+            for key, p in trained_parameters(theirs).items():
+                published_step(p, velocities[key], rates[p.dim() < 2], decay, name == "swav")
+        theirs.after_step(targets)
+    for key, p in trained_parameters(theirs).items():
+        step, expected = trained_parameters(model)[key] - start[key], p - start[key]
+        assert expected.norm() > 0, key
+        assert (step - expected).norm() < 1e-8 * expected.norm() + 1e-13, key
+
+
+def test_every_config_with_lars_is_tried_above():
+    files = (Path(train_moco.__file__).parent / "configs/methods").glob("*.yaml")
+    adaptive = {file.stem for file in files if published(file.stem).optim.name in ("lars", "larc")}
+    assert adaptive == set(PUBLISHED)
+
+
 # ---- Which parameters are treated how ----
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", METHODS)
-def test_biases_and_norms_have_no_weight_decay_but_with_sgd(method, name):
-    """Every trained parameter once; MoCo's recipe, SGD, decays all of them."""
+def test_biases_and_norms_have_no_weight_decay_but_with_sgd_and_larc(method, name):
+    """Every trained parameter once; MoCo's recipe, SGD, decays all of them, and SwAV's, LARC."""
     model = small(method, **({} if method == "spark" else {"local": {}}))
     optimizer = optimizer_of(name, model, weight_decay=0.25)
     trained = trained_parameters(model)
@@ -108,8 +178,8 @@ def test_biases_and_norms_have_no_weight_decay_but_with_sgd(method, name):
     for key, parameter in trained.items():
         group = group_of(optimizer, parameter)
         plain = parameter.dim() < 2
-        assert group["weight_decay"] == (0.0 if plain and name != "sgd" else 0.25), key
-        assert group["adaptive"] == (not plain or name == "sgd"), key
+        assert group["weight_decay"] == (0.0 if plain and name in PLAIN else 0.25), key
+        assert group["adaptive"] == (not plain or name not in PLAIN), key
         assert plain or not key.endswith("bias"), key
 
 
@@ -128,7 +198,8 @@ def test_only_the_predictor_of_simsiam_keeps_its_rate(method, name):
 def test_the_kind_and_settings_are_those_of_the_config(name):
     model = Two()
     optimizer = optimizer_of(name, model, lr=0.3, momentum=0.7)
-    assert type(optimizer) is {"sgd": torch.optim.SGD, "lars": LARS, "adamw": torch.optim.AdamW}[name]
+    kinds = {"sgd": torch.optim.SGD, "lars": LARS, "larc": LARC, "adamw": torch.optim.AdamW}
+    assert type(optimizer) is kinds[name]
     assert all(group["lr"] == 0.3 and group["fused"] for group in optimizer.param_groups)
     assert name == "adamw" or all(group["momentum"] == 0.7 for group in optimizer.param_groups)
 
