@@ -1,12 +1,13 @@
 """Faster R-CNN with a feature pyramid on an encoder: torchvision's, for slices as they are.
 
-build_detector   Pyramid as backbone, anchors to the slices' size
+build_detector   Pyramid as backbone, anchors and levels to the slices' size
 targets_of       what it learns from
 detect           the boxes that it finds in the slices of a split
 BoxPredictor     eval_det.py --predict
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from torchvision.ops.poolers import LevelMapper, MultiScaleRoIAlign
 
 from ct.grid import Grid
 from ct.listing import stem_of
@@ -34,6 +37,7 @@ POOLED = 7  # cells of a side of what the box head takes
 PROPOSALS = 200  # a slice; it has some ten organs
 SAMPLED = 64  # of them in the loss of the box head
 SMALLEST_ANCHOR = 1 / 12  # of the slice's side, at layer1; twice as large from level to level
+ASPECTS = (0.5, 1.0, 2.0)
 
 
 class Pyramid(nn.Module):
@@ -59,7 +63,28 @@ class Pyramid(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.encoder(images, STAGES)
-        return self.fpn({str(level): maps[stage] for level, stage in enumerate(STAGES)})
+        levels = self.fpn({str(level): maps[stage] for level, stage in enumerate(STAGES)})
+        return {name: level.float() for name, level in levels.items()}
+
+
+# Anchors have the type of the pyramid's maps, boxes that of the changes found for them. Under autocast this
+# would be bfloat16, which knows a place between 256 and 512 px to 2 px.
+
+
+class Proposals(RPNHead):
+    """torchvision's, its output in float32."""
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, changes = super().forward(maps)
+        return [x.float() for x in logits], [x.float() for x in changes]
+
+
+class Predictions(FastRCNNPredictor):
+    """torchvision's, its output in float32."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, changes = super().forward(x)
+        return logits.float(), changes.float()
 
 
 class AsTheyAre(GeneralizedRCNNTransform):
@@ -78,15 +103,28 @@ def build_detector(about: Description, encoder: Encoder) -> FasterRCNN:
     sizes = tuple((smallest * 2**level,) for level in range(len(STAGES) + 1))
     model = FasterRCNN(
         Pyramid(encoder, width, frozen=about.mode == "frozen"),
-        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+        rpn_anchor_generator=AnchorGenerator(sizes, (ASPECTS,) * len(sizes)),
+        rpn_head=Proposals(width, len(ASPECTS)),
         rpn_post_nms_top_n_train=PROPOSALS,
         rpn_post_nms_top_n_test=PROPOSALS,
         box_head=TwoMLPHead(width * POOLED**2, 4 * width),
-        box_predictor=FastRCNNPredictor(4 * width, len(about.classes)),
+        box_roi_pool=pooling(about.facts.size, encoder),
+        box_predictor=Predictions(4 * width, len(about.classes)),
         box_batch_size_per_image=SAMPLED,
     )
     model.transform = AsTheyAre(encoder.in_channels)
     return model
+
+
+def pooling(size: tuple[int, int], encoder: Encoder) -> MultiScaleRoIAlign:
+    """Of boxes from the level for their size, in slices of `size` px (arXiv 1612.03144, equation 1): a box as
+    large as an image of the encoder's pretraining, there 224 px, here the whole slice, belongs to layer3, one
+    of half its side to layer2, smaller ones to layer1. torchvision by itself takes 224 px for any slice, and
+    guesses strides and levels from the maps, wrongly for dilated encoders and for some small slices."""
+    pool = MultiScaleRoIAlign([str(level) for level in range(len(STAGES))], POOLED, sampling_ratio=2)
+    pool.scales = [1 / stride for stride in encoder.strides().values()]
+    pool.map_levels = LevelMapper(2, 5, canonical_scale=math.sqrt(math.prod(size)), canonical_level=4)
+    return pool
 
 
 def targets_of(masks: Tensor, num_classes: int, min_pixels: int) -> list[dict[str, Tensor]]:

@@ -62,6 +62,7 @@ def test_it_is_torchvisions_detector():
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.ops import MultiScaleRoIAlign
 
     torch.manual_seed(0)
     size = (96, 128)  # multiples of 32, which torchvision pads to
@@ -80,6 +81,8 @@ def test_it_is_torchvisions_detector():
         rpn_post_nms_top_n_test=200,
         box_batch_size_per_image=64,
     )
+    canonical = (96 * 128) ** 0.5
+    theirs.roi_heads.box_roi_pool = MultiScaleRoIAlign([*"0123"], 7, 2, canonical_scale=canonical)
     renamed = {
         name.replace("backbone.encoder.", "backbone.body."): rows for name, rows in ours.state_dict().items()
     }
@@ -104,6 +107,63 @@ def test_it_is_torchvisions_detector():
         assert len(one["boxes"]) > 10
         for name in ("boxes", "labels", "scores"):
             assert torch.allclose(one[name].float(), expected[name].float(), atol=1e-5), name
+
+
+@pytest.mark.parametrize("stride", [32, 8])
+@pytest.mark.parametrize("size", [33, 80, 224, 512])
+def test_a_box_is_pooled_from_the_level_of_its_share_of_the_slice(size, stride):
+    """The whole slice from layer3, half its side from layer2, less from layer1; each from its own place."""
+    encoder = Encoder("tiny", output_stride=stride)
+    pool = build_detector(described("tiny", 16, (size, size)), encoder).roi_heads.box_roi_pool
+    maps = {}
+    for level, step in enumerate(encoder.strides().values()):
+        x = torch.arange(-(-size // step), dtype=torch.float32) * step  # where a position looks at
+        maps[str(level)] = torch.stack([x.expand(len(x), -1), level + 0 * x.expand(len(x), -1)])[None]
+    shares = torch.tensor([1, 0.8, 0.51, 0.5, 0.3, 0.26, 0.24, 0.1])
+    left = 0.2 * size * (1 - shares)
+    boxes = torch.stack([left, left, left + shares * size, left + shares * size], dim=1)
+    found = pool(maps, [boxes], [(size, size)])
+    levels = found[:, 1].mean(dim=(1, 2))
+    assert levels.tolist() == [2, 1, 1, 1, 0, 0, 0, 0]
+    if size >= 80:  # else most of a box lies beyond the last position
+        small = levels == 0
+        centre = (left + shares * size / 2)[small]
+        torch.testing.assert_close(found[small, 0].mean(dim=(1, 2)), centre)
+
+
+@pytest.mark.parametrize("size", [80, 224, 512])
+def test_anchors_are_a_share_of_the_slice(size):
+    """A twelfth at layer1 to two thirds at layer4, which lie inside the slice whatever their aspect; those of
+    the coarsest level hold all of it."""
+    generator = build_detector(described("tiny", 16, (size, size)), Encoder("tiny")).rpn.anchor_generator
+    sides = [(one[:, 2:] - one[:, :2]) / size for one in generator.cell_anchors]  # (3, 2) for each level
+    for level, side in enumerate(sides):
+        share = torch.full((3,), 2**level / 12)
+        torch.testing.assert_close(side.prod(dim=1).sqrt(), share, rtol=0.03, atol=1.5 / size)
+        assert (side.max() < 1) == (level < 4)
+
+
+def test_boxes_are_float32_under_autocast():
+    """Of a detector that finds its anchors, unchanged."""
+    torch.manual_seed(0)
+    model = build_detector(described("tiny", 16, (300, 500)), Encoder("tiny", 3)).eval()
+    predictor = model.roi_heads.box_predictor
+    for layer in (
+        model.rpn.head.cls_logits,
+        model.rpn.head.bbox_pred,
+        predictor.cls_score,
+        predictor.bbox_pred,
+    ):
+        torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(predictor.bbox_pred.bias)
+    predictor.cls_score.bias.data = torch.tensor([0.0, 3.0, -3.0])
+    image = torch.rand(1, 3, 300, 500)
+    (expected,) = model(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = model(image)
+    assert len(found["boxes"]) > 10 and found["boxes"].dtype == torch.float32
+    assert torch.equal(found["boxes"], expected["boxes"])
+    assert not torch.equal(found["boxes"], found["boxes"].bfloat16().float())
 
 
 def test_targets_leave_crowd_out():
