@@ -99,10 +99,11 @@ decorrelation:
 optim:
   epochs: 200
   batch_size: 256           # global: over all processes and accumulation steps
-  accumulate: 1             # parts of a process's share of a batch, one after the other
-  name: sgd                 # sgd | lars | adamw
+  accumulate: 1             # parts of a process's share of a batch, one after the other: less memory, the
+                            # same gradients; refused where they would be others, and said with whitening
+  name: sgd                 # sgd | lars | larc | adamw
   lr: 0.03                  # warm-up, then half a cosine to 0
-  momentum: 0.9             # of sgd and lars
+  momentum: 0.9             # of sgd, lars and larc
   weight_decay: 1.0e-4
   warmup_epochs: 10.0
   max_steps: 0              # length of the whole schedule in steps; 0: `epochs` decides
@@ -240,7 +241,7 @@ def check_config(cfg: Config) -> None:
     cfg.check_choice("run.device", "auto", "cpu", "cuda")
     cfg.check_choice("run.precision", "auto", "fp32", "bf16")
     cfg.check_choice("model.arch", *ARCHITECTURES)
-    cfg.check_choice("optim.name", "sgd", "lars", "adamw")
+    cfg.check_choice("optim.name", "sgd", "lars", "larc", "adamw")
     cfg.check_choice("local.match", "overlap", "grid")
     cfg.check_choice("local.layer", *LAYERS)
     cfg.check_choice("local.negatives", "image", "batch")
@@ -306,10 +307,11 @@ def build_model(cfg: Config, process: Process) -> Method:
             bn_split=cfg.model.bn_split,
             seed=cfg.seed,
         )
-    if cfg.run.compile:
-        for module in model.modules():
-            if isinstance(module, Encoder):
-                module.compile()
+    for module in model.modules():
+        if hasattr(module, "running_mean"):  # of norms and whitening: it moves for each part of a batch
+            module.momentum /= cfg.optim.accumulate
+        if isinstance(module, Encoder) and cfg.run.compile:
+            module.compile()
     return model.to(process.device, memory_format=torch.channels_last)
 
 

@@ -22,11 +22,7 @@ def count_steps(cfg: Config, size: int, process: Process) -> tuple[int, int]:
             f"optim.batch_size: {batch} does not divide by {process.world} processes x "
             f"{cfg.optim.accumulate} accumulation steps"
         )
-    share, split = batch // shares, cfg.model.bn_split
-    if split and share % split and share > split:
-        raise ConfigError(f"model.bn_split: {split} does not divide the {share} samples of a forward pass")
-    if split and share < split and shares > 1:
-        process.say(f"note: BatchNorm sees {share} samples at a time, fewer than model.bn_split = {split}")
+    check_statistics(cfg, process, batch // shares)
     if cfg.model.queue_size and cfg.model.queue_size > size:
         process.say(
             f"note: model.queue_size {cfg.model.queue_size} is above the {size} slices: a slice's own older "
@@ -34,6 +30,28 @@ def count_steps(cfg: Config, size: int, process: Process) -> tuple[int, int]:
         )
     steps_per_epoch = size // batch
     return steps_per_epoch, cfg.optim.max_steps or cfg.optim.epochs * steps_per_epoch
+
+
+def check_statistics(cfg: Config, process: Process, share: int) -> None:
+    """Of a batch whose forward passes have `share` samples each: BatchNorm's statistics have to be those of
+    the undivided batch, else a ConfigError says so; whitening's may be others, which is said."""
+    batch, split, plan = cfg.optim.batch_size, cfg.model.bn_split, cfg.decorrelation
+    if split and share % split and share > split:
+        raise ConfigError(f"model.bn_split: {split} does not divide the {share} samples of a forward pass")
+    if cfg.optim.accumulate > 1 and (split == 0 or share < split):
+        wanted = f"model.bn_split={split}" if split else "the global batch, model.bn_split=0"
+        raise ConfigError(
+            f"optim.accumulate: {cfg.optim.accumulate} would leave BatchNorm {share} samples at a time in "
+            f"place of {wanted}; model.bn_split={share}, or what divides it, is possible"
+        )
+    if split and share < split and process.world > 1:
+        process.say(f"note: BatchNorm sees {share} samples at a time, fewer than model.bn_split = {split}")
+    together = share * process.world if plan.sync else share
+    if plan.method != "none" and together < batch:
+        process.say(
+            f"note: whitening takes its statistics from {together} samples at a time, not from the {batch} "
+            "of the global batch (optim.accumulate, decorrelation.sync)"
+        )
 
 
 class StepBatches:

@@ -143,28 +143,6 @@ def at_rest(model):
     return {"prototypes"} if hasattr(model, "resting") else set()
 
 
-@pytest.mark.parametrize("additions", [False, True])
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.whole_batch])
-def test_the_gradients_of_parts_add_up_to_that_of_the_whole(name, additions):
-    """Where the loss does not compare samples of the batch. Whitening would."""
-    local = {**LOCAL, "negatives": "batch" if hasattr(METHODS[name], "query_views") else "image"}
-    common = {"local": local} if additions and name not in ALONE else {}
-    whole = small(name, bn_split=2, **common).double()
-    parts = copy.deepcopy(whole)
-    ((views, boxes),) = batches_for(name, 1, dtype=torch.float64)
-    terms = whole(views, boxes, whole.targets(views, boxes))
-    terms["loss"].backward()
-    targets, summed = parts.targets(views, boxes, parts=4), 0
-    for rows in row_ranges(8, 4):
-        some = [view[rows] for view in views], [box[rows] for box in boxes]
-        loss = parts(*some, targets.part(rows))["loss"] / 4
-        loss.backward()
-        summed += loss.item()
-    assert summed == pytest.approx(terms["loss"].item(), rel=1e-10)
-    for (key, ours), one in zip(trained_parameters(parts).items(), trained_parameters(whole).values()):
-        torch.testing.assert_close(ours.grad, one.grad, rtol=1e-8, atol=1e-12, msg=key)
-
-
 @every_method
 def test_a_method_knows_whether_parts_add_up(name):
     """`whole_batch` against the loss itself: of halves and of the whole, every sample normalised alone."""

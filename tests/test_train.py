@@ -161,6 +161,8 @@ def test_accumulation_changes_memory_only(train):
         ("model.queue_size=5", "model.queue_size: 5 is impossible; wanted optim.batch_size, 6, or more"),
         ("optim.batch_size=9", "model.queue_size|lists only|optim.batch_size"),
         ("optim.accumulate=4", "does not divide by 1 processes x 4 accumulation steps"),
+        ("optim.accumulate=2 model.bn_split=0", "accumulate: 2 would leave BatchNorm 3 .* the global batch"),
+        ("optim.accumulate=3 model.bn_split=3", "accumulate: 3 would leave BatchNorm 2 .*model.bn_split=2"),
         ("model.bn_split=4", "model.bn_split: 4 does not divide the 6 samples"),
         ("run.device=cuda", "run.device"),
         ("seed", "expected section.key=value"),
