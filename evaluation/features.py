@@ -22,6 +22,7 @@ def pooled_stages(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
     """
     found = {}
     for stage, maps in encoder(images, STAGES).items():
+        maps = maps.float()  # else means are rounded to bfloat16 under autocast
         found[f"{stage} mean"] = maps.mean((2, 3))
         side = min(int((GRID_VALUES / maps.shape[1]) ** 0.5), *maps.shape[2:])
         if side > 1:
