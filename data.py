@@ -53,7 +53,7 @@ from ct.properties import (
     read_properties,
     reading_of,
 )
-from ct.slices import AIR, IGNORE, DataError, mask_size, read_mask
+from ct.slices import AIR, IGNORE, DataError, read_mask
 from engine.config import one_line
 
 LOOKED_AT = 32  # slices of a list, for its size and kind, and for what is odd about it
@@ -365,13 +365,21 @@ class SegmentationDataset(SliceDataset):
 
     def item(self, index, read):
         slice, mask = read(index), self.own_mask(index)
-        if slice.shape != mask.shape:
-            raise DataError(
-                f"{self.mask_path(index)}: {mask.shape} px (rows, columns), its image {slice.shape}"
-            )
-        mm = self.mm_of(index)
-        mask = self.to_grid(torch.from_numpy(mask), IGNORE, mm, nearest=True)
-        return torch.stack(self.channels(index, read, mm)), mask.long()
+        self.check_mask(index, mask, slice.shape)
+        return self.image(index, read), self.on_grid(mask, index).long()
+
+    def image(self, index, read):
+        """A slice without its mask, FloatTensor (C, H, W)."""
+        return torch.stack(self.channels(index, read, self.mm_of(index)))
+
+    def on_grid(self, mask, index):
+        """A mask uint8 (h, w) on its own grid -> (H, W) on the common one."""
+        return self.to_grid(torch.from_numpy(mask), IGNORE, self.mm_of(index), nearest=True)
+
+    def check_mask(self, index, mask, size):
+        """DataError if the mask of a slice of this size is of another one."""
+        if mask.shape != size:
+            raise DataError(f"{self.mask_path(index)}: {mask.shape} px (rows, columns), its image {size}")
 
     def mask_path(self, index):
         return self.mask_folder / self.mask_names[index]
@@ -382,10 +390,9 @@ class SegmentationDataset(SliceDataset):
         check_labels(mask, self.num_classes, self.mask_path(index))
         return mask
 
-    def to_own_grid(self, prediction, index):
-        """A prediction uint8 (H, W) on the common grid -> uint8 (h, w) on the mask's own one (nearest)."""
-        own = mask_size(self.mask_path(index), self.mask_map)
-        return self.grid.back(torch.as_tensor(prediction), own, self.mm_of(index)).numpy()
+    def to_own_grid(self, prediction, index, size):
+        """A prediction uint8 (H, W) on the common grid -> uint8 (h, w), the size of its slice (nearest)."""
+        return self.grid.back(torch.as_tensor(prediction), size, self.mm_of(index)).numpy()
 
     def spacing(self, case):
         """(slice, row, column) distances in mm, or None if the set does not say."""

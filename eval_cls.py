@@ -46,7 +46,7 @@ if __name__ == "__main__":
 
 import csv
 import io
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -275,8 +275,9 @@ def features_of(cfg: Config, name: str, slices: LabelledSlices, process: Process
         with process.autocast():
             return features(network_input(intensity.to_unit(stored), intensity, encoder.in_channels))
 
-    batches = [Batches(part, [*range(len(part))], prepare, cfg, process) for part in slices.parts.values()]
-    keep_features(cfg, batches, process)
+    alone = replace(process, world=1)  # others do not compute these
+    batches = [Batches(part, [*range(len(part))], prepare, cfg, alone) for part in slices.parts.values()]
+    keep_features(cfg, batches, alone)
     if any(part.inputs is None for part in batches):
         raise ConfigError("cache: no room for the features in run.out; cache=on holds them in memory")
     rows = torch.cat([part.inputs.cpu() for part in batches])

@@ -183,7 +183,8 @@ def true_boxes(
     """
 
     def own(position: int) -> Boxes:
-        return boxes_of(dataset[position][1].numpy(), len(classes), cfg.boxes.min_pixels)
+        mask = dataset.on_grid(dataset.own_mask(position), position)
+        return boxes_of(mask.numpy(), len(classes), cfg.boxes.min_pixels)
 
     def mine() -> list[Boxes] | DataError:
         try:

@@ -154,7 +154,8 @@ def evaluate(cfg: Config, process: Process, stop: StopRequest) -> None:
         trained, augment = model.decoder, no_augmentation
         batches["train"] = batches_of("train", to_features)
         held = ("train", "val") if scored_features else ("train",)
-        keep_features(cfg, [batches[split] for split in held if split in sets], process)
+        kept = [batches[split] for split in held if split in sets]
+        keep_features(cfg, kept, process, trained=batches["train"])
     else:
         how = (sets["train"].size, intensity, encoder.in_channels, process)
         trained, augment = model, crop_augmentation(cfg, *how)

@@ -126,11 +126,6 @@ def stored_as(path, picture):
     raise DataError(f"{path}: 8- or 16-bit grey is expected, this is a {picture}; save it so, or HU as .npy")
 
 
-def mask_size(path, mapping=None):
-    """(height, width) in px of a mask, without reading the pixels."""
-    return mask_header(path, mapping).size
-
-
 def mask_header(path, mapping=None):
     picture = header(path)
     if picture.lossy:

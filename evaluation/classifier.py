@@ -55,7 +55,7 @@ def scores_of(model: Classifier, batches: Batches, process: Process, desc: str) 
     model.eval()
     own = batches.in_order()[process.rank :: process.world]
     found = []
-    for inputs, _ in progress(process, desc, batches.of(own), len(own)):
+    for inputs in progress(process, desc, batches.inputs_of(own), len(own)):
         with process.autocast():
             found.append(model(inputs).float().cpu())
     scores = torch.empty(len(batches), model.head.out_features)

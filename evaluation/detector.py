@@ -151,7 +151,7 @@ def detect(model: FasterRCNN, batches: Batches, process: Process, desc: str) -> 
     model.eval()
     plan = batches.in_order()[process.rank :: process.world]
     own = []
-    for rows, (images, _) in zip(plan, progress(process, desc, batches.of(plan), len(plan))):
+    for rows, images in zip(plan, progress(process, desc, batches.inputs_of(plan), len(plan))):
         own += zip(rows, found_in(model, images, process))
     return [found for _, found in sorted(sum(process.gather(own), []), key=lambda row: row[0])]
 

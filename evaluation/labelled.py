@@ -37,11 +37,14 @@ class LabelledPart(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]):
-        read = self.dataset.reading_once()
-        stacks = (self.dataset.channels(self.positions[index], read) for index in indices)
-        return [
-            (torch.stack(one), torch.as_tensor(self.targets[index])) for one, index in zip(stacks, indices)
-        ]
+        read = self.reading_once()
+        return [(self.image(index, read), torch.as_tensor(self.targets[index])) for index in indices]
+
+    def reading_once(self):
+        return self.dataset.reading_once()
+
+    def image(self, index: int, read):
+        return torch.stack(self.dataset.channels(self.positions[index], read))
 
 
 @dataclass

@@ -61,7 +61,7 @@ def score(
     """Segment all slices of all cases and compare with the masks, each on its own grid.
 
     Cases are divided among the processes; every process gets all results. window: side and overlap, see
-    segmenter.segmentation_logits. `full`: HD95 and pictures too.
+    segmenter.segmentation_logits. `full`: HD95 and pictures too, and masks are not kept for another time.
     """
     dataset = batches.dataset
     own = sorted(set(dataset.cases), key=natural_order)[process.rank :: process.world]
@@ -77,14 +77,14 @@ def score(
             rows.sort(key=lambda i: natural_order(dataset.names[batches.positions[i]]))
             plan = chunks(rows, batches.batch_size)
             predictions = []
-            for inputs, masks in batches.of(plan):
+            for inputs in batches.inputs_of(plan):
                 with process.autocast():
-                    size = tuple(masks.shape[1:])
-                    logits = segmentation_logits(model, inputs, size, *window)
+                    logits = segmentation_logits(model, inputs, dataset.size, *window)
                 predictions.append(logits.argmax(1).to(torch.uint8).cpu())
                 bar.update(len(inputs))
+            truths = [batches.truth(i, keep=not full) for i in rows]
             positions = [batches.positions[i] for i in rows]
-            scores[case] = score_case(dataset, case, positions, torch.cat(predictions), full)
+            scores[case] = score_case(dataset, case, positions, truths, torch.cat(predictions), full)
     if process.world > 1:
         parts = [None] * process.world
         dist.all_gather_object(parts, scores)
@@ -92,11 +92,14 @@ def score(
     return {case: scores[case] for case in sorted(scores, key=natural_order)}
 
 
-def score_case(dataset, case: str, positions: list[int], predictions: Tensor, full: bool) -> CaseScore:
-    """One case from the predictions (n, H, W) of its slices, given from the first to the last slice."""
-    classes = dataset.num_classes
-    truths = [torch.tensor(dataset.own_mask(position)) for position in positions]
-    own = [torch.as_tensor(dataset.to_own_grid(p.numpy(), at)) for p, at in zip(predictions, positions)]
+def score_case(
+    dataset, case: str, positions: list[int], truths: list, predictions: Tensor, full: bool
+) -> CaseScore:
+    """One case from the masks (h, w) and the predictions (n, H, W) of its slices, given from the first to the
+    last slice."""
+    classes, truths = dataset.num_classes, [torch.from_numpy(truth) for truth in truths]
+    placed = zip(predictions, positions, truths)
+    own = [torch.as_tensor(dataset.to_own_grid(p.numpy(), at, tuple(t.shape))) for p, at, t in placed]
     counts = sum(metrics.dice_counts(p, truth, classes) for p, truth in zip(own, truths))
     distances, shown = [None] * classes, None
     if full:

@@ -156,18 +156,24 @@ def check_batch(cfg: Config, process: Process, least: int = 1, slices: int | Non
         cfg.check("optim.batch_size", cfg.optim.batch_size <= slices, f"at most the {slices} training slices")
 
 
-def keep_features(cfg: Config, all_batches: list[Batches], process: Process) -> None:
-    """Compute frozen features once, unless the config forbids it; with cache: auto what exceeds cache_gb is
-    held in a file, if there is room for it."""
+def keep_features(
+    cfg: Config, all_batches: list[Batches], process: Process, trained: Batches | None = None
+) -> None:
+    """Compute frozen features once, unless the config forbids it. Several processes compute a share each and
+    hold all in a file that they share; a single process does that for cache: auto and more than cache_gb. If
+    there is no room for a file, features are computed at every step.
+
+    trained: those that are trained on, which need their masks, too."""
     if cfg.cache == "off":
         return
     needed, folder = sum(batches.bytes() for batches in all_batches) / 2**30, None
-    if cfg.cache == "auto" and needed > cfg.cache_gb:
+    if process.world > 1 or (cfg.cache == "auto" and needed > cfg.cache_gb):
         folder = Path(cfg.run.out)
-        process.say(f"features need {needed:.1f} GiB, more than cache_gb: held in a file in {folder}")
+        why = "shared by the processes" if process.world > 1 else "more than cache_gb"
+        process.say(f"features need {needed:.1f} GiB, {why}: held in a file in {folder}")
     try:
         for batches in all_batches:
-            batches.keep("frozen features", folder)
+            batches.keep("frozen features", folder, masks=batches is trained)
     except OSError as error:
         if folder is None:
             raise

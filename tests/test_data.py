@@ -29,7 +29,7 @@ def test_datasets_read_what_was_written(tmp_path):
         assert np.array_equal(slices[index][0], hu) and torch.equal(image, slices[index])
         assert np.array_equal(mask, labels) and mask.dtype == torch.int64
         assert np.array_equal(pairs.own_mask(index), labels)
-        assert np.array_equal(pairs.to_own_grid(labels, index), labels)
+        assert np.array_equal(pairs.to_own_grid(labels, index, labels.shape), labels)
     assert pairs.spacing("a") is None
 
 
@@ -135,7 +135,7 @@ def test_slices_of_other_sizes_are_scaled_to_fit(tmp_path, caplog):
     assert (image[0, 3:5] == 40).all() and (image[0, :3] == -1024).all() and (image[0, 5:] == -1024).all()
     assert (mask[3:5] == 3).all() and (mask[:3] == 255).all() and (mask[5:] == 255).all()
     assert sum("different sizes" in message for message in caplog.messages) == 1
-    restored = dataset.to_own_grid(mask.numpy().astype(np.uint8), 2)
+    restored = dataset.to_own_grid(mask.numpy().astype(np.uint8), 2, (4, 16))
     assert restored.shape == (4, 16) and (restored == 3).all()
     assert SliceDataset(tmp_path, "train.txt", size=(5, 9))[0].shape == (1, 5, 9)
 

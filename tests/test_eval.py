@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import eval_seg
 from ct import organs, slices
 from ct.properties import class_names, read_properties
@@ -176,7 +177,7 @@ def test_features_beyond_cache_gb_are_held_in_a_file(linear, phantom, tmp_path, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if full:
-        monkeypatch.setattr(batches, "append", no_room)
+        monkeypatch.setattr(batches, "write_all", no_room)
     in_file = evaluate(phantom, tmp_path, "cache_gb=0.0001")
     assert in_file["cases"] == cached["cases"]
     assert (tmp_path / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
@@ -184,6 +185,17 @@ def test_features_beyond_cache_gb_are_held_in_a_file(linear, phantom, tmp_path, 
     captured = capsys.readouterr()
     assert "more than cache_gb: held in a file" in captured.out
     assert ("no file of features" in captured.err) == full
+
+
+@pytest.mark.parametrize("mode", [[], ["cache=off"], FINETUNE], ids=["linear", "computed", "finetune"])
+def test_masks_of_validation_cases_are_read_once(phantom, tmp_path, monkeypatch, mode):
+    read = []
+    monkeypatch.setattr(
+        data, "read_mask", lambda path, *rest: read.append(path) or slices.read_mask(path, *rest)
+    )
+    evaluate(phantom, tmp_path, *mode, "eval.every=1")
+    names = (phantom / "val.txt").read_text().split()
+    assert [read.count(phantom / "masks" / name) for name in names] == [1] * len(names)
 
 
 def test_a_frozen_encoder_stays_as_it_was(linear, encoder_file, phantom, tmp_path):
@@ -238,7 +250,8 @@ def test_two_processes_write_one_result_of_their_common_model(phantom, tmp_path)
         [*command, *TINY, *overrides], cwd=PROJECT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("results.json") == 1
+    assert done.stdout.count("results.json") == 1 and "shared by the processes" in done.stdout
+    assert not list((tmp_path / "run").glob("features*"))
     results = report.read_results(tmp_path / "run")
     assert len(results["cases"]) == 3
     run(*TINY, f"run.out={tmp_path}/run", "--predict", phantom / "images", "--out", tmp_path / "masks")

@@ -1,6 +1,10 @@
-"""evaluation/batches.py: what is measured of frozen features, for any number of slices and any batch."""
+"""evaluation/batches.py: features that processes share; what is measured of any number of slices."""
 
+import errno
 import math
+import os
+import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -21,14 +25,23 @@ class Slices(torch.utils.data.Dataset):
     def __init__(self, count):
         self.maps = torch.randn(count, 4, 2, 2, generator=torch.Generator().manual_seed(0))
 
+        self.read = []
+
     def __getitem__(self, index):
-        return self.maps[index], torch.zeros(2, 2).long()
+        return self.image(index), torch.full((2, 2), index % 7)
+
+    def reading_once(self):
+        return None
+
+    def image(self, index, read=None):
+        self.read.append(index)
+        return self.maps[index]
 
 
-def batches_of(count, size):
+def batches_of(count, size, process=ALONE):
     settings = ["data.workers=0", f"optim.batch_size={size}"]
     cfg = eval_seg.load_config(eval_seg.DEFAULTS, None, settings, eval_seg.NULLABLE)
-    return Batches(Slices(count), [*range(count)], lambda images: images, cfg, ALONE)
+    return Batches(Slices(count), [*range(count)], lambda images: images, cfg, process)
 
 
 @pytest.mark.parametrize("count", [1, 2, 127, 128, 129, 1024, 1025, 2048, 2049, 13_726])
@@ -74,3 +87,76 @@ def test_what_cannot_be_measured_is_a_warning(monkeypatch, capsys):
     found = frozen_collapse(batches_of(9, 4))
     assert "warning: collapse not measured (ValueError: did not converge)" in capsys.readouterr().err
     assert found["effective_rank"]["slices"] == 9 and set(found["structure"].values()) == {None}
+
+
+# ---- Under several processes ---------------------------------------------------------------------
+
+
+@dataclass
+class Thread(Process):
+    """A thread that takes part as a process would."""
+
+    said: list = None
+    meeting: threading.Barrier = None
+
+    def gather(self, value):
+        self.said[self.rank] = value
+        self.meeting.wait()
+        found = [*self.said]
+        self.meeting.wait()
+        return found
+
+    def barrier(self):
+        self.meeting.wait()
+
+
+def in_threads(world, monkeypatch, work):
+    """work(thread) of each, or the error that it ended with."""
+    said, meeting, found = [None] * world, threading.Barrier(world), [None] * world
+    monkeypatch.setattr(batches, "within_node", lambda thread: (thread.rank, thread.world))
+
+    def run(rank):
+        try:
+            found[rank] = work(Thread(rank, world, torch.device("cpu"), "fp32", said, meeting))
+        except OSError as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+@pytest.mark.parametrize("count, world", [(21, 2), (21, 3), (3, 2)])
+def test_processes_compute_a_share_each_and_hold_all_in_one_file(tmp_path, monkeypatch, count, world):
+    def work(process):
+        own = batches_of(count, 4, process)
+        own.keep("features", tmp_path)
+        return own
+
+    alone = batches_of(count, 4)
+    alone.keep("features")
+    found = in_threads(world, monkeypatch, work)
+    assert sorted(index for one in found for index in one.dataset.read) == [*range(count)]
+    assert not list(tmp_path.iterdir())
+    for one in found:
+        assert torch.equal(one.inputs, alone.inputs) and torch.equal(one.masks, alone.masks)
+
+
+@pytest.mark.parametrize("fails", ["write_all", "mkstemp"])
+def test_a_full_disk_is_known_to_all_processes(tmp_path, monkeypatch, fails):
+    def full(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def work(process):
+        own = batches_of(21, 4, process)
+        try:
+            own.keep("features", tmp_path)
+        finally:
+            assert own.inputs is None and own.masks is None
+
+    monkeypatch.setattr(batches if fails == "write_all" else batches.tempfile, fails, full)
+    assert [error.errno for error in in_threads(2, monkeypatch, work)] == [errno.ENOSPC] * 2
+    assert not list(tmp_path.iterdir())

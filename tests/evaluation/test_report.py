@@ -28,19 +28,18 @@ def test_scores_use_the_masks_own_grid_and_spacing(tmp_path):
         num_classes = 2
         sizes = (8, 8)
 
-        def own_mask(self, i):
-            return truth[i][:: 8 // self.sizes[i], :: 8 // self.sizes[i]]
-
-        def to_own_grid(self, labels, i):
+        def to_own_grid(self, labels, i, size):
+            assert size == (self.sizes[i], self.sizes[i])
             return labels[:: 8 // self.sizes[i], :: 8 // self.sizes[i]]
 
         def spacing(self, case):
             return 5.0, 1.0, 0.5
 
-    one = report.score_case(Set(), "case", [0, 1], prediction, full=True)
+    one = report.score_case(Set(), "case", [0, 1], [*truth], prediction, full=True)
     assert one.counts.tolist()[1] == [16, 32, 32] and one.hd95 == [None, 1.0]
     Set.sizes = (8, 4)
-    other = report.score_case(Set(), "case", [0, 1], prediction, full=True)
+    truths = [truth[0], truth[1][::2, ::2]]
+    other = report.score_case(Set(), "case", [0, 1], truths, prediction, full=True)
     assert other.counts.tolist()[1] == [8 + 2, 16 + 4, 16 + 4] and other.hd95 == [None, None]
 
 
