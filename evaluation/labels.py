@@ -69,8 +69,10 @@ def read_table(path: str | Path, names: list[str], exists, columns: list[str] | 
     """
     key, header, rows = rows_of(path)
     if unknown := [name for name in columns or [] if name not in header]:
-        raise ConfigError(f"labels.columns: {path} has no {one_line(unknown[0])}; it has {', '.join(header)}")
-    columns = columns or header
+        raise ConfigError(
+            f"labels.columns: {path} has no {one_line(unknown[0])}; it has {', '.join(filter(None, header))}"
+        )
+    columns = columns or [name for name in header if name]  # one without a name is no label
     table, missing = {}, set()
     for line, (name, fields) in rows:
         written = [fields[header.index(column)] for column in columns]
@@ -105,7 +107,8 @@ def value_of(text: str) -> str:
 
 
 def rows_of(path: str | Path) -> tuple[str, list[str], list[tuple]]:
-    """ "slice" or "case", the names of the other columns, and [(line number, (name, fields))]."""
+    """ "slice" or "case", the names of the other columns, and [(line number, (name, fields))]. A column has
+    no name where pandas has written its index."""
     try:
         lines = read_text(path).splitlines()
     except FileNotFoundError:
@@ -113,18 +116,23 @@ def rows_of(path: str | Path) -> tuple[str, list[str], list[tuple]]:
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     separator = max(SEPARATORS, key=lines[0].count) if lines else ","
-    table = [[field.strip() for field in row] for row in csv.reader(lines, delimiter=separator)]
+    try:
+        table = [[text.strip() for text in row] for row in csv.reader(lines, delimiter=separator)]
+    except csv.Error as error:
+        raise DataError(f"{path}: not a table of text fields: {error}") from None
     header = table[0] if table else []
     keys = [name for name in header if name in ("slice", "case")]
-    if len(keys) != 1 or len({*header}) < max(2, len(header)):
+    if len(keys) != 1 or len({*header}) < len(header) or not {*header} - {"", *keys}:
         wanted = "slice,NAME or case,NAME with different names is expected"
         raise DataError(f"{path}: its first line is {one_line(','.join(header))!r}; {wanted}")
     place, rows = header.index(keys[0]), []
     for number, row in enumerate(table[1:], 2):
         if not any(row):
             continue
-        if len(row) != len(header) or not row[place]:
+        if len(row) != len(header):
             raise DataError(f"{path}: line {number}: {len(header)} fields are expected, as in the first line")
+        if not row[place]:
+            raise DataError(f"{path}: line {number}: no {keys[0]} is named")
         rows.append((number, (row.pop(place).removeprefix("./"), row)))
     if not rows:
         raise DataError(f"{path}: the table is empty")

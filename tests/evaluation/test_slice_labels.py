@@ -70,6 +70,13 @@ def test_what_programs_write_for_unknown_labels_is_unknown(tmp_path, word):
     assert found.targets[[0, 2]].tolist() == [[1, 0], [0, 1]]
 
 
+def test_a_column_without_a_name_is_no_label(tmp_path):
+    found = table(tmp_path, ",slice,x\n0,a/00,1\n1,a/01,0\n2,b/00,1\n")
+    assert found.kind == "single" and found.classes == ["0", "1"]
+    with pytest.raises(ConfigError, match="has no y; it has x$"):
+        table(tmp_path, ",slice,x\n0,a/00,1\n1,a/01,0\n", ["y"])
+
+
 def test_words_for_nothing_in_small_letters_are_classes(tmp_path):
     found = table(tmp_path, "slice,contrast\na/00,none\na/01,iv\nb/00,oral\nb/01,na\n")
     assert found.classes == ["iv", "na", "none", "oral"] and found.known.all()
@@ -113,6 +120,9 @@ def test_equal_numbers_are_one_value(tmp_path, written, classes):
         ("slice,case,x\na/00,a,1\n", "slice,NAME or case,NAME"),
         ("slice\na/00\n", "slice,NAME or case,NAME"),
         ("slice,x\na/00\n", "line 2: 2 fields are expected"),
+        ("slice,x\na/00,1\n,0\n", "line 3: no slice is named"),
+        ("slice,\na/00,1\n", "slice,NAME or case,NAME"),
+        (f"slice,x\na/00,{'1' * 200_000}\n", "not a table of text fields: field larger than"),
         ("slice,x\n", "the table is empty"),
         ("", "slice,NAME or case,NAME"),
     ),
