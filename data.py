@@ -482,8 +482,7 @@ class BatchReader(Dataset):
 
     def __getitem__(self, indices):
         worker = get_worker_info()
-        channels = 1 + 2 * self.dataset.neighbours
-        batch = empty((len(indices), channels, *self.dataset.size), shared=worker is not None)
+        batch = empty(self.shape(len(indices)), shared=worker is not None)
         note = self.reading[worker.id].numpy() if worker else [0, 0]
         note[0] = os.getpid()
 
@@ -501,6 +500,12 @@ class BatchReader(Dataset):
             replaced += found != index
         note[1] = -1
         return batch, replaced
+
+    def shape(self, slices):
+        return slices, 1 + 2 * self.dataset.neighbours, *self.dataset.size
+
+    def batch_bytes(self, slices):
+        return 4 * math.prod(self.shape(slices))
 
     def being_read(self, pid):
         """The file that the worker process `pid` is reading, or was when it died; None if it was not."""

@@ -1,15 +1,18 @@
 """How a script ends: on request with everything saved, or with one line that says what is wrong.
 
-`run_script(main)` starts a script and turns errors of the user's making into one line and exit code 2. Within
-`StopRequest` signals ask the run to stop, which it does with `leave`.
+`run_script(main)` starts a script and turns errors of the user's making into one line and exit code 2; no
+process that reads for it outlives it. Within `StopRequest` signals ask the run to stop, which it does with
+`leave`.
 """
 
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,16 +121,18 @@ def naming_lost_workers(reader):
         raise RuntimeError(text.rstrip(".") + where) from None
 
 
-def batch_loader(reader, batches, workers: int, process: Process, timeout_minutes: float) -> DataLoader:
-    """reader[batch] for every batch of indices, by worker processes that leave signals to the main one."""
+def batch_loader(dataset, workers: int, process: Process, timeout_minutes: float, **batches) -> DataLoader:
+    """What the dataset gives for each of the batches, by worker processes that leave signals to the main one.
+
+    batches: `sampler` or `batch_sampler`, as DataLoader takes them.
+    """
     return DataLoader(
-        reader,
-        sampler=batches,
-        batch_size=None,
+        dataset,
         num_workers=workers,
         pin_memory=process.device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
         timeout=60 * timeout_minutes if workers else 0,
+        **batches,
     )
 
 
@@ -136,44 +141,82 @@ def ignore_stop_signals(worker: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
+def check_shared_memory(workers: int, batch_bytes: int, batches: int) -> None:
+    """Raise a ConfigError if /dev/shm, through which workers hand over batches, has no room for all of those
+    that this machine's training processes have there at a time."""
+    if not workers or not os.path.isdir("/dev/shm"):
+        return
+    free = shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # Two of each worker, which DataLoader has made in advance, the one in training, and the one after it.
+    needed = min(2 * workers + 2, batches) * batch_bytes
+    if needed > free:
+        fitting = max(0, free // batch_bytes - 2) // 2
+        raise ConfigError(
+            f"data.workers: {workers} of them hold {needed / 1e6:,.0f} MB of batches in /dev/shm, which has "
+            f"room for {free / 1e6:,.0f} MB; {LARGER_SHM.format(fitting)}"
+        )
+
+
+LARGER_SHM = "enlarge it (docker run --shm-size=8g), or data.workers={}"
+
+
 def run_script(main, expected: tuple[type[Exception], ...] = ()) -> None:
-    """Run main(); errors that the user can mend become one line on stderr and exit code 2."""
+    """Run main() and end the process, and with it those that read for it: with its exit code; after an error
+    that the user can mend with one line on stderr and 2; after any other, a bug, with a traceback and 1."""
     try:
-        code = main()
+        try:
+            code = main()
+        finally:  # first of all: they ignore what Python would end them with, and it would wait for ever
+            readers = kill_readers()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except (ConfigError, OSError, *expected) as error:
-        print(f"error: {cause_of(error)}", file=sys.stderr)
-        code = 2
-    except RuntimeError as error:
-        if (reason := outside_cause(error)) is None:
-            raise
-        print(f"error: {reason}", file=sys.stderr)
-        code = 2
+    except Exception as error:
+        if isinstance(error, (ConfigError, OSError, *expected)):
+            reason = cause_of(error)
+        else:
+            reason = outside_cause(error)
+        if reason is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {reason}", file=sys.stderr)
+        code = 1 if reason is None else 2
     sys.stdout.flush()
-    readers = multiprocessing.active_children()
-    for reader in readers:
-        reader.kill()
     if code and (readers or dist.is_initialized()):
         os._exit(code)  # do not wait for processes that wait in a collective, or for a file
     sys.exit(code)
 
 
-NO_MEMORY = re.compile("can't allocate memory|Storage size calculation overflowed")
+def kill_readers() -> list:
+    """Kill the processes that this one has started to read for it; returns them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error for each
+    readers = multiprocessing.active_children()
+    for reader in readers:
+        reader.kill()
+    return readers
+
+
+NO_MEMORY = re.compile("can't allocate memory|Cannot allocate memory|Storage size calculation overflowed")
+NO_SHARED_MEMORY = re.compile(r"shared memory|</torch_|/dev/shm|Bus error")
 LOST_PEER = re.compile(r"gloo|nccl|closed by peer|reset by peer|timed out|rendezvous|TCPStore", re.IGNORECASE)
 
 
-def outside_cause(error: RuntimeError) -> str | None:
+def outside_cause(error: Exception) -> str | None:
     """What to say of an error that other processes, the system or the hardware have caused; else None."""
     text = cause_of(error)
-    if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(text):
+    if not isinstance(error, RuntimeError | MemoryError):
+        return None
+    if NO_SHARED_MEMORY.search(text):
+        return f"no room in /dev/shm for batches; {LARGER_SHM.format(0)} ({text})"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(text):
         return f"out of memory; a smaller optim.batch_size or data.size, or optim.accumulate ({text[:160]})"
     if isinstance(error, dist.DistError) or ("RANK" in os.environ and LOST_PEER.search(text)):
         rank = os.environ.get("RANK", "0")
         advice = "the same command resumes from the last checkpoint"
         return f"rank {rank} has lost another process; {advice} ({text[:160]})"
     if "DataLoader" in text:
+        if "Killed" in text:
+            text += "; the system kills processes when memory runs out: a smaller data.workers needs less"
         return text
     return None
 
@@ -181,6 +224,8 @@ def outside_cause(error: RuntimeError) -> str | None:
 def cause_of(error: Exception) -> str:
     """The message as one line; of an error raised in a DataLoader worker, that which it was raised with."""
     text = str(error)
+    if "exited unexpectedly" in text:  # and by which signal, the error before it says
+        text = str(error.__cause__ or error)
     if "Original Traceback" in text:
         text = text.strip().splitlines()[-1].split(": ", 1)[-1]
     return one_line(text or error, 900)

@@ -16,7 +16,7 @@ from collapse import SLICES, STRUCTURE, STRUCTURED, FeatureSample, dense_structu
 from engine.config import Config
 from engine.ownership import LEFT_OVER
 from engine.process import Process, only_warning, progress
-from engine.stopping import ignore_stop_signals
+from engine.stopping import batch_loader
 from losses import effective_rank_of
 from models import seeded
 from weights import WeightsError
@@ -37,6 +37,7 @@ class Batches:
     def __init__(self, dataset, positions: list[int], prepare, cfg: Config, process: Process):
         self.dataset, self.positions, self.prepare, self.process = dataset, positions, prepare, process
         self.workers, self.batch_size = cfg.data.workers, cfg.optim.batch_size
+        self.timeout_minutes = cfg.run.timeout_minutes
         self.inputs = self.masks = None  # of all slices, where `keep` holds them
         self.truths, self.room = {}, MASKS_KEPT
 
@@ -62,13 +63,9 @@ class Batches:
             yield self.prepare(self.on_device(images))
 
     def loader(self, dataset, plan: list[list[int]]) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_sampler=[[self.positions[i] for i in rows] for rows in plan],
-            num_workers=min(self.workers, len(plan)),
-            pin_memory=self.process.device.type == "cuda",
-            worker_init_fn=ignore_stop_signals,
-        )
+        slices = [[self.positions[i] for i in rows] for rows in plan]
+        workers = min(self.workers, len(plan))
+        return batch_loader(dataset, workers, self.process, self.timeout_minutes, batch_sampler=slices)
 
     def on_device(self, some: Tensor) -> Tensor:
         return some.to(self.process.device, non_blocking=True)

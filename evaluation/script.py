@@ -47,11 +47,11 @@ def run(script: str, args, cfg: Config, evaluate, predict=None) -> int:
         else:
             with StopRequest(process.rank) as stop:
                 evaluate(cfg, process, stop)
+        code = 0
     except Stopped as stopped:
-        return stopped.args[0]
-    finally:
-        process.close()
-    return 0
+        code = stopped.args[0]
+    process.close()  # not after an error, when it might wait for others
+    return code
 
 
 # ---- The folder of an evaluation -----------------------------------------------------------------

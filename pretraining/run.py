@@ -18,7 +18,7 @@ from data import BatchReader, DataError, Intensity
 from engine.config import Config
 from engine.files import make_run_folder, refuse_other_run, written_whole
 from engine.process import Process, Readback, only_warning
-from engine.stopping import StopRequest, batch_loader, begin, leave
+from engine.stopping import StopRequest, batch_loader, begin, check_shared_memory, leave
 from models import Method, whole_slices
 from pretraining.guard import Guard, NotFinite, bad_steps_text
 from pretraining.journal import Journal
@@ -67,6 +67,8 @@ class Run:
         if self.finished:
             process.say(f"{self.folder} holds this run, finished after {self.step} steps; nothing to do")
             return
+        batch_bytes = self.reader.batch_bytes(cfg.optim.batch_size // process.world)
+        check_shared_memory(cfg.data.workers, batch_bytes, self.total_steps - self.step)
         begin(self.folder, cfg, process, SCRIPT)
         self.monitor = CollapseMonitor(cfg, self.dataset, self.intensity, process)
         process.say(
@@ -111,7 +113,8 @@ class Run:
         cfg, process = self.cfg, self.process
         size, batch = len(self.dataset), cfg.optim.batch_size
         self.order = StepBatches(size, batch, cfg.seed, process, self.step, self.total_steps)
-        loader = batch_loader(self.reader, self.order, cfg.data.workers, process, cfg.run.timeout_minutes)
+        how = {"sampler": self.order, "batch_size": None}  # the reader takes whole batches
+        loader = batch_loader(self.reader, cfg.data.workers, process, cfg.run.timeout_minutes, **how)
         if self.due.measuring(self.step) and not process.from_main(
             lambda: self.journal.knows_collapse(self.step)
         ):

@@ -420,6 +420,41 @@ def test_a_reading_process_that_dies_is_reported_with_its_file(start, phantom, t
     assert line.startswith("error: DataLoader timed out") and first in line
 
 
+IN_SMALL_SHM = """
+import ctypes, runpy, sys
+system = ctypes.CDLL(None)
+NEWNS, REC_PRIVATE, SIZE = 0x20000, 0x44000, b"size=128k"
+if (
+    system.unshare(NEWNS)
+    or system.mount(b"none", b"/", None, REC_PRIVATE, None)
+    or system.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, SIZE)
+):
+    sys.exit(77)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "settings"),
+    [
+        ("train_moco.py", ["model.queue_size=9", "optim.batch_size=6", "decorrelation.method=none"]),
+        ("eval_seg.py", ["mode=finetune", "encoder=random", "optim.batch_size=8", "optim.steps=2"]),
+    ],
+)
+def test_batches_that_dev_shm_has_no_room_for(server, phantom, tmp_path, script, settings):
+    """As in a container, with 64 MB and usual batches."""
+    (tmp_path / "small.py").write_text(IN_SMALL_SHM)
+    settings = [*settings, "model.arch=tiny", "model.output_stride=16", "data.size=32", "data.workers=2"]
+    command = [ROOT / script, f"data.root={phantom}", f"run.out={tmp_path / 'run'}", *settings]
+    end = server.run(tmp_path, [str(tmp_path / "small.py"), *map(str, command)])
+    if end["code"] == 77:
+        pytest.skip("another /dev/shm for a single process takes the rights of root")
+    last = end["err"].strip().splitlines()[-1]
+    assert end["code"] == 2 and not end["killed"] and "Traceback" not in end["err"], end
+    assert re.match(r"error: .*/dev/shm.*docker run --shm-size=.* data.workers=0", last)
+
+
 def opened_by_a_reader(pipe, seconds=60):
     """The writing end of a named pipe, once somebody reads from it."""
     end = time.monotonic() + seconds
