@@ -85,9 +85,9 @@ class Benchmark(Jobs):
 
     def command(self, cell: Cell) -> tuple[str, dict]:
         """Script and settings."""
-        settings = dict(self.protocol["benchmarks"][cell.benchmark])
+        kind = "random" if cell.encoder == "random" else "benchmarks"
+        settings = dict(self.protocol[kind][cell.benchmark])
         script = settings.pop("script")
-        settings |= self.protocol["common"] | (self.protocol["random"] if cell.encoder == "random" else {})
         settings |= {"encoder": encoder_of(cell), "seed": cell.seed, "run.out": self.folder(cell)}
         return script, settings
 
@@ -180,8 +180,9 @@ def draw(path: Path, columns: dict[str, dict[str, list[float]]]) -> None:
 
 
 def read_protocol(path: str, overrides: list[str]) -> dict:
-    """The file with its overrides; settings as {"section.key": value}, those of a benchmark's config among
-    them. Raises ConfigError for what is none."""
+    """The file with its overrides: the seeds, and under "benchmarks", and under "random" for random weights,
+    all settings of each benchmark as {"section.key": value}. Of what is given several times, a benchmark's
+    own wins, then `random`, then `common`, then its config. Raises ConfigError for what is none."""
     content = read_yaml(path)
     try:
         parts = {name: to_config(content[name] or {}).flat() for name in ("common", "random")}
@@ -192,19 +193,22 @@ def read_protocol(path: str, overrides: list[str]) -> dict:
             raise ValueError
     except (KeyError, AttributeError, TypeError, ValueError):
         raise ConfigError(f"{path}: not a file like configs/benchmark.yaml") from None
+    for text in overrides:
+        section, key, value = split_override(text)
+        where = benchmarks if section in benchmarks else parts
+        where[section] |= to_config({key: from_yaml(value)}).flat()
+    protocol = {"seeds": seeds, "benchmarks": {}, "random": {}}
     for name, own in benchmarks.items():
         script = own["script"]
         if not re.fullmatch(r"eval_\w+\.py", str(script)) or not (PROJECT / script).is_file():
             raise ConfigError(f"{path}: {name}: no script {one_line(script)} (eval_seg.py, eval_cls.py, ...)")
+        config = {}
         if "config" in own:
-            benchmarks[name] = to_config(read_yaml(Path(path).parent / own.pop("config"))).flat() | own
-            benchmarks[name].pop("run.out", None)
-    protocol = parts | {"benchmarks": benchmarks}
-    for text in overrides:
-        section, key, value = split_override(text)
-        where = benchmarks if section in benchmarks else protocol
-        where[section] |= to_config({key: from_yaml(value)}).flat()
-    return {"seeds": seeds} | protocol
+            config = to_config(read_yaml(Path(path).parent / own.pop("config"))).flat()
+            config.pop("run.out", None)
+        protocol["benchmarks"][name] = config | parts["common"] | own
+        protocol["random"][name] = config | parts["common"] | parts["random"] | own
+    return protocol
 
 
 def split_override(text: str) -> tuple[str, str, str]:
@@ -223,20 +227,19 @@ def check_same_protocol(out: Path, protocol: dict) -> None:
     """Write the protocol into the folder; ConfigError if what is there was made under another one, or is
     something else. Benchmarks, encoders and seeds may be added, and settings of run are the machine's."""
     refuse_other_folder(out, BENCHMARK)
-    path, before = out / "protocol.yaml", {"benchmarks": {}}
+    path, before = out / "protocol.yaml", {}
     if path.is_file():
         before = read_yaml(path)
-        for part in ("common", "random"):
-            if without_machine(before[part]) != without_machine(protocol[part]):
-                raise ConfigError(f"{part}: not that of {path}; choose another --out")
-        for name, own in before["benchmarks"].items():
-            new = protocol["benchmarks"].get(name, own)
-            if without_machine(new) != without_machine(own):
+    whole = {"seeds": protocol["seeds"]}
+    for kind in ("benchmarks", "random"):
+        there, here = before.get(kind) or {}, protocol[kind]
+        for name in [name for name in there if name in here]:
+            if without_machine(here[name]) != without_machine(there[name]):
                 raise ConfigError(f"{name}: its settings are not those of {path}; choose another --out")
+        whole[kind] = there | here
     out.mkdir(parents=True, exist_ok=True)
     claim(out, BENCHMARK)
-    protocol = protocol | {"benchmarks": before["benchmarks"] | protocol["benchmarks"]}
-    write_whole(path, yaml.safe_dump(protocol, sort_keys=False))
+    write_whole(path, yaml.safe_dump(whole, sort_keys=False))
 
 
 def check_encoders(encoders: list[str], seeds: list[int]) -> None:

@@ -1,6 +1,7 @@
 """Scripts of the project as processes, some at a time, which stop together and can be run again."""
 
 import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import yaml
 
@@ -98,9 +99,22 @@ class Jobs:
 
 
 def as_yaml(value) -> str:
-    return yaml.safe_dump(str(value) if isinstance(value, Path) else value, default_flow_style=True).split(
-        "\n"
-    )[0]
+    """On one line, whatever the value is; a path as its text."""
+    lines = yaml.dump(value, Dumper=OneLineDumper, default_flow_style=True, width=math.inf)
+    return lines.removesuffix("\n").removesuffix("\n...")
+
+
+class OneLineDumper(yaml.SafeDumper):
+    def ignore_aliases(self, data) -> bool:
+        return True  # they are not taken in settings
+
+    def represent_text(self, data) -> yaml.ScalarNode:
+        style = None if str(data).isprintable() else '"'  # in which a line break is \n
+        return self.represent_scalar("tag:yaml.org,2002:str", str(data), style)
+
+
+OneLineDumper.add_representer(str, OneLineDumper.represent_text)
+OneLineDumper.add_multi_representer(PurePath, OneLineDumper.represent_text)
 
 
 def without_machine(settings: dict | None) -> dict:

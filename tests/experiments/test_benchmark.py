@@ -161,7 +161,7 @@ def test_parts_and_changes(run):
     assert [s["optim.steps"] for script, s in calls if script == "eval_seg.py"] == ["7", "7"]
     with pytest.raises(ConfigError, match="one: its settings are not those of other/protocol.yaml"):
         run("random", "common.data.root=data/y", "--out", "other")
-    with pytest.raises(ConfigError, match="common: not that of other/protocol.yaml"):
+    with pytest.raises(ConfigError, match="its settings are not those of other/protocol.yaml"):
         run("random", "one.optim.steps=7", "--out", "other")
     assert (
         run(
@@ -169,6 +169,21 @@ def test_parts_and_changes(run):
         )[0]
         == 0
     )
+
+
+def test_a_benchmarks_own_settings_win(run, files):
+    """Over `random`, that over `common`, that over the benchmark's config."""
+    own = "{script: eval_cls.py, config: seg.yaml, model.arch: resnet50, data.workers: 3, seed: 7}"
+    (files / "bench.yaml").write_text(CONFIG.replace("{script: eval_cls.py, mode: knn}", own))
+    words = ("common.optim.steps=6", "common.mode=knn", "random.mode=svm", "random.data.workers=1")
+    _, calls = run("random", "moco{seed}/encoder.pth", *words, "two.optim.steps=8", "--seeds", "0")
+    names = ("model.arch", "data.workers", "mode", "optim.steps", "optim.lr", "seed")
+    assert [[settings.get(name) for name in names] for _, settings in calls] == [
+        ["resnet18", "1", "svm", "5", "1", "0"],
+        [None, "0", "knn", "5", "1", "0"],
+        ["resnet50", "3", "svm", "8", "1", "0"],
+        ["resnet50", "3", "knn", "8", "1", "0"],
+    ]
 
 
 def test_a_new_benchmark_may_join(run, files):
