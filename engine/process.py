@@ -185,6 +185,16 @@ def only_warning(text: str):
     try:
         yield
     except Exception as error:  # of drawing libraries, of linear algebra, of a full disk or memory
-        reason = one_line(error, 160)
+        reason = one_line(cause_of(error), 160)
         named = reason if isinstance(error, OSError | ConfigError) else f"{type(error).__name__}: {reason}"
         warn(f"{text} ({named})")
+
+
+def cause_of(error: Exception) -> str:
+    """The message as one line; of an error raised in a DataLoader worker, that which it was raised with."""
+    text = str(error)
+    if "exited unexpectedly" in text:  # and by which signal, the error before it says
+        text = str(error.__cause__ or error)
+    if "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].split(": ", 1)[-1]
+    return one_line(text or error, 900)

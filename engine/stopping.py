@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from engine.config import Config, ConfigError, one_line
+from engine.config import Config, ConfigError
 from engine.files import save_settings, write_whole
-from engine.process import Process
+from engine.process import Process, cause_of
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request, everything is saved, the same command resumes
 
@@ -219,13 +219,3 @@ def outside_cause(error: Exception) -> str | None:
             text += "; the system kills processes when memory runs out: a smaller data.workers needs less"
         return text
     return None
-
-
-def cause_of(error: Exception) -> str:
-    """The message as one line; of an error raised in a DataLoader worker, that which it was raised with."""
-    text = str(error)
-    if "exited unexpectedly" in text:  # and by which signal, the error before it says
-        text = str(error.__cause__ or error)
-    if "Original Traceback" in text:
-        text = text.strip().splitlines()[-1].split(": ", 1)[-1]
-    return one_line(text or error, 900)
