@@ -376,6 +376,7 @@ class DenseCL(MoCoV2):
     dense vectors; equations 2 and 3, the two weighted 1 - `balance` and `balance`."""
 
     dense = True
+    queues = ("queue", "dense_queue")
 
     def __init__(
         self,

@@ -333,6 +333,7 @@ class Method(nn.Module):
         False  # whether it hides cells as large as a position of layer4; such a method sees one view
     )
     at_constant_rate = ()  # modules by name whose learning rate stays as it is given
+    queues = ()  # buffers by name, (D, K) of unit vectors; the buffer NAME_pointer is the next column
 
     def __init__(
         self,
@@ -494,6 +495,8 @@ class MoCo(Method):
         temperature: of the softmax.
         common: as Method's.
     """
+
+    queues = ("queue",)
 
     def __init__(
         self,

@@ -108,7 +108,7 @@ def write_results(cfg: Config, script: str, found: dict) -> dict:
         "benchmark": script,
         "encoder": cfg.encoder,
         "encoder_sha256": encoder_file.sha256_of(cfg),
-        "mode": cfg.mode,
+        "mode": cfg.get("mode", script),
         "seed": cfg.seed,
         "label_fraction": cfg.label_fraction,
         "config": cfg.plain(),

@@ -66,6 +66,8 @@ COMMON_NULLABLE = {
 # What may differ when a run is repeated in its folder: none of it decides what is computed.
 FREE_KEYS = ("run.out", "run.device", "run.compile", "run.timeout", "cache", "log.")
 FREE_KEYS += ("data.workers", "data.insist")
+# Above 0 where a script has them.
+POSITIVE = ("optim.steps", "optim.batch_size", "optim.lr", "optim.encoder_lr_factor", "eval.every")
 PHOTOMETRIC = ("brightness", "contrast", "gamma", "noise")
 
 
@@ -82,22 +84,25 @@ def parse_arguments(
 
 
 def check_common(cfg: Config) -> None:
-    """What is impossible of the common settings, and of model and optim, whatever the data is; raises
-    ConfigError."""
+    """What is impossible of the common settings, and of those in model, optim and eval that a script has,
+    whatever the data is; raises ConfigError."""
+    own = cfg.flat()
     cfg.check_choice("run.device", "auto", "cpu", "cuda")
     cfg.check_choice("run.precision", "auto", "fp32", "bf16")
-    cfg.check_positive("label_fraction", "run.timeout_minutes", "log.every", "eval.every")
-    cfg.check_positive("optim.steps", "optim.batch_size", "optim.lr", "optim.encoder_lr_factor")
+    cfg.check_positive("label_fraction", "run.timeout_minutes", "log.every")
+    cfg.check_positive(*(name for name in POSITIVE if name in own))
     cfg.check_fraction("label_fraction", "augment.flip")
     cfg.check("seed", 0 <= cfg.seed < 2**31, "0 to 2147483647")
-    cfg.check_not_negative("data.workers", "optim.weight_decay", *(f"augment.{n}" for n in PHOTOMETRIC))
+    cfg.check_not_negative("data.workers", *(f"augment.{n}" for n in PHOTOMETRIC))
+    if "optim.weight_decay" in own:
+        cfg.check_not_negative("optim.weight_decay")
     cfg.check_range("augment.scale")
     cfg.check("augment.scale", cfg.augment.scale[0] > 0, "[low, high], both above 0")
     cfg.check("data.size", cfg.data.size is None or 0 < cfg.data.size <= 8192, "1 to 8192 px, or null")
-    cfg.check("model.in_channels", cfg.model.in_channels in (1, 3), "1 or 3")
+    cfg.check("model.in_channels", own.get("model.in_channels", 1) in (1, 3), "1 or 3")
     cfg.check("data.neighbours", cfg.data.neighbours in (None, 0, 1), "0 or 1, or null")
     for name in ("data.train", "data.test"):
-        cfg.check(name, cfg.flat()[name] != "", "a list file")
+        cfg.check(name, own[name] != "", "a list file")
     cfg.check("data.std", cfg.data.std is None or cfg.data.std > 0, "a value above 0, or null")
     if isinstance(cfg.data.window, list):
         cfg.check_range("data.window")

@@ -82,7 +82,7 @@ def checked(state: dict, run) -> dict:
     per_process = sum(average.numel() for average in running_statistics(run.model))
     sound = (
         fits(model, run.model.state_dict())
-        and all(queue_is_sound(model, name) for name in model if name.endswith("queue"))
+        and all(queue_is_sound(model, name) for name in run.model.queues)
         and is_sound(statistics)
         and (statistics.dim(), statistics.dtype) == (2, torch.float32)
         and statistics.shape[1] == per_process

@@ -4,8 +4,10 @@ import json
 import os
 
 import pytest
+import torch
 
 from engine.config import ConfigError
+from methods import METHODS, SimSiam
 from pretraining.run_state import tidy
 
 
@@ -54,3 +56,27 @@ def test_a_run_whose_checkpoint_is_gone_is_known_by_its_encoder(train, tmp_path,
     (tmp_path / "run/encoder.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"encoder.json does not describe a finished run .*; remove it, or"):
         train("run", "optim.max_steps=2")
+
+
+class Counting(SimSiam):
+    """A new method, with state that looks like a queue by its name."""
+
+    def __init__(self, encoder, dim=8, hidden=8, **common):
+        super().__init__(encoder, dim, hidden, **common)
+        self.register_buffer("my_queue", torch.zeros(2, 3))
+
+    def after_step(self, targets, ok=None):
+        super().after_step(targets, ok)
+        self.my_queue += 2
+
+
+def test_a_new_method_goes_on_with_whatever_state_it_has(train, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "counting", Counting)
+    settings, path = ("method=counting", "run.keep_checkpoint=true"), tmp_path / "run/checkpoint.pth"
+    train("run", *settings, "optim.max_steps=2")
+    state = torch.load(path, weights_only=True)
+    state["config"]["optim"]["max_steps"] = 3
+    torch.save(state, path)
+    assert train("run", *settings, "optim.max_steps=3")[-1]["step"] == 3
+    assert (torch.load(path, weights_only=True)["model"]["my_queue"] == 6).all()
+    assert (tmp_path / "run/encoder.pth").is_file()
