@@ -8,6 +8,7 @@ header only what says where pixels lie is looked at, and the patient's ID, of wh
 dates of patients go nowhere.
 """
 
+import filecmp
 import glob
 import mmap
 import os
@@ -15,7 +16,7 @@ import re
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -116,7 +117,7 @@ def find_series(files):
         else:
             groups[path.parent, header["patient"], header["series"]].append((path, header))
     for members in groups.values():
-        for series in volumes_of(members):
+        for series in volumes_of(members, are_copies):
             if max(len(by_place(series.slices)), read_header(series.path)["frames"]) < FEWEST:
                 left_out[f"in series of fewer than {FEWEST} places"] += len(series.slices)
             else:
@@ -124,6 +125,15 @@ def find_series(files):
     return found, [
         f"{count} {'file' if count == 1 else 'files'}: {reason}" for reason, count in left_out.items()
     ]
+
+
+def are_copies(path, other):
+    """Whether two files hold the same pictures, as after a second download, which may change other bytes."""
+    if filecmp.cmp(path, other, shallow=False):
+        return True
+    with suppress(DataError):
+        return np.array_equal(read_hu(path), read_hu(other))
+    return False
 
 
 def read_header(path):
@@ -198,9 +208,9 @@ def not_a_slice(header):
     if header["frames"] == 1 and min(numbers(header["spacing"], 2) or (0,)) <= 0:
         return "without the distance of their pixels"
     if header["frames"] > 1 and not header["frames apart"]:
-        return "of many frames that are not in the order of evenly spaced places"
+        return "of many frames that are not in the order of evenly spaced places (dcm2niix converts them)"
     if header["frames"] > 1 and not header["frames alike"]:
-        return "of many frames that are rescaled differently"
+        return "of many frames that are rescaled differently (dcm2niix converts them)"
     return None
 
 

@@ -6,7 +6,6 @@ TELLING       what tells acquisitions apart
 Headers are dicts of texts, see read_header in scans.py.
 """
 
-import filecmp
 import hashlib
 import re
 from collections import defaultdict
@@ -87,13 +86,13 @@ class Series:
         return f"{self.folder}: series {self.uid}"
 
 
-def volumes_of(members):
+def volumes_of(members, are_copies):
     """[Series] of the files of one series, [(path, header)]. Each file of many frames is one; the others
     come apart by size, directions and distance of pixels, and by acquisition where acquisitions cover the
-    same range."""
+    same range. are_copies(path, path): whether two files that lie and tell the same hold the same."""
     found, headers = [], dict(members)
     for part in on_one_grid(members):
-        slices, copies = without_copies(slices_of(part))
+        slices, copies = without_copies(slices_of(part), are_copies)
         parts = untangled(slices)
         lists = parts or [slices]
         uids = [uid_of(one, headers) for one in lists]
@@ -178,13 +177,13 @@ def by_place(slices):
     return places
 
 
-def without_copies(slices):
-    """Sorted slices without those whose files are copies of others, byte for byte; and how many those are."""
+def without_copies(slices, are_copies):
+    """Sorted slices without those whose files are copies of others; and how many those are."""
     kept = []
     for there in by_place(slices):
         own = []
         for one in there:
-            if not any(one.told == other.told and filecmp.cmp(one.path, other.path, False) for other in own):
+            if not any(one.told == other.told and are_copies(one.path, other.path) for other in own):
                 own.append(one)
         kept += own
     return kept, len(slices) - len(kept)

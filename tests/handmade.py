@@ -134,3 +134,34 @@ def write_series(folder, hu, uid="1.2.3", name="IM{:04d}", spacing=0.7, mm=2.0, 
         (folder / "part.dcm").rename(folder / name.format(index))
     locale.setlocale(locale.LC_ALL, kept)
     return folder
+
+
+def write_dicom(path, elements, implicit=False):
+    """One DICOM file by struct alone. elements: {tag: (kind, value)}; a value is a text, a whole number,
+    bytes, or a list of such dicts for a sequence (SQ). implicit: kinds are not written."""
+    syntax = "1.2.840.10008.1.2" if implicit else "1.2.840.10008.1.2.1"
+    about = {"0002|0002": ("UI", "1.2.840.10008.5.1.4.1.1.2.1"), "0002|0003": ("UI", "1.2.3")}
+    about = dicom_bytes(about | {"0002|0010": ("UI", syntax)}, False)
+    about = dicom_bytes({"0002|0000": ("UL", len(about))}, False) + about
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(128) + b"DICM" + about + dicom_bytes(elements, implicit))
+
+
+def dicom_bytes(elements, implicit):
+    written = b""
+    for tag, (kind, value) in sorted(elements.items()):
+        if kind == "SQ":
+            items = [dicom_bytes(item, implicit) for item in value]
+            value = b"".join(b"\xfe\xff\x00\xe0" + struct.pack("<I", len(item)) + item for item in items)
+        elif kind in ("US", "SS", "UL"):
+            value = struct.pack({"US": "<H", "SS": "<h", "UL": "<I"}[kind], value)
+        elif isinstance(value, str):
+            value = value.encode() + (b"\0" if kind == "UI" else b" ") * (len(value) % 2)
+        written += struct.pack("<HH", *(int(half, 16) for half in tag.split("|")))
+        if implicit:
+            written += struct.pack("<I", len(value))
+        else:
+            long = kind in ("SQ", "OW")
+            written += kind.encode() + struct.pack("<HI" if long else "<H", *([0] * long), len(value))
+        written += value
+    return written

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from handmade import SECRET, one_line_of, run, write_series
+from handmade import SECRET, one_line_of, run, write_dicom, write_series
 from PIL import Image
 
 pytest.importorskip("SimpleITK")
@@ -160,10 +160,11 @@ def test_acquisitions_that_nothing_tells_apart_are_refused(tmp_path, capsys, fir
     write_series(tmp_path / "in/p1", hu_volume(4), name="y{:d}", first=first)
     code, _, error = run(capsys, "slice", "--images", tmp_path / "in", "--out", tmp_path / "other")
     assert code == 2 and one_line_of(error) and "acquisitions are mixed" in error and "dcm2niix" in error
-    for path in (tmp_path / "in/p1").glob("x*"):
-        path.with_name(path.name.replace("x", "y")).write_bytes(path.read_bytes())
-    root, _ = slice_them(capsys, tmp_path, tmp_path / "in")
-    assert len(stack(root, "p1")) == 4
+    for number, path in enumerate((tmp_path / "in/p1").glob("x*")):  # copies, byte for byte or nearly
+        content = path.read_bytes().replace(SECRET.encode(), b"DOE^JOHN" if number > 1 else SECRET.encode())
+        path.with_name(path.name.replace("x", "y")).write_bytes(content)
+    root, said = slice_them(capsys, tmp_path, tmp_path / "in")
+    assert len(stack(root, "p1")) == 4 and "4 files are copies of others" in said
 
 
 def test_inverted_display_changes_no_value(tmp_path):
@@ -293,15 +294,18 @@ def test_pixels_of_two_sizes_are_two_volumes(tmp_path, capsys):
 
 
 def test_values_that_are_not_whole_stay_so(tmp_path):
-    pydicom = pytest.importorskip("pydicom")
+    """Also in one slice of a series only; padding is known by what is stored."""
     hu = hu_volume(4)
-    folder = write_series(tmp_path / "case", hu)
-    data = pydicom.dcmread(folder / "IM0002")
-    data.RescaleSlope, data.RescaleIntercept = 0.5, 0.25
-    data.save_as(folder / "IM0002")
+    folder = single_slices(tmp_path / "case", hu)
+    stored = hu[2].copy()
+    stored[0, :3] = -2000, -2001, 1999
+    halves = {"0028|1052": ("DS", "0.25"), "0028|1053": ("DS", "0.5"), "0028|0120": ("SS", -2000)}
+    single_slices(tmp_path / "other", stored[None], **halves, **{"0020|0032": ("DS", "-50\\-60\\4")})
+    (tmp_path / "other/0").rename(folder / "2")
     expected = hu.astype(np.float32)
-    expected[2] = hu[2] * 0.5 + 0.25
-    assert (read_volume(folder / "IM0000").array == expected).all()
+    expected[2] = stored * 0.5 + 0.25
+    expected[2, 0, 0] = -1024
+    assert (read_volume(folder / "0").array == expected).all()
 
 
 @pytest.mark.parametrize(
@@ -342,45 +346,62 @@ def test_series_of_one_patient_are_known_by_a_hash_of_the_id(tmp_path):
     assert identity not in repr(found) and identity not in repr(scans.read_header(found[0].path))
 
 
-def enhanced(path, hu, z, uid="1.2.3", implicit=False, intercepts=None):
-    """A CT of many frames in one file, by pydicom: frames (S, H, W) at the heights z, in mm. intercepts: of
-    each frame, in place of one for all."""
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.dataset import Dataset, FileMetaDataset
+def pictures(stored, uid="1.2.3", kind="1.2.840.10008.5.1.4.1.1.2"):
+    """Elements of a CT of stored values (H, W), or (S, H, W) in many frames."""
+    return {
+        "0008|0016": ("UI", kind),
+        "0008|0018": ("UI", uid),
+        "0008|0060": ("CS", "CT"),
+        "0020|000e": ("UI", "1.2.4"),
+        "0028|0002": ("US", 1),
+        "0028|0004": ("CS", "MONOCHROME2"),
+        "0028|0010": ("US", stored.shape[-2]),
+        "0028|0011": ("US", stored.shape[-1]),
+        "0028|0100": ("US", 16),
+        "0028|0101": ("US", 16),
+        "0028|0102": ("US", 15),
+        "0028|0103": ("US", int(stored.dtype == np.int16)),
+        "7fe0|0010": ("OW", stored.tobytes()),
+    }
 
-    def group(**tags):
-        one = Dataset()
-        for name, value in tags.items():
-            setattr(one, name, value)
-        return one
 
-    kind = "1.2.840.10008.5.1.4.1.1.2.1"
-    data = group(SOPClassUID=kind, SOPInstanceUID=uid, Modality="CT", SeriesInstanceUID="1.2.4")
-    data.file_meta = FileMetaDataset()
-    data.file_meta.MediaStorageSOPClassUID, data.file_meta.MediaStorageSOPInstanceUID = kind, uid
-    syntaxes = pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian
-    data.file_meta.TransferSyntaxUID = syntaxes[implicit]
-    data.NumberOfFrames, data.Rows, data.Columns = hu.shape
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
+def single_slices(folder, stored, **changed):
+    """A file a slice of stored values (S, H, W). changed: {tag: (kind, value)}, None to leave it out."""
+    for number, one in enumerate(stored):
+        elements = pictures(one, f"1.2.3.{number}") | {
+            "0020|0032": ("DS", f"-50\\-60\\{2 * number}"),
+            "0020|0037": ("DS", "1\\0\\0\\0\\1\\0"),
+            "0028|0030": ("DS", "0.7\\0.7"),
+            "0028|1052": ("DS", "0"),
+            "0028|1053": ("DS", "1"),
+        }
+        elements = {tag: value for tag, value in (elements | changed).items() if value}
+        write_dicom(folder / f"{number}", elements)
+    return folder
+
+
+def enhanced(path, hu, z, uid="1.2.3", implicit=False, intercepts=None, **changed):
+    """A CT of many frames in one file: frames (S, H, W) at the heights z, in mm. intercepts: of each frame,
+    in place of one for all; changed: {tag: (kind, value)}."""
 
     def scale(intercept):
-        return [group(RescaleSlope=1, RescaleIntercept=intercept, RescaleType="HU")]
+        return {"0028|9145": ("SQ", [{"0028|1052": ("DS", f"{intercept}"), "0028|1053": ("DS", "1")}])}
 
-    shared = group(
-        PixelMeasuresSequence=[group(PixelSpacing=[0.7, 0.7], SliceThickness=5)],
-        PlaneOrientationSequence=[group(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
-    )
-    if intercepts is None:
-        shared.PixelValueTransformationSequence = scale(-1024)
-    data.SharedFunctionalGroupsSequence = [shared]
-    data.PerFrameFunctionalGroupsSequence = [
-        group(PlanePositionSequence=[group(ImagePositionPatient=[-50, -60, one])]) for one in z
-    ]
-    for frame, intercept in zip(data.PerFrameFunctionalGroupsSequence, intercepts or ()):
-        frame.PixelValueTransformationSequence = scale(intercept)
-    data.PixelData = (hu + 1024).astype(np.uint16).tobytes()
-    data.save_as(path, enforce_file_format=True)
+    shared = {
+        "0028|9110": ("SQ", [{"0028|0030": ("DS", "0.7\\0.7"), "0018|0050": ("DS", "5")}]),
+        "0020|9116": ("SQ", [{"0020|0037": ("DS", "1\\0\\0\\0\\1\\0")}]),
+    }
+    places = [{"0020|9113": ("SQ", [{"0020|0032": ("DS", f"-50\\-60\\{one}")}])} for one in z]
+    stored = (hu + 1024).astype("<u2")
+    elements = pictures(stored, uid, "1.2.840.10008.5.1.4.1.1.2.1") | {
+        "0028|0008": ("IS", f"{len(hu)}"),
+        "5200|9229": ("SQ", [shared if intercepts else shared | scale(-1024)]),
+        "5200|9230": (
+            "SQ",
+            [one | scale(own) for one, own in zip(places, intercepts)] if intercepts else places,
+        ),
+    }
+    write_dicom(path, elements | changed, implicit)
 
 
 @pytest.mark.parametrize("implicit", (False, True))
@@ -404,18 +425,21 @@ def test_frames_in_no_order_twice_or_with_gaps_are_refused(tmp_path, z):
 
 def test_frames_that_are_rescaled_differently_are_refused(tmp_path):
     """SimpleITK would take what the first frame says for all of them."""
-    enhanced(tmp_path / "ct", hu_volume(5), [0, 2, 4, 6, 8], intercepts=[-1024] * 5)
-    assert (read_volume(tmp_path / "ct").array == hu_volume_of(tmp_path / "ct")).all()
+    hu = hu_volume(5)
+    enhanced(tmp_path / "ct", hu, [0, 2, 4, 6, 8], intercepts=[-1024] * 5)
+    assert (read_volume(tmp_path / "ct").array == hu).all()
     enhanced(tmp_path / "ct", hu_volume(5), [0, 2, 4, 6, 8], intercepts=[-1024, -1024, 0, 0, 0])
     with pytest.raises(DataError, match="many frames that are rescaled differently"):
         read_volume(tmp_path / "ct")
 
 
-def hu_volume_of(path):
-    """The frames of a file, as pydicom reads them."""
-    import pydicom
-
-    return pydicom.dcmread(path).pixel_array.astype(np.int16) - 1024
+def test_padding_and_inverted_display_of_many_frames(tmp_path):
+    hu = hu_volume(5)
+    hu[1:3, 0, :4] = 32000  # stored as 33024
+    tags = {"0028|0120": ("US", 33024), "0028|0004": ("CS", "MONOCHROME1")}
+    enhanced(tmp_path / "ct", hu, [0, 2, 4, 6, 8], **tags)
+    hu[1:3, 0, :4] = -1024
+    assert (read_volume(tmp_path / "ct").array == hu).all()
 
 
 def test_two_files_of_many_frames_of_one_series_are_two_cases(tmp_path, capsys):
@@ -443,12 +467,8 @@ def test_each_header_is_read_once(tmp_path, capsys, monkeypatch):
 
 
 def test_slices_that_do_not_say_how_far_apart_their_pixels_are(tmp_path, capsys):
-    pydicom = pytest.importorskip("pydicom")
     write_series(tmp_path / "in/p1", hu_volume())
-    for path in write_series(tmp_path / "in/p2", hu_volume(), "1.2.4").iterdir():
-        data = pydicom.dcmread(path)
-        del data.PixelSpacing
-        data.save_as(path)
+    single_slices(tmp_path / "in/p2", hu_volume(), **{"0028|0030": None})
     _, said = slice_them(capsys, tmp_path, tmp_path / "in")
     assert "1 CT series: p1" in said and "6 files: without the distance of their pixels" in said
 

@@ -1,11 +1,14 @@
 """ct/series.py: which files of a DICOM series make a volume, from headers alone."""
 
+import filecmp
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 
-from ct.series import TELLING, volumes_of
+from ct import series
+from ct.series import TELLING
 
 AXIAL = "1\\0\\0\\0\\1\\0"
 
@@ -21,10 +24,14 @@ def file(folder, z, at="-50\\-60", turned=AXIAL, spacing="0.7\\0.7", **told):
     return path, header | {"told": tuple(told.get(name.replace(" ", "_"), "") for name in TELLING)}
 
 
+def volumes_of(members):
+    return series.volumes_of(members, partial(filecmp.cmp, shallow=False))
+
+
 def heights_of(found):
     """The heights in mm of the slices of each Series, sorted."""
     assert not any(one.failure for one in found), found
-    return sorted([round(one.position[2], 3) for one in series.slices] for series in found)
+    return sorted([round(one.position[2], 3) for one in volume.slices] for volume in found)
 
 
 def shuffled(members, seed=0):
@@ -62,7 +69,7 @@ def test_acquisitions_of_one_range_come_apart(tmp_path, offset, told, count):
     assert heights_of(found) == sorted(np.round(heights, 3).tolist()) and not said(found)
     assert len({one.uid for one in found}) == count
     assert {one.uid for one in volumes_of(shuffled(members))} == {one.uid for one in found}
-    assert all(len({one.told for one in series.slices}) == 1 for series in found)
+    assert all(len({one.told for one in volume.slices}) == 1 for volume in found)
 
 
 @pytest.mark.parametrize("key", ("acquisition", "time", "time_of_the_content"))
@@ -139,7 +146,7 @@ def test_pictures_that_time_the_contrast_medium_are_apart(tmp_path):
     members += [file(tmp_path, z, acquisition="3", time="100") for z in range(0, 20, 2)]
     found = volumes_of(shuffled(members))
     assert heights_of(found) == [[*range(0, 20, 2)], [6] * 10] and not said(found)
-    assert all(len({one.told[0] for one in series.slices}) == 1 for series in found)
+    assert all(len({one.told[0] for one in volume.slices}) == 1 for volume in found)
 
 
 @pytest.mark.parametrize("offset", (0, 2e-6, 0.03, 0.3))
