@@ -7,6 +7,7 @@ Headers are dicts of texts, see read_header in scans.py.
 """
 
 import hashlib
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ def numbers(text, count):
         values = tuple(float(part) for part in text.split("\\"))
     except ValueError:
         return None
-    return values if len(values) == count and np.isfinite(values).all() else None
+    return values if len(values) == count and all(map(math.isfinite, values)) else None
 
 
 def whole(text, otherwise):
@@ -133,18 +134,21 @@ def whole(text, otherwise):
 def on_one_grid(members):
     """[[(path, header)]] of one size, directions and distance of pixels each, as in the first file of each;
     files of many frames alone."""
-    grids = []  # ((what has to be equal, what has to be close), members)
+    alike = defaultdict(list)
     for path, header in members:
-        turned, spacing = numbers(header["orientation"], 6) or (), numbers(header["spacing"], 2) or ()
-        equal = header["size"], path if header["frames"] > 1 else None
-        close = np.array([*np.divide(turned, SAME_TURN), *np.divide(spacing, SAME_SPACING)])
-        for grid, part in grids:
-            if grid[0] == equal and np.abs(grid[1] - close).max(initial=0) < 1:
-                part.append((path, header))
+        alone = path if header["frames"] > 1 else None
+        alike[header["size"], alone, header["orientation"], header["spacing"]].append((path, header))
+    grids = []  # (what has to be equal, what has to be close, members)
+    for (size, alone, orientation, spacing), part in alike.items():
+        turned, apart = numbers(orientation, 6) or (), numbers(spacing, 2) or ()
+        close = np.concatenate([np.divide(turned, SAME_TURN), np.divide(apart, SAME_SPACING)])
+        for equal, first, own in grids:
+            if equal == (size, alone) and np.abs(first - close).max(initial=0) < 1:
+                own += part
                 break
         else:
-            grids.append(((equal, close), [(path, header)]))
-    return [part for _, part in grids]
+            grids.append(((size, alone), close, part))
+    return [own for *_, own in grids]
 
 
 def slices_of(part):
@@ -214,14 +218,14 @@ def sweeps(slices, index):
         groups[one.told[index]].append(one)
     groups = [groups[text] for text in sorted(groups, key=lambda text: (numbers(text, 1) or (0,), text))]
     apart = [max(b[0].place - a[-1].place, a[0].place - b[-1].place) for a, b in pairwise(groups)]
-    usual = np.median([mm for mm in apart if mm > SAME_PLACE] or [0])
+    usual = usual_of([mm for mm in apart if mm > SAME_PLACE])
     found = [groups[0]]
     for group, mm in zip(groups[1:], apart):
         sweep = found[-1]
         outside = (
             group[0].place > sweep[-1].place + SAME_PLACE or group[-1].place < sweep[0].place - SAME_PLACE
         )
-        if outside and mm <= LARGEST_GAP * usual:
+        if outside and are_steps([mm], usual):
             found[-1] = sweep + group if group[0].place > sweep[0].place else group + sweep
         else:
             found.append(group)
@@ -243,16 +247,22 @@ def are_whole(parts):
 def are_interleaved(parts):
     """Whether these are volumes of evenly spaced slices each, of which two cover the same range."""
     for part in parts:
-        apart = distances(by_place(part))
-        steps = apart / np.median(apart) if len(apart) >= FEWEST - 1 else np.array([np.inf])
-        if steps.max() > LARGEST_GAP or np.abs(steps - np.rint(steps)).max() > 0.25:
+        apart = np.diff([there[0].place for there in by_place(part)])
+        if len(apart) < FEWEST - 1 or not are_steps(apart, usual_of(apart)):
             return False
     parts = sorted(parts, key=lambda part: part[0].place)
     return any(b[1].place < a[-1].place for a, b in pairwise(parts))
 
 
-def distances(places):
-    return np.diff([there[0].place for there in places])
+def usual_of(apart):
+    """A distance that a quarter does not exceed: longer ones may be those over missing slices."""
+    return np.quantile(apart, 0.25, method="lower") if len(apart) else np.inf
+
+
+def are_steps(apart, usual):
+    """Whether distances are the usual one, or those over missing slices."""
+    steps = np.divide(apart, usual)
+    return steps.max() <= LARGEST_GAP and np.abs(steps - np.rint(steps).clip(1)).max() < 0.25
 
 
 # ---- The places of a volume ----------------------------------------------------------------------
