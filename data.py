@@ -38,6 +38,7 @@ from ct.layout import (
     find_masks,
     find_slices,
     packed_at,
+    patient_of,
     read_list,
     split_folder,
     stacks_in,
@@ -159,7 +160,7 @@ class SliceDataset(Dataset):
               not; at the ends of a case, the last slice twice
     skip_bad  leave out listed files that are missing, and give the next readable slice of the list for an
               unreadable one, both with a warning; without it they are a DataError
-    names, cases    one per slice;  files, stack: with neighbours, see ct.layout.stacks_in
+    names, cases, patients    one per slice;  files, stack: with neighbours, see ct.layout.stacks_in
     kind      of the values, "hu", "uint8" (8-bit pictures) or "stored"
     properties, grid    what set.json says, and what slices are brought to
     """
@@ -223,6 +224,17 @@ class SliceDataset(Dataset):
     @property
     def size(self):
         return self.grid.size
+
+    @property
+    def whose(self):
+        """What splits are by, in words."""
+        return "patients" if self.properties.patients else "cases"
+
+    @property
+    def patients(self):
+        """One per slice: the patient as the set says, else the case."""
+        known = self.properties.patients
+        return [patient_of(name, case, known) for name, case in zip(self.names, self.cases)]
 
     def __len__(self):
         return len(self.names)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ct.listing import files_below, natural_order
+from ct.listing import PATIENT, files_below, natural_order
 from ct.properties import parse_properties, read_json
 from ct.slices import PICTURES, SUFFIXES, DataError, open_npy
 from engine.config import one_line
@@ -156,15 +156,24 @@ def without_suffix(name):
 
 def case_of(name):
     """The case of a slice: its parent folder, unless that is a split folder (train, val, test ...) or
-    there is none: then the file name up to its last number ("train/img0001_slice012" -> "img0001_slice")."""
+    there is none: then the file name up to its last number ("train/img0001_slice012" -> "img0001_slice"), or
+    the patient whose number that is ("IM003_patient05" -> "patient05")."""
     folder, _, file = name.rpartition("/")
     if folder and folder.rpartition("/")[2].lower() not in SPLIT_FOLDERS:
         return folder
     stem = without_suffix(file)
     before_number = re.match(r"(.*?)\d+\D*$", stem)
+    patient = before_number and PATIENT.search(stem)
+    if patient and patient.end() > before_number.end(1):  # that number is the patient's: IM003_patient05
+        return patient.group()
     if before_number is None:  # no number: a case of its own
         return stem
     return before_number.group(1).rstrip("_-. ") or folder or "case"
+
+
+def patient_of(name, case, patients):
+    """The patient of a slice, by Properties.patients: that of its case, or its own; else its case."""
+    return patients and (patients.get(case) or patients.get(without_suffix(name))) or case
 
 
 class Cases(Strings):

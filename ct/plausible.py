@@ -287,15 +287,15 @@ def judge_gaps_of_labels(pixels, where):
 # ---- Lists ---------------------------------------------------------------------------------------
 
 
-def judge_lists(cases):
-    """Whether lists share cases. cases: {"train": the cases of its slices, ...}."""
+def judge_lists(cases, what="cases"):
+    """Whether lists share cases or patients. cases: {"train": those of its slices, ...}; what they are."""
     counts = Counter(case for own in cases.values() for case in set(own))
     shared = sorted(case for case, count in counts.items() if count > 1)
     if not shared:
         return []
     several = " and ".join(split for split, own in cases.items() if {*shared} & {*own})
     first = f"{len(shared)}, the first: {one_line(shared[0])} (in {several})"
-    return [Doubt(f"cases in several of {', '.join(cases)}: {first}; their scores flatter")]
+    return [Doubt(f"{what} in several of {', '.join(cases)}: {first}; their scores flatter")]
 
 
 def judge_copies(copies):

@@ -1,10 +1,11 @@
 """What a data set knows of itself: set.json in its root, written by every command that makes a set.
 
 {"kind": "hu", "hu_offset": 1024, "axis": 2, "size": [512, 512], "spacing": {"case": [2.5, 0.8, 0.8]},
- "classes": ["background", "liver"], "source": "...", "made_by": "data.py slice"}
+ "patients": {"case": "patient"}, "classes": ["background", "liver"], "source": "...",
+ "made_by": "data.py slice"}
 
-Each entry may be missing, and so may the file. classes.json and spacing.json, which sets had before, are
-read where set.json does not say.
+Each entry may be missing, and so may the file. patients.json, which `data.py list` writes, and classes.json
+and spacing.json, which sets had before, are read where set.json does not say.
 """
 
 import difflib
@@ -36,6 +37,7 @@ class Properties:
     axis       that the slices lie across: 0 sagittal, 1 coronal, 2 axial
     size       (rows, columns) in px that all slices are brought to
     spacing    {case: (slice, row, column) in mm}
+    patients   {case, or slice without suffix: patient} of the patients with several cases
     classes    their names, background first
     source     what the set was made of;  made_by: the command
     """
@@ -45,6 +47,7 @@ class Properties:
     axis: int | None = None
     size: tuple | None = None
     spacing: dict = field(default_factory=dict)
+    patients: dict = field(default_factory=dict)
     classes: list | None = None
     source: str | None = None
     made_by: str | None = None
@@ -82,7 +85,7 @@ def read_properties(root):
         if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
             raise DataError(f"{path}: no entry is called {one_line(name)}; {near[0]} is meant?")
     found = parse_properties(content, path)
-    for name, kind in (("classes", list), ("spacing", dict)):
+    for name, kind in (("classes", list), ("spacing", dict), ("patients", dict)):
         beside = root / f"{name}.json"
         if beside.exists():
             alone = getattr(parse_properties({name: read_json(beside, kind)}, beside), name)
@@ -114,6 +117,7 @@ def parse_properties(content, path):
         if not whole or not all(is_number(mm) and 0 < mm < MAX_SPACING for mm in three):
             wanted = "[slice, row, column] in mm is expected"
             raise DataError(f"{path}: spacing: {one_line(case)}: {wanted}, not {one_line(three)}")
+    patients = take("patients", is_names, "{case: patient}, both texts,")
     size = take("size", is_size, "[rows, columns] in px")
     classes = take("classes", lambda value: isinstance(value, list), "a list of names")
     return Properties(
@@ -122,6 +126,7 @@ def parse_properties(content, path):
         axis=take("axis", lambda value: type(value) is int and 0 <= value <= 2, "0, 1 or 2"),
         size=size and tuple(size),
         spacing={case: tuple(map(float, three)) for case, three in spacing.items()},
+        patients=patients or {},
         classes=classes and checked_names(classes, path),
         source=take("source", lambda value: isinstance(value, str), "a text"),
         made_by=take("made_by", lambda value: isinstance(value, str), "a text"),
@@ -130,6 +135,10 @@ def parse_properties(content, path):
 
 def is_number(value):
     return type(value) in (int, float)
+
+
+def is_names(value):
+    return isinstance(value, dict) and all(isinstance(name, str) and name for name in value.values())
 
 
 def is_size(value):

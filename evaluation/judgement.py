@@ -32,7 +32,7 @@ def heed_evaluation(
     """
     doubts = judge_encoder(path, card, sets["train"], intensity)
     doubts += judge(sets["train"], cfg.data.window, intensity)
-    doubts += judge_lists({split: dataset.cases for split, dataset in sets.items()})
+    doubts += judge_lists({split: dataset.patients for split, dataset in sets.items()}, sets["train"].whose)
     for dataset in sets.values():
         doubts += judge_spacing(dataset)
     train, cases = sets["train"], [case for dataset in sets.values() for case in dataset.cases]

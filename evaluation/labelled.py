@@ -29,6 +29,8 @@ class LabelledPart(Dataset):
         self.dataset, self.positions, self.targets = dataset, positions, targets
         self.names = [dataset.names[i] for i in positions]
         self.cases = [dataset.cases[i] for i in positions]
+        everybody = dataset.patients
+        self.patients = [everybody[i] for i in positions]
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -65,7 +67,9 @@ class LabelledSlices:
         """All parts one after the other, as Task has them."""
         targets = np.concatenate([part.targets for part in self.parts.values()])
         parts = self.parts.values()
-        groups = np.array([name for part in parts for name in (part.cases if self.has_cases else part.names)])
+        groups = np.array(
+            [name for part in parts for name in (part.patients if self.has_cases else part.names)]
+        )
         rows, start = {}, 0
         for split, part in self.parts.items():
             rows[split] = np.arange(start, start + len(part))
@@ -189,7 +193,7 @@ def heed_slices(cfg: Config, sets: dict, slices: LabelledSlices, process: Proces
     intensity: Intensity = encoder_file.normalisation(cfg, card, train.kind)
     doubts = judge_encoder(path, card, train, intensity) + judge(train, cfg.data.window, intensity)
     if slices.has_cases:
-        doubts += judge_lists({split: dataset.cases for split, dataset in sets.items()})
+        doubts += judge_lists({split: dataset.patients for split, dataset in sets.items()}, train.whose)
         doubts += judge_shared_cases(slices.parts)
     doubts += judge_classes(cfg, slices)
     return heed(doubts, cfg.data.insist, "data.insist=true", process.warn)
@@ -240,11 +244,10 @@ def nothing_to_judge(cfg: Config, slices: LabelledSlices, learnt: bool) -> str:
 
 def judge_shared_cases(parts: dict[str, LabelledPart]) -> list[Doubt]:
     """Neighbouring slices of a patient on both sides are found again, not recognised."""
-    train = {*parts["train"].cases}
+    train = {*parts["train"].patients}
     for split, part in parts.items():
-        if split != "train" and (shared := sorted(train & {*part.cases})):
-            text = (
-                f"{len(shared)} cases are in the {split} and training lists, the first {one_line(shared[0])}"
-            )
+        if split != "train" and (shared := sorted(train & {*part.patients})):
+            both = f"{len(shared)} cases or patients are in the {split} and training lists"
+            text = f"{both}, the first {one_line(shared[0])}"
             return [Doubt(f"lists: {text}: neighbouring slices would be on both sides", fatal=True)]
     return []

@@ -187,8 +187,8 @@ def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
 
 
 def training_positions(dataset, fraction: float, seed: int) -> list[int]:
-    """The slices of a share of the cases, at least one: the first of a seeded order, so that shares nest."""
-    cases = sorted(set(dataset.cases))
-    order = torch.randperm(len(cases), generator=seeded("labels", seed)).tolist()
-    chosen = {cases[i] for i in order[: max(1, round(fraction * len(cases)))]}
-    return [i for i, case in enumerate(dataset.cases) if case in chosen]
+    """The slices of a share of the patients, at least one: the first of a seeded order, so shares nest."""
+    everybody = sorted(set(dataset.patients))
+    order = torch.randperm(len(everybody), generator=seeded("labels", seed)).tolist()
+    chosen = {everybody[i] for i in order[: max(1, round(fraction * len(everybody)))]}
+    return [i for i, patient in enumerate(dataset.patients) if patient in chosen]

@@ -11,6 +11,7 @@ import numpy as np
 
 from ct import layout
 from ct.listing import files_below
+from ct.patients import patients_of_slices
 from ct.plausible import (
     AS_STORED,
     LIMIT,
@@ -181,8 +182,13 @@ def doubts_of(root, properties, slices, summary, names):
         doubts.append(Doubt(f"{root}: {text}"))
     doubts += judge_spacings(properties.spacing, root)
     doubts += judge_known_spacing(properties.spacing, [layout.case_of(one.name) for one in slices], root)
-    cases = {split: {layout.case_of(one.name) for one in slices if split in one.splits} for split in SPLITS}
-    return doubts + judge_lists(cases) + judge_copies(summary.copies)
+    patients, how = patients_of_slices([one.name for one in slices], properties)
+    whose = {split: set() for split in SPLITS}
+    for one in slices:
+        for split in one.splits & whose.keys():
+            whose[split].add(layout.patient_of(one.name, layout.case_of(one.name), patients))
+    what = f"patients ({how})" if patients else "cases"
+    return doubts + judge_lists(whose, what) + judge_copies(summary.copies)
 
 
 def list_files(root, given):

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -234,6 +235,10 @@ def parse(argv):
             help="HU = value of a 16-bit picture - this; without: the set's, or 1024",
         )
 
+    def patient_option(sub):
+        help = "what in a path names the patient: its first group, or all that matches; splits are by patient"
+        sub.add_argument("--patient", type=pattern, metavar="REGEX", help=help)
+
     sub = command("phantom", make_phantom, "procedural abdominal CT with 13 organs, 60/20/20 by case")
     sub.add_argument("--out", required=True, help="folder of the new set")
     sub.add_argument("--cases", type=at_least(3), default=40)
@@ -255,6 +260,7 @@ def parse(argv):
     sub.add_argument(
         "--split", help="JSON {train: [case ...], val: ..., test: ...}, or fractions: 0.7,0.1,0.2"
     )
+    patient_option(sub)
     sub.add_argument("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help="processes")
     sub.add_argument(
         "--axis", type=int, choices=(0, 1, 2), default=2, help="0 sagittal, 1 coronal, 2 axial slices"
@@ -294,6 +300,7 @@ def parse(argv):
     sub.add_argument("--root", required=True, help="the data set's folder")
     sub.add_argument("--images", default="images", help="folder of the slices")
     sub.add_argument("--masks", default="masks", help="folder of the masks, if there are any")
+    patient_option(sub)
     words = "sparse annotation: train has one slice in N of each volume, and all lists are called sparse_..."
     sub.add_argument("--every", type=at_least(5), metavar="N", help=words)
 
@@ -328,6 +335,13 @@ def parse(argv):
         help = f"of the views, up to this ({unit}), as augment.{name}"
         sub.add_argument(f"--{name}", type=between(0, most), default=0.0, help=help)
     return parser.parse_args(argv)
+
+
+def pattern(text):
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is no regular expression: {error}") from None
 
 
 def finite(text):

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ct.grid import scaled
+from ct.patients import in_words, patients_of
 from ct.plausible import Doubt, Values, heed, judge_values
 from ct.properties import HU_OFFSET, Properties, read_json, write_properties
 from ct.scans import is_dicom
@@ -35,7 +36,7 @@ from prepare.labels import (
     scan_labels,
     targets_of,
 )
-from prepare.lists import files_beside_images, make_lists, read_split, remove_lists, write_lists
+from prepare.lists import files_beside_images, make_lists, print_lists, read_split, remove_lists, write_lists
 from prepare.pairing import pair_volumes, print_names
 
 SLICE = "data.py slice"  # by which its files are known, see engine/ownership.py
@@ -71,7 +72,10 @@ def slice_volumes(args):
     names, label_map = names_and_map(args)
     organs = names if label_map is None else None
     pairs = pair_volumes(args.images, args.labels, args.pair, args.channels, organs)
-    split = read_split(args.split, [pair.case for pair in pairs if pair.labels])
+    places, known = ({pair.case: getattr(pair.file, what) for pair in pairs} for what in ("place", "patient"))
+    patients, how = patients_of(places, args.patient, known)
+    print(in_words(places, patients, how))
+    split = read_split(args.split, [pair.case for pair in pairs if pair.labels], patients)
     organs = names if any(pair.labels and pair.labels.is_dir() for pair in pairs) else None
     insisting = (args.ignore_values, args.ignore_geometry)
     options = Options(args.axis, label_map, args.hu_offset, *insisting, organs, args.spacing)
@@ -92,11 +96,10 @@ def slice_volumes(args):
     size = most_frequent(tuple(record["size"]) for record in records.values())
     known = {"kind": "hu", "hu_offset": HU_OFFSET, "axis": args.axis, "size": size}
     known |= {"spacing": {case: record["spacing"] for case, record in records.items()}, "classes": classes}
-    write_properties(out, Properties(**known, source=str(args.images), made_by=SLICE))
-    lists = make_lists(records, split)
-    for name, slices in lists.items():
-        cases = len({one.rpartition("/")[0] for one in slices})
-        print(f"{name}.txt: " + (f"{len(slices)} slices; cases: {cases}" if slices else "none"))
+    known |= {"patients": patients, "source": str(args.images), "made_by": SLICE}
+    write_properties(out, Properties(**known))
+    lists = make_lists(records, split, patients)
+    print_lists(lists, patients)
     write_lists(out, lists, SLICE)
     return 0
 

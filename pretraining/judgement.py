@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ct.layout import case_of, find_slices, read_list, split_folder
+from ct.layout import case_of, find_slices, patient_of, read_list, split_folder
 from ct.plausible import Doubt, heed, judge_facts
 from data import Intensity, SliceDataset, encoder_card, judge
 from engine.config import Config
@@ -41,11 +41,12 @@ def judge_held_out(cfg: Config, dataset: SliceDataset) -> list[Doubt]:
             continue
         folder = split_folder(cfg.data.root, name, cfg.data.images)
         held_out = {*filter(None, find_slices(folder, read_list(path, folder)))}
-        cases = {case_of(slice) for slice in held_out}
+        known = dataset.properties.patients
+        patients = {patient_of(slice, case_of(slice), known) for slice in held_out}
         shared = sum(slice in held_out for slice in dataset.names)
         if shared:
             doubts.append(Doubt(f"{cfg.data.list}: {shared} of its slices stand in {name}, too"))
-        elif among := sorted(cases & set(dataset.cases)):
-            text = f"{cfg.data.list}: has other slices of {len(among)} cases of {name} ({among[0]})"
+        elif among := sorted(patients & set(dataset.patients)):
+            text = f"{cfg.data.list}: has other slices of {len(among)} {dataset.whose} of {name} ({among[0]})"
             doubts.append(Doubt(text))
     return doubts

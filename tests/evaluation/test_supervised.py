@@ -25,7 +25,7 @@ def test_batches_depend_on_seed_and_step_only_and_every_epoch_sees_every_slice()
 
 def test_label_fractions_are_nested_whole_cases():
     class Set:
-        cases = [f"case{i // 4}" for i in range(40)]
+        cases = patients = [f"case{i // 4}" for i in range(40)]
 
     shares = [supervised.training_positions(Set, fraction, seed=1) for fraction in (0.01, 0.25, 0.5, 1.0)]
     assert [len(share) for share in shares] == [4, 8, 20, 40]  # 0.25 of 10 cases rounds to 2

@@ -1,5 +1,6 @@
 """prepare/lists.py: cases divided into lists."""
 
+import json
 import re
 import shlex
 
@@ -132,3 +133,77 @@ def test_sparse_annotation(tmp_path, capsys):
     assert run(capsys, "list", "--root", tmp_path, "--every", 6)[0] == 0
     code, _, error = run(capsys, "list", "--root", tmp_path, "--every", 4)
     assert code == 2 and one_line_of(error)
+
+
+# ---- Patients ----
+
+
+def patients_in(lists, patient_of):
+    return {split: {patient_of(name) for name in names} for split, names in lists.items()}
+
+
+@pytest.mark.parametrize(
+    "name, options, patient",
+    [
+        ("patient{:02d}/{}/0.png", (), r"patient\d+"),  # two scans each
+        ("{1}/case{0:02d}/0.png", (), r"case\d+"),
+        ("IM{1}_patient{0:02d}.png", (), r"patient\d+"),
+        ("IM{1}_P{0:02d}.png", ("--patient", "P[0-9]+"), r"P\d+"),
+        ("all/P{0:02d}_{1}.png", ("--patient", "(P[0-9]+)_"), r"P\d+"),
+    ],
+)
+def test_the_lists_of_slices_are_by_patient(tmp_path, capsys, name, options, patient):
+    names = [name.format(number, scan) for number in range(10) for scan in ("arterial", "venous")]
+    if "IM" in name:
+        names = [name.format(number, f"{scan + 2 * number:03d}") for number in range(10) for scan in (1, 2)]
+    for one in names:
+        put(tmp_path / "images" / one, np.zeros((4, 4), np.uint8))
+    code, out, error = run(capsys, "list", "--root", tmp_path, *options)
+    assert code == 0, error
+    lists = lists_in(tmp_path)
+    found = patients_in(lists, lambda one: re.search(patient, one)[0])
+    assert [len(lists[split]) for split in ("train", "val", "test")] == [12, 4, 4]
+    assert not found["train"] & found["val"] and not (found["train"] | found["val"]) & found["test"]
+    assert "case: " in out and found["unlabelled"] == found["train"]
+    if name.startswith("patient"):
+        assert "case: patient00/arterial, of patient patient00 (2 scans, by the name" in out
+    dataset = SliceDataset(tmp_path, "train.txt")
+    assert len({*dataset.patients}) == 6
+    again = run(capsys, "list", "--root", tmp_path, *options)
+    assert again[0] == 0 and lists_in(tmp_path) == lists
+
+
+def test_a_patient_in_two_lists_is_said(tmp_path, capsys):
+    random_set(tmp_path, cases=("p1/a", "p1/b", "p2/a", "p2/b"), slices=1)
+    (tmp_path / "train.txt").write_text("p1/a/00.png\np2/a/00.png\n")
+    (tmp_path / "test.txt").write_text("p2/b/00.png\n")
+    code, out, _ = run(capsys, "check", "--root", tmp_path)
+    assert (
+        "patients (by the folder) in several of train, val, test: 1, the first: p2 (in train and test)" in out
+    )
+
+
+def test_shares_of_labels_are_of_patients(tmp_path):
+    from evaluation.supervised import training_positions
+
+    random_set(tmp_path, cases=[f"p{number}_{scan}" for number in range(4) for scan in "ab"], slices=2)
+    patients = {f"p{number}_{scan}": f"p{number}" for number in range(4) for scan in "ab"}
+    (tmp_path / "patients.json").write_text(json.dumps(patients))
+    dataset, before = SliceDataset(tmp_path, "train.txt"), set()
+    for share in (0.25, 0.5, 1.0):
+        positions = {*training_positions(dataset, share, 0)}
+        assert before <= positions and len(positions) == 16 * share
+        assert len({dataset.patients[i] for i in positions}) == 4 * share
+        before = positions
+
+
+def test_of_a_single_patient_cases_are_divided_and_fractions_count_patients():
+    assert split_cases(["a", "b"], patients={"a": "p", "b": "p"}) == {
+        "train": ["a"],
+        "val": [],
+        "test": ["b"],
+    }
+    cases = [f"p{number}_{scan}" for number in range(10) for scan in "ab"]
+    split = read_split("0.5,0.2,0.3", cases, {case: case[:2] for case in cases})
+    assert [len(own) for own in split.values()] == [10, 4, 6]
+    assert not {case[:2] for case in split["train"]} & {case[:2] for case in split["test"]}

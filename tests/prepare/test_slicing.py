@@ -391,3 +391,33 @@ def test_slices_on_another_spacing_are_those_of_simpleitk(tmp_path, nibabel, cap
 def test_a_spacing_that_is_none_is_refused(tmp_path, capsys):
     code, _, error = run(capsys, "slice", "--images", tmp_path, "--out", tmp_path / "out", "--spacing", "0")
     assert code == 2 and "0 is not above 0" in error
+
+
+def test_splits_are_by_patient_and_a_split_of_ones_own_that_is_not_is_said(tmp_path, nibabel, capsys):
+    for number in range(5):
+        for scan in ("arterial", "venous"):
+            save_volume(nibabel, tmp_path / f"ct/p{number}/{scan}.nii.gz", random_hu((4, 4, 3), number))
+            if scan == "arterial" or number < 3:
+                labels = np.ones((4, 4, 3), np.uint8)
+                save_volume(nibabel, tmp_path / f"seg/p{number}/{scan}.nii.gz", labels)
+    argv = ("slice", "--images", tmp_path / "ct", "--labels", tmp_path / "seg", "--out", tmp_path / "out")
+
+    def whose(split):
+        return {name[:2] for name in read_list(tmp_path / f"out/{split}.txt")}
+
+    code, output, error = run(capsys, *argv)
+    assert code == 0, error
+    assert (
+        "case: p0_arterial, of patient p0 (2 scans, by the folder; --patient REGEX says otherwise)" in output
+    )
+    assert read_properties(tmp_path / "out").patients["p4_venous"] == "p4"
+    assert [len(whose(split)) for split in ("train", "val", "test")] == [3, 1, 1]
+    assert not whose("train") & (whose("val") | whose("test")) and whose("unlabelled") == whose("train")
+    (tmp_path / "split.json").write_text('{"train": ["p0_arterial", "p1_arterial"], "test": ["p1_venous"]}')
+    code, output, _ = run(capsys, *argv, "--split", tmp_path / "split.json")
+    assert code == 0 and "warning: patients in several of train, val, test: 1, the first: p1" in output
+    assert whose("train") == {"p0", "p1"} and "p1_arterial/0000.png" in read_list(tmp_path / "out/train.txt")
+    code, output, _ = run(capsys, *argv, "--patient", "[^/]+$")
+    assert code == 0 and len({*read_properties(tmp_path / "out").patients.values()}) == 2
+    code, _, error = run(capsys, *argv, "--patient", "(")
+    assert code == 2 and "no regular expression" in error and one_line_of(error)
