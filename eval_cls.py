@@ -68,7 +68,7 @@ from evaluation.classifier import (
     save_classifier,
     scores_of,
 )
-from evaluation.features import Features, pooled_stages, raw_pixels
+from evaluation.features import Features, Kinds, pooled_stages, raw_pixels
 from evaluation.labelled import LabelledSlices, labelled_slices
 from evaluation.probes import PROBES, Probed, Task, best_kind, logistic
 from evaluation.scores import (
@@ -265,7 +265,7 @@ def difference(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
 
 
-def features_of(cfg: Config, name: str, slices: LabelledSlices, process: Process) -> dict[str, np.ndarray]:
+def features_of(cfg: Config, name: str, slices: LabelledSlices, process: Process) -> Kinds:
     """{kind of feature: (N, D)} of all slices, training, validation and test."""
     own = cfg if name in (cfg.encoder, RAW) else reference_settings(cfg, name, slices)
     encoder, intensity = encoder_of(own, slices, process)
@@ -280,10 +280,10 @@ def features_of(cfg: Config, name: str, slices: LabelledSlices, process: Process
     keep_features(cfg, batches, alone)
     if any(part.inputs is None for part in batches):
         raise ConfigError("cache: no room for the features in run.out; cache=on holds them in memory")
-    rows = torch.cat([part.inputs.cpu() for part in batches])
-    if not rows.isfinite().all():
+    kinds = features.apart([part.inputs for part in batches])
+    if not kinds.finite():
         raise WeightsError(f"{name}: its features are not finite numbers; are its weights sound?")
-    return features.apart(rows)
+    return kinds
 
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------

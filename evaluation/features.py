@@ -1,6 +1,9 @@
 """What a probe sees of a slice: each stage of a frozen encoder pooled, as a mean and as a small grid; or the
 slice itself, scaled to 16 x 16 px."""
 
+from collections.abc import Mapping
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,7 +50,28 @@ class Features:
         self.widths = {name: part.shape[1] for name, part in found.items()}
         return torch.cat([part.float() for part in found.values()], dim=1)
 
-    def apart(self, rows: Tensor) -> dict[str, np.ndarray]:
-        return {
-            name: part.numpy() for name, part in zip(self.widths, rows.split([*self.widths.values()], dim=1))
-        }
+    def apart(self, splits: list[Tensor]) -> "Kinds":
+        """Of such tensors, one for each split."""
+        return Kinds(self.widths, splits)
+
+
+class Kinds(Mapping):
+    """{name: (N, D)} of the slices of all splits, one after the other. Each kind is put together when it is
+    asked for: memory holds one of them at a time, beside the tensors that it is taken from."""
+
+    def __init__(self, widths: dict[str, int], splits: list[Tensor]):
+        ends = [*accumulate(widths.values())]
+        self.columns = {name: slice(end - widths[name], end) for name, end in zip(widths, ends)}
+        self.splits = splits
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return torch.cat([rows[:, self.columns[name]].cpu() for rows in self.splits]).numpy()
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def finite(self) -> bool:
+        return all(some.isfinite().all() for rows in self.splits for some in rows.split(1024))
