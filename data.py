@@ -10,6 +10,7 @@ Files on disk are read by ct/. Run as a script it makes, packs, checks and shows
     python data.py slice --images ct.nii.gz|DIR --labels seg.nii.gz|DIR --out data/ct --label-map MAP.json
     python data.py medmnist organamnist_64.npz --out data/organ
     python data.py transunet Synapse --out data/synapse
+    python data.py openkbp --source open-kbp --out data/openkbp
     python data.py list --root data/ct
     python data.py thin --root data/ct --list unlabelled.txt --keep 0.25
     python data.py pack --root data/ct --list train.txt --out data/ct-train

@@ -27,6 +27,7 @@ from losses import matched_points, to_slice
 from prepare.check import check_set, read_mask_map
 from prepare.lists import files_beside_images, list_set, remove_lists, split_cases, write_lists
 from prepare.medmnist import make_from_medmnist
+from prepare.openkbp import make_from_openkbp
 from prepare.phantom import phantom_case, phantom_spacing
 from prepare.slicing import slice_volumes
 from prepare.thinning import thin
@@ -213,7 +214,9 @@ def show_masks(slices, masks, captions, args):
 def parse(argv):
     parser = OneLineParser(description="Data sets of CT slices: make, convert, check and show them.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="phantom|slice|medmnist|transunet|list|thin|pack|check|show"
+        dest="command",
+        required=True,
+        metavar="phantom|slice|medmnist|transunet|openkbp|list|thin|pack|check|show",
     )
 
     def command(name, function, help):
@@ -295,6 +298,13 @@ def parse(argv):
         "--transpose", action="store_true", help="rows for columns, of slices turned by 90 degrees"
     )
     sub.add_argument("--flip", choices=("rows", "columns", "both"), help="of slices upside down or mirrored")
+
+    sub = command("openkbp", make_from_openkbp, "a clone of OpenKBP's repository to slices, masks and lists")
+    sub.add_argument("--source", required=True, metavar="DIR", help="the clone, or its folder provided-data")
+    sub.add_argument("--out", required=True, help="folder of the new set")
+    words = "the classes, some of: brainstem, spinal cord, right parotid, left parotid, esophagus, larynx, "
+    words += "mandible; train_partial.txt adds patients of whom some were drawn; without: the first four"
+    sub.add_argument("--organs", metavar="NAME,...", help=words)
 
     sub = command("list", list_set, "lists of slices that lie in a folder, 60/20/20 by case")
     sub.add_argument("--root", required=True, help="the data set's folder")
