@@ -213,6 +213,7 @@ def list_set(args):
     patients, how = patients_of_slices(slices, properties, args.patient)
     lists = sparse(slices, masked, args.every) if args.every else lists_of(slices, masked, patients)
     if patients and not properties.patients:
+        refuse_foreign([root / PATIENTS], [], LIST, "--root")
         write_whole(root / PATIENTS, json.dumps(patients, indent=1) + "\n", LIST)
     remove_lists(root, LIST, prefix)
     write_lists(root, lists, LIST, prefix)

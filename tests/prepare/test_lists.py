@@ -173,6 +173,16 @@ def test_the_lists_of_slices_are_by_patient(tmp_path, capsys, name, options, pat
     assert again[0] == 0 and lists_in(tmp_path) == lists
 
 
+def test_patients_of_the_users_own_are_not_written_over(tmp_path, capsys):
+    for number in range(10):
+        for scan in ("arterial", "venous"):
+            put(tmp_path / f"images/patient{number:02d}/{scan}/000.png", np.zeros((4, 4), np.uint8))
+    (tmp_path / "patients.json").write_text("{}\n")
+    code, _, error = run(capsys, "list", "--root", tmp_path)
+    assert code == 2 and "patients.json" in error
+    assert (tmp_path / "patients.json").read_text() == "{}\n" and not (tmp_path / "train.txt").exists()
+
+
 def test_a_patient_in_two_lists_is_said(tmp_path, capsys):
     random_set(tmp_path, cases=("p1/a", "p1/b", "p2/a", "p2/b"), slices=1)
     (tmp_path / "train.txt").write_text("p1/a/00.png\np2/a/00.png\n")
