@@ -161,7 +161,7 @@ def grey_readout(features: Tensor, grey: Tensor, ridge: float = 0.01) -> float:
 
 
 def recent_similarity(logged: Iterable[float | None]) -> float:
-    """Mean of the last 8 logged cosines of keys ("similarity" of models.MoCo), those of steps that were not
+    """Mean of the last 8 logged cosines of keys ("similarity" of moco.MoCo), those of steps that were not
     finite (None in metrics.jsonl) left out; not a number if there are none."""
     recent = [value for value in logged if value is not None and math.isfinite(value)][-RECENT:]
     return sum(recent) / len(recent) if recent else math.nan

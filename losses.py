@@ -15,6 +15,7 @@ Losses, places and whitening are computed in float32 (or float64, if given that)
 """
 
 import functools
+import hashlib
 
 import torch
 import torch.distributed as dist
@@ -648,6 +649,9 @@ def batch_moments(groups: Tensor, sync: bool) -> tuple[Tensor, Tensor, Tensor]:
     return mean, scatter / count, count
 
 
+# ---- Processes and seeds ---------------------------------------------------------------------------
+
+
 class SumOverRanks(torch.autograd.Function):
     """Sum over all ranks; the gradient is the sum of their gradients, since each rank used the sum."""
 
@@ -696,6 +700,16 @@ def own_rows(count: int) -> slice:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def seeded(*key) -> torch.Generator:
+    """A CPU generator whose state is a hash of the key: independent streams for independent purposes."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def seed_of(*key) -> int:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 # ---- Collapse, and the evaluation's losses --------------------------------------------------------

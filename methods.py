@@ -1,10 +1,10 @@
 """MoCo and its peers under the same setting: one class per method, in the order a reader learns them.
 
-    MoCoV2, SimCLR, BYOL, SimSiam, SwAV, BarlowTwins, VICReg     compare one vector per image
+    SimCLR, BYOL, SimSiam, SwAV, BarlowTwins, VICReg     compare one vector per image
     VICRegL, DenseCL, PixPro                                     also compare positions of feature maps
     SparK                                                        reconstructs what is masked (spark.py)
 
-All have the face of `models.Method` and its two additions: whitening before the heads, and the local loss
+All have the face of `moco.Method` and its two additions: whitening before the heads, and the local loss
 between matched regions. Heads are by default as wide as the encoder's features (`hidden` None).
 """
 
@@ -34,21 +34,8 @@ from losses import (
     vicreg,
     vicreg_terms,
 )
-from models import (
-    Encoder,
-    GlobalHead,
-    Method,
-    MoCo,
-    SplitBatchNorm1d,
-    SplitBatchNorm2d,
-    Targets,
-    follow,
-    mean_cosine,
-    mlp,
-    push,
-    row_ranges,
-    split_batch_norms,
-)
+from moco import GlobalHead, Method, MoCo, Targets, follow, mean_cosine, mlp, push, row_ranges
+from models import Encoder, SplitBatchNorm1d, SplitBatchNorm2d, split_batch_norms
 from spark import SparK
 
 
@@ -72,22 +59,6 @@ def normed_mlp(
 
 
 # ---- Contrast with a queue, contrast within the batch --------------------------------------------
-
-
-class MoCoV2(MoCo):
-    """`models.MoCo`, with the face of all methods."""
-
-    forward = Method.forward
-
-    def targets(self, views, boxes=None, parts=1) -> Targets:
-        return self.encode_keys(views[1], *(boxes or (None, None)), parts=parts)
-
-    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
-        return self.contrast(*self.query(views[0], targets.query_points), targets)
-
-    def after_step(self, targets, ok=None) -> None:
-        self.update_momentum_encoder(ok)
-        self.enqueue(targets, ok)
 
 
 class SimCLR(Method):
@@ -370,7 +341,7 @@ class VICRegL(Method):
         return sum(losses) / 2
 
 
-class DenseCL(MoCoV2):
+class DenseCL(MoCo):
     """DenseCL (arXiv 2011.09157): MoCo v2, and the same for every position of the map: its positive is the
     key's position with the most similar backbone features, its negatives are a second queue of the keys' mean
     dense vectors; equations 2 and 3, the two weighted 1 - `balance` and `balance`."""
@@ -400,33 +371,33 @@ class DenseCL(MoCoV2):
         (projection, dense, features), regions = self.key(view, points)
         return {"projection": projection, "regions": regions, "dense": dense, "features": features}
 
-    def encode_keys(self, key_view, query_box=None, key_box=None, parts=1) -> Targets:
+    @torch.no_grad()
+    def targets(self, views, boxes=None, parts=1) -> Targets:
         """Also "dense" (n, P, D) and "features" (n, P, C), unit vectors; "all_dense" (N, D) for the queue."""
-        keys = super().encode_keys(key_view, query_box, key_box, parts)
+        keys = super().targets(views, boxes, parts)
         dense = rows_of(keys.pop("dense"))
         keys["all_dense"] = gather(F.normalize(dense.mean(dim=1), dim=1))  # the mean before it is normalised
         keys["dense"] = F.normalize(dense, dim=2)
         keys["features"] = F.normalize(rows_of(keys.features), dim=2)
         return keys
 
-    def contrast(self, query, regions, keys) -> dict[str, Tensor]:
-        projection, dense, features = query
-        per_query, nearest = queue_nce(projection, keys.projection, self.queue, self.temperature)
-        partner = cosines(rows_of(features.detach()), keys.features).argmax(dim=2)  # (n, P)
-        positive = positions_at(keys.dense, partner)  # (n, P, D)
+    def losses(self, views, boxes, targets) -> dict[str, Tensor]:
+        (projection, dense, features), regions = self.query(views[0], targets.query_points)
+        per_query, nearest = queue_nce(projection, targets.projection, self.queue, self.temperature)
+        partner = cosines(rows_of(features.detach()), targets.features).argmax(dim=2)  # (n, P)
+        positive = positions_at(targets.dense, partner)  # (n, P, D)
         per_position, _ = queue_nce(
             rows_of(dense).flatten(0, 1), positive.flatten(0, 1), self.dense_queue, self.temperature
         )
         whole, positions = per_query.mean(), per_position.mean()
         own = (1 - self.balance) * whole + self.balance * positions
-        local = self.local_loss(regions, keys.regions, keys.local_weight, keys.all_regions)
+        local = self.local_loss(regions, targets.regions, targets.local_weight, targets.all_regions)
         more = {"whole": whole.detach(), "dense": positions.detach(), "accuracy": nearest.float().mean()}
-        return self.terms(own, local, **more) | {"similarity": mean_cosine(keys.all_projections)}
+        return self.terms(own, local, **more) | {"similarity": mean_cosine(targets.all_projections)}
 
     def enqueue(self, keys, ok=None) -> None:
         super().enqueue(keys, ok)
-        if self.training:
-            push(self.dense_queue, self.dense_queue_pointer, keys.all_dense, ok)
+        push(self.dense_queue, self.dense_queue_pointer, keys.all_dense, ok)
 
 
 class PixPro(WithMomentumEncoder):
@@ -468,7 +439,7 @@ class PixPro(WithMomentumEncoder):
 
 
 METHODS = {
-    "moco": MoCoV2,
+    "moco": MoCo,
     "simclr": SimCLR,
     "byol": BYOL,
     "simsiam": SimSiam,

@@ -2,8 +2,8 @@
 
 Cells of a view, as large as a position of layer4, are hidden, and a light decoder fills them in. The ResNet
 computes what a sparse one would, so that nothing leaks from the hidden area: each norm, which follows each
-convolution, takes its statistics from visible positions only and leaves 0 at the others. Needs losses.py and
-models.py.
+convolution, takes its statistics from visible positions only and leaves 0 at the others. Needs losses.py,
+models.py and moco.py.
 """
 
 from contextlib import contextmanager
@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from losses import own_rows, patch_reconstruction, world_size
-from models import LAYERS, Encoder, Method, SplitBatchNorm2d, Targets, seeded, split_batch_norms
+from losses import own_rows, patch_reconstruction, seeded, world_size
+from moco import Method, Targets
+from models import LAYERS, Encoder, SplitBatchNorm2d, split_batch_norms
 
 
 class SparK(Method):

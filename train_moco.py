@@ -125,24 +125,20 @@ if __name__ == "__main__":
 from contextlib import nullcontext
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from augment import SmallCrops, TwoViews
 from data import BatchReader, DataError, Intensity, SliceDataset, default_window, network_input
 from engine.process import Process, start_process
 from engine.stopping import StopRequest, naming_lost_workers, run_script
+from losses import seeded
 from methods import METHODS
-from models import (
-    ARCHITECTURES,
-    LAYERS,
-    Encoder,
-    Method,
-    load_encoder_weights,
-    row_ranges,
-    seeded,
-)
+from moco import Method, row_ranges
+from models import ARCHITECTURES, LAYERS, Encoder
 from pretraining.method_settings import check_method, own_settings, settle
 from pretraining.optimizers import make_optimizer
-from pretraining.run import FAILURES, Run, check_folder
+from pretraining.run import FAILURES, check_folder, open_run
+from weights import load_encoder_weights
 
 # Settings that may be null, and their type otherwise.
 NULLABLE = {"data.root": str, "data.window": (str, list), "data.val": str, "data.hu_offset": float}
@@ -181,11 +177,14 @@ def pretrain(cfg: Config, process: Process, reader: BatchReader, stop: StopReque
     views_of = make_views(cfg, reader.dataset, intensity)
     model = build_model(cfg, process)
     optimizer = make_optimizer(cfg, model)
-    run = Run(cfg, process, reader, intensity, model, optimizer, stop)  # from its checkpoint, if there is one
+    run = open_run(cfg, process, reader, intensity, model, optimizer, stop)  # resumes from its checkpoint
     if run.finished:
         return 0
 
-    network, guard = run.distributed(), run.guard
+    network, guard = model, run.guard
+    if process.world > 1:  # gradients are averaged over processes; each keeps its own running statistics
+        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        run.warm_up(network)
     share = cfg.optim.batch_size // process.world  # of each global batch
     parts = row_ranges(share, cfg.optim.accumulate)
     for stored, unreadable in run.batches():  # (n, 1, H, W), HU or 8-bit values; with neighbours (n, 3, H, W)

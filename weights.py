@@ -4,8 +4,10 @@
     read_resnet                      the ResNet in a file, whatever else the file holds
     read_weights                     all of a checkpoint
     is_sound, fits                   whether what was read can be used
+    load_encoder_weights             into an encoder, from our own files and most published checkpoints
+    architecture_of                  the architecture that a file of weights shows
 
-`models.load_encoder_weights` puts into an encoder what is read here. This file needs torch only.
+Copy this file together with losses.py and models.py.
 """
 
 import io
@@ -20,6 +22,10 @@ from types import FunctionType
 
 import torch
 from torch import Tensor
+from torchvision.models import resnet as published
+
+from losses import IterNorm, Whitening, ZCAWhitening, inverse_sqrt
+from models import ARCHITECTURES, LAYERS, Encoder, fold_whitening
 
 
 class WeightsError(ValueError):
@@ -555,3 +561,163 @@ def fits(state, own: dict) -> bool:
         and not is_negative(name, state[name])
         for name, value in tensors.items()
     )
+
+
+# ---- Into an encoder -----------------------------------------------------------------------------
+
+
+PUBLISHED = (  # torchvision's, that are none of ours
+    *("resnet152", "wide_resnet50_2", "wide_resnet101_2"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+)
+
+
+@dataclass
+class LoadReport:
+    """What `load_encoder_weights` did; str() is one line."""
+
+    path: str
+    prefix: str  # before the ResNet's own names in the file
+    loaded: int  # tensors
+    left_out: list[str]  # names in the file that have no place in the encoder
+    note: str = ""
+
+    def __str__(self) -> str:
+        where = f" under {self.prefix!r}" if self.prefix else ""
+        rest = f", left out {len(self.left_out)} ({self.left_out[0]}, ...)" if self.left_out else ""
+        return f"{self.path}: loaded {self.loaded} tensors{where}{rest}{self.note}"
+
+
+def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
+    """Load a ResNet's weights from our own or most published files, and say what was done.
+
+    The file may nest the tensors in dicts and put any prefix before the names (MoCo's `module.encoder_q.`,
+    mmselfsup's and mmseg's `backbone.`, our checkpoint's `query.encoder.`), number the network's parts as
+    nn.Sequential does, and name wrappers in between (`_orig_mod.`); heads are left out. A stem of
+    another number of channels is summed (or spread) so that it answers the same to a slice repeated in
+    every channel. Into a whitened encoder the last norm goes as a diagonal covariance; a file's IterNorm is
+    folded into the convolution before it, unless the encoder has the same.
+
+    Args:
+        path: as `weights.weights_file` takes it.
+
+    Raises:
+        WeightsError: unreadable, not a ResNet, or one of another architecture. The encoder is then unchanged.
+    """
+    path = weights_file(path)
+    state, prefix, names, note = read_resnet(path)
+    own = encoder.state_dict()
+    if (shape := block_shape(state)) not in (None, block_shape(own)):
+        found = architecture(shape)
+        advice = f"; model.arch={found}" if found in ARCHITECTURES else ""
+        raise WeightsError(f"{path}: holds {a_resnet(found, shape)}, not a {encoder.arch}{advice}")
+
+    note += fit_stem(state, encoder.in_channels)
+    note += fit_last_norm(state, encoder)
+    required = [name for name in own if not name.endswith("num_batches_tracked")]
+    missing = [name for name in required if name not in state]
+    unfit = [name for name in required if name in state and state[name].shape != own[name].shape]
+    in_layers = tuple(f"{part}." for part in ("conv1", "bn1", *LAYERS))
+    own_norm = f"{encoder.last_norm}."
+    more = [n for n in state if n.startswith(in_layers) and n not in own and not n.startswith(own_norm)]
+    more = [name for name in more if not name.endswith("num_batches_tracked")]
+    if missing or unfit or more:
+        found = (
+            f"{missing[0]} is missing"
+            if missing
+            else f"{unfit[0]} is {tuple(state[unfit[0]].shape)} instead of {tuple(own[unfit[0]].shape)}"
+            if unfit
+            else f"{more[0]} has no place"
+        )
+        raise WeightsError(f"{path}: not a {encoder.arch} with this norm: {found}")
+    fitting = {name: state[name] for name in own if name in state}
+    encoder.load_state_dict(fitting, strict=False)
+    used = {prefix + name for name in fitting}
+    rest = [n for n in names if n not in used and not n.startswith(f"{prefix}{own_norm}")]
+    return LoadReport(str(path), prefix, len(fitting), rest, note)
+
+
+def architecture_of(path: str | Path) -> str | None:
+    """The one of ARCHITECTURES that a file of weights holds (see `weights.weights_file`); None for
+    another ResNet.
+
+    Raises:
+        WeightsError: unreadable, or not a ResNet.
+    """
+    state, _, _, _ = read_resnet(weights_file(path))
+    found = architecture(block_shape(state))
+    return found if found in ARCHITECTURES else None
+
+
+def block_shape(state: dict[str, Tensor]) -> tuple | None:
+    """What tells one ResNet from another: whether its blocks are bottlenecks, how many each layer
+    has, and the output channels and group size of the first block's first and second convolution."""
+    first, second = (state.get(f"layer1.0.conv{i}.weight") for i in (1, 2))
+    if first is None or second is None or not first.dim() == second.dim() == 4:
+        return None
+    blocks = [{name.split(".")[1] for name in state if name.startswith(f"{layer}.")} for layer in LAYERS]
+    return "layer1.0.conv3.weight" in state, tuple(map(len, blocks)), len(first), second.shape[1]
+
+
+def architecture(wanted: tuple | None) -> str | None:
+    """The name of the ResNet, ours or torchvision's, of this `block_shape`; None if it is none of them."""
+    with torch.device("meta"):
+        for name, (network, block, depths) in ARCHITECTURES.items():
+            if block_shape(network(block, depths).state_dict()) == wanted:
+                return name
+        for name in PUBLISHED:
+            if block_shape(getattr(published, name)().state_dict()) == wanted:
+                return name
+    return None
+
+
+def a_resnet(name: str | None, shape: tuple) -> str:
+    if name is not None:
+        return f"a {name}"
+    bottleneck, depths, channels, _ = shape
+    kind = "bottleneck" if bottleneck else "basic"
+    return f"a ResNet of {'-'.join(map(str, depths))} {kind} blocks, the first with {channels} channels"
+
+
+def fit_stem(state: dict[str, Tensor], in_channels: int) -> str:
+    """Change conv1 in `state` to `in_channels`; returns what to say of it."""
+    kernel = state.get("conv1.weight")
+    if kernel is None or kernel.dim() != 4 or kernel.shape[1] == in_channels:
+        return ""
+    summed = kernel.sum(dim=1, keepdim=True)
+    state["conv1.weight"] = summed.expand(-1, in_channels, -1, -1) / in_channels
+    return f", stem of {kernel.shape[1]} channels summed to {in_channels}"
+
+
+def fit_last_norm(state: dict[str, Tensor], encoder: Encoder) -> str:
+    """Change the last norm in `state`, BatchNorm or IterNorm, to the encoder's; returns what to say of it.
+
+    IterNorm may have the shapes of its authors' code: an affine of (1, C, 1, 1), a mean of (G, C / G, 1).
+    """
+    name, note = encoder.last_norm, ""
+    norm = encoder.get_submodule(name)
+    own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    channels = encoder.channels["layer4"]
+    if "running_wm" in own and "running_mean" in own:
+        matrix, mean = own["running_wm"], own["running_mean"]
+        square = matrix.dim() == 3 and matrix.shape[1] == matrix.shape[2]
+        if not square or not len(matrix) * matrix.shape[1] == mean.numel() == channels:
+            return ""
+        state.update({f"{name}.{key}": own[key].flatten() for key in ("weight", "bias") if key in own})
+        if isinstance(norm, IterNorm) and matrix.shape == norm.running_wm.shape:
+            state[f"{name}.running_mean"] = mean.view(matrix.shape[:2])
+        elif f"{encoder.last_conv}.weight" in state:
+            fold_whitening(state, encoder.last_conv, name, matrix)
+            note = f", whitening of {name} folded into {encoder.last_conv}"
+    if not isinstance(norm, Whitening) or f"{name}.running_var" not in state:
+        return note
+    mean, variance = state.get(f"{name}.running_mean"), state.pop(f"{name}.running_var")
+    if mean is not None and mean.numel() == variance.numel() == channels:
+        shape = (norm.num_groups, norm.group_size)
+        state[f"{name}.running_mean"] = mean.reshape(shape)
+        covariance = torch.diag_embed(variance.reshape(shape))
+        if isinstance(norm, ZCAWhitening):
+            state[f"{name}.running_cov"] = covariance
+        else:
+            state[f"{name}.running_wm"] = inverse_sqrt(covariance, norm.eps)
+    return note + f", {name} turned into whitening of its variances"

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,6 +103,8 @@ def start_process(run: Config) -> Process:
             # torchrun keeps its store when it restarts processes, with all that those before them left
             # there. (The counts of several nodes differ; there launch.sh has torchrun make a new one.)
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        # Of DistributedDataParallel's argument, which has no other name in earlier versions of torch.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id
         )

@@ -17,8 +17,7 @@ from engine.config import Config
 from engine.ownership import LEFT_OVER
 from engine.process import Process, only_warning, progress
 from engine.stopping import batch_loader
-from losses import effective_rank_of
-from models import seeded
+from losses import effective_rank_of, seeded
 from weights import WeightsError
 
 MASKS_KEPT = 2**30  # bytes of masks that `Batches.truth` keeps at most

@@ -6,8 +6,8 @@ from data import Intensity, default_window, encoder_card
 from engine.config import Config, ConfigError, config_errors
 from engine.ownership import sha256
 from engine.process import Process
-from models import Encoder, architecture_of, load_encoder_weights
-from weights import initial_weights
+from models import Encoder
+from weights import architecture_of, initial_weights, load_encoder_weights
 
 
 def path_of(cfg: Config) -> Path | None:

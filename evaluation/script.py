@@ -23,7 +23,7 @@ from evaluation import encoder_file
 from evaluation.batches import Batches
 from evaluation.settings import FREE_KEYS, PHOTOMETRIC
 from evaluation.supervised import Stopped, training_positions
-from models import seeded
+from losses import seeded
 
 
 def run(script: str, args, cfg: Config, evaluate, predict=None) -> int:

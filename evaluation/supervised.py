@@ -15,7 +15,7 @@ from engine.stopping import StopRequest, leave
 from evaluation.batches import Batches
 from evaluation.encoder_file import check_same_encoder, sha256_of
 from evaluation.results import percent
-from models import seed_of, seeded
+from losses import seed_of, seeded
 from weights import WeightsError, fits
 
 

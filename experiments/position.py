@@ -24,8 +24,8 @@ from engine.files import load_checkpoint, write_whole
 from engine.ownership import refuse_foreign
 from engine.process import start_process
 from engine.stopping import run_script
-from losses import at_least_float32, local_nce_per_image
-from models import MoCo, seeded
+from losses import at_least_float32, local_nce_per_image, seeded
+from moco import MoCo
 from pretraining.monitor import validation_slices
 from train_moco import build_model, make_views
 from weights import fits
@@ -118,7 +118,7 @@ def local_task(
     model: MoCo, query: Tensor, key: Tensor, query_box: Tensor, key_box: Tensor
 ) -> dict[str, float]:
     """Share of regions whose own key region is the most similar one of the image, and the loss."""
-    keys = model.encode_keys(key, query_box, key_box, parts=-(-len(key) // 32))
+    keys = model.targets([query, key], [query_box, key_box], parts=-(-len(key) // 32))
     parts = zip(query.split(32), keys.query_points.split(32))
     regions = torch.cat([at_least_float32(model.query(*part)[1]) for part in parts])
     keep = keys.local_weight > 0

@@ -109,8 +109,8 @@ def encoder_features(dataset, args):
     """The encoder's normalisation, and the mean of its last stage for each slice, float32 (N, C), of unit
     length. On a GPU if there is one."""
     # torchvision, on which models.py builds, would double the time in which every command starts.
-    from models import Encoder, architecture_of, load_encoder_weights
-    from weights import WeightsError
+    from models import Encoder
+    from weights import WeightsError, architecture_of, load_encoder_weights
 
     card = encoder_card(args.encoder)
     names = ("window", "mean", "std")

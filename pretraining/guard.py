@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.files import write_whole
-from models import Method
+from moco import Method
 
 
 class NotFinite(ArithmeticError):

@@ -4,7 +4,8 @@ import inspect
 
 from engine.config import Config, ConfigError
 from engine.process import Process
-from models import Method, SplitBatchNorm1d, layer_strides
+from moco import Method
+from models import SplitBatchNorm1d, layer_strides
 
 # Of the section model; null in a config stands for the value that the method's class has.
 SETTINGS = ("weight", "dim", "hidden", "queue_size", "momentum", "temperature", "prototypes", "mask")

@@ -24,8 +24,9 @@ from data import Intensity, SliceDataset, middle, network_input
 from engine.config import Config
 from engine.files import written_whole
 from engine.process import Process, progress
-from losses import effective_rank_of
-from models import Encoder, Method, seeded
+from losses import effective_rank_of, seeded
+from moco import Method
+from models import Encoder
 
 KINDS = {  # of features, as their columns in metrics.jsonl end
     "": "pooled",

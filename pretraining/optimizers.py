@@ -4,7 +4,7 @@ import torch
 
 from engine.config import Config
 from engine.files import first_averages
-from models import Method
+from moco import Method
 
 
 class LARS(torch.optim.SGD):

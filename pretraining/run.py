@@ -4,22 +4,21 @@ train_moco.py trains; everything here exists so that a run can be watched, kille
 result.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from data import BatchReader, DataError, Intensity
+from data import BatchReader, DataError, Intensity, SliceDataset
 from engine.config import Config
 from engine.files import make_run_folder, refuse_other_run, written_whole
 from engine.process import Process, Readback, only_warning
 from engine.stopping import StopRequest, batch_loader, begin, check_shared_memory, leave
-from models import Method, whole_slices
+from moco import Method, whole_slices
 from pretraining.guard import Guard, NotFinite, bad_steps_text
 from pretraining.journal import Journal
 from pretraining.judgement import heed_data
@@ -38,9 +37,37 @@ def check_folder(cfg: Config) -> None:
     refuse_other_run(cfg, SCRIPT, initial_weights(cfg.model.init))
 
 
+def open_run(
+    cfg: Config,
+    process: Process,
+    reader: BatchReader,
+    intensity: Intensity,
+    model: Method,
+    optimizer: torch.optim.Optimizer,
+    stop: StopRequest,
+) -> "Run":
+    """Check the data, claim the run's folder, and resume from its checkpoint if there is one."""
+    dataset = reader.dataset
+    heed_data(cfg, process, dataset, intensity)
+    steps_per_epoch, total_steps = count_steps(cfg, len(dataset), process)
+    check_norms(cfg, model, process)
+    guard = Guard(model, optimizer, cfg.run.max_bad_steps)
+    folder = make_run_folder(cfg, process, SCRIPT, initial_weights(cfg.model.init))
+    run = Run(
+        cfg, process, reader, intensity, model, optimizer, stop, guard, folder, steps_per_epoch, total_steps
+    )
+    run.step, complete = resume(run)
+    run.finished = run.step >= total_steps and complete
+    if run.finished:
+        process.say(f"{folder} holds this run, finished after {run.step} steps; nothing to do")
+    else:
+        run.begin()
+    return run
+
+
 @dataclass
 class Run:
-    """One pretraining run, resumed from the checkpoint in its folder if there is one.
+    """One pretraining run, opened by `open_run`.
 
     step      optimiser steps done
     finished  the folder holds all results already; then no method may be called
@@ -54,19 +81,20 @@ class Run:
     model: Method
     optimizer: torch.optim.Optimizer
     stop: StopRequest
+    guard: Guard
+    folder: Path
+    steps_per_epoch: int
+    total_steps: int
+    step: int = 0
+    finished: bool = False
 
-    def __post_init__(self):
-        cfg, process, self.dataset = self.cfg, self.process, self.reader.dataset
-        heed_data(cfg, process, self.dataset, self.intensity)
-        self.steps_per_epoch, self.total_steps = count_steps(cfg, len(self.dataset), process)
-        check_norms(cfg, self.model, process)
-        self.guard = Guard(self.model, self.optimizer, cfg.run.max_bad_steps)
-        self.folder = make_run_folder(cfg, process, SCRIPT, initial_weights(cfg.model.init))
-        self.step, complete = resume(self)
-        self.finished = self.step >= self.total_steps and complete
-        if self.finished:
-            process.say(f"{self.folder} holds this run, finished after {self.step} steps; nothing to do")
-            return
+    @property
+    def dataset(self) -> SliceDataset:
+        return self.reader.dataset
+
+    def begin(self) -> None:
+        """Say what is to be done, and set up what watches it."""
+        cfg, process = self.cfg, self.process
         batch_bytes = self.reader.batch_bytes(cfg.optim.batch_size // process.world)
         check_shared_memory(cfg.data.workers, batch_bytes, self.total_steps - self.step)
         begin(self.folder, cfg, process, SCRIPT)
@@ -82,30 +110,24 @@ class Run:
         self.due = Due(cfg, self.steps_per_epoch, process)
         self.readback = Readback(process.device)
 
-    def distributed(self) -> nn.Module:
-        """The model with gradients averaged over processes; of a single process the model itself.
+    def warm_up(self, network: nn.Module) -> None:
+        """A pass over views of zeros, whose effects are undone.
 
-        DDP rebuilds its gradient buckets after its first backward pass, and with more than two processes that
-        changes how sums are rounded: a resumed run would diverge from one that was never stopped. So the
-        first pass is one over views of zeros, whose effects are undone.
+        DistributedDataParallel rebuilds its gradient buckets after its first backward pass, and with more
+        than two processes that changes how sums are rounded: without this, a resumed run would diverge from
+        one that was never stopped.
         """
         model, process, cfg = self.model, self.process, self.cfg
-        if process.world == 1:
-            return model
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers
-            trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         samples = cfg.optim.batch_size // process.world // cfg.optim.accumulate
         shape = (samples, cfg.model.in_channels, cfg.data.size, cfg.data.size)
         views = [torch.zeros(shape, device=process.device)] * 2
         boxes = [whole_slices(views[0])] * 2
         self.guard.remember()
         with process.autocast():
-            loss = trained(views, boxes, model.train().targets(views, boxes))["loss"]
+            loss = network(views, boxes, model.train().targets(views, boxes))["loss"]
         loss.backward()
         model.zero_grad()
         self.guard.restore_unless(torch.zeros((), dtype=torch.bool, device=process.device))
-        return trained
 
     def batches(self) -> Iterator[tuple[Tensor, int]]:
         """For each step that is left: this process's slices (n, C, H, W) as stored, on the device, and how

@@ -26,7 +26,7 @@ from engine.files import (
 from engine.ownership import LEFT_OVER, sha256
 from engine.process import Process, warn
 from losses import gather
-from models import Method
+from moco import Method
 from pretraining.card import model_card
 from pretraining.guard import running_statistics
 from weights import fits, is_sound

@@ -9,7 +9,7 @@ import torch
 
 from engine.config import Config, ConfigError
 from engine.process import Process
-from models import seeded
+from losses import seeded
 
 
 def count_steps(cfg: Config, size: int, process: Process) -> tuple[int, int]:

@@ -40,7 +40,8 @@ import bench_peers  # noqa: E402
 from bench_timing import WARM_UP, device, interleaved, machine, over, synchronise  # noqa: E402
 
 from methods import METHODS  # noqa: E402
-from models import Branch, Encoder, MoCo  # noqa: E402
+from moco import Branch, MoCo  # noqa: E402
+from models import Encoder  # noqa: E402
 from pretraining.method_settings import defaults_of  # noqa: E402
 
 PARTS = {
@@ -113,10 +114,12 @@ def moco_step(args, **method):
 
     def step() -> None:
         with precision(args):
-            loss = moco(views[0], views[1], box, box)["loss"]
+            targets = moco.targets(views, [box, box])
+            loss = moco(views, [box, box], targets)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        moco.after_step(targets)
 
     return step
 

@@ -13,7 +13,7 @@ LOCAL, ZCA = {"grid": 2}, {"method": "zca", "group_size": 4}
 
 
 def small(name, encoder=None, **common):
-    """A method by name, its heads a few numbers wide, seeded; common: see models.Method."""
+    """A method by name, its heads a few numbers wide, seeded; common: see moco.Method."""
     torch.manual_seed(0)
     own = defaults_of(METHODS[name])
     return METHODS[name](encoder or Encoder("tiny"), **{k: v for k, v in SMALL.items() if k in own}, **common)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from losses import gather
 from methods import METHODS
-from models import permuted_rows
+from moco import permuted_rows
 from pretraining.run_state import average_running_statistics
 
 

@@ -11,7 +11,8 @@ from engine.config import ConfigError, load_config
 from engine.process import Process
 from losses import Whitening
 from methods import METHODS
-from models import Encoder, row_ranges
+from moco import row_ranges
+from models import Encoder
 from pretraining.method_settings import defaults_of, settle
 from pretraining.schedule import count_steps
 

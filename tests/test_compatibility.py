@@ -12,7 +12,8 @@ from PIL import Image
 import eval_seg
 import train_moco
 from ct.slices import write_png
-from models import LAYERS, Encoder, load_encoder_weights
+from models import LAYERS, Encoder
+from weights import load_encoder_weights
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ["run.device=cpu", "data.workers=0", "model.arch=tiny"]

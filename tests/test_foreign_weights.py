@@ -23,8 +23,8 @@ import pytest
 import torch
 from mutations import FOREIGN
 
-from models import Encoder, load_encoder_weights
-from weights import Placeholder, WeightsError, read_resnet, read_weights
+from models import Encoder
+from weights import Placeholder, WeightsError, load_encoder_weights, read_resnet, read_weights
 
 FORMATS = pytest.mark.parametrize("modern", [True, False], ids=["zip", "legacy"])
 

@@ -25,7 +25,7 @@ from losses import (
     vicreg_terms,
 )
 from methods import centre_distances
-from models import GlobalHead
+from moco import GlobalHead
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

@@ -25,7 +25,7 @@ from tiny import tiny_resnet
 from engine.config import to_config
 from losses import matched_points
 from methods import METHODS
-from models import MoCo, row_ranges
+from moco import row_ranges
 from pretraining.guard import Guard
 from pretraining.optimizers import make_optimizer
 
@@ -81,27 +81,6 @@ def test_ranks_of_the_test_above_keep_different_numbers_of_images():
         (_, _, *boxes) = next(training_batches(1, samples))
         keep = matched_points(*boxes, (64, 64), 32)[2]
         assert len({int(half.sum()) for half in keep.split(4)}) > 1
-
-
-def test_moco_in_the_order_of_all_methods_is_moco():
-    """Its momentum encoder follows after the optimiser in place of before the next keys."""
-    torch.manual_seed(0)
-    method = small("moco", local=LOCAL, decorrelation=ZCA, bn_split=2).double()
-    moco = MoCo(copy.deepcopy(method.query.encoder), 8, 20, 0.9, local=LOCAL, decorrelation=ZCA, bn_split=2)
-    moco.load_state_dict(method.state_dict())
-    moco = moco.double()
-    optimizers = [torch.optim.SGD(trained_parameters(one).values(), lr=0.05) for one in (method, moco)]
-    for views, boxes in batches_for("moco", 4, dtype=torch.float64):
-        terms, _ = take_step(method, optimizers[0], views, boxes)
-        optimizers[1].zero_grad()
-        expected = moco(*views, *boxes)
-        expected["loss"].backward()
-        optimizers[1].step()
-        assert {n: v.item() for n, v in terms.items()} == {n: v.item() for n, v in expected.items()}
-    moco.update_momentum_encoder()
-    state = moco.state_dict()
-    state.pop("_extra_state")
-    assert all(torch.equal(method.state_dict()[key], value) for key, value in state.items())
 
 
 # ---- Steps that do not count, parts of steps ----

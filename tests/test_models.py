@@ -9,18 +9,10 @@ import torchvision
 from every_method import training_batches
 from torch import nn
 
-from losses import matched_points
-from models import (
-    DeepLabV3Plus,
-    Encoder,
-    GlobalHead,
-    LinearDecoder,
-    MoCo,
-    SplitBatchNorm2d,
-    load_encoder_weights,
-    seeded,
-)
-from weights import WeightsError
+from losses import matched_points, seeded
+from moco import GlobalHead, MoCo
+from models import DeepLabV3Plus, Encoder, LinearDecoder, SplitBatchNorm2d
+from weights import WeightsError, load_encoder_weights
 
 
 def torchvision_resnet(arch, in_channels=1):
@@ -146,8 +138,6 @@ class NaiveMoCo:
         return torch.cat([z for z, _ in parts]), torch.cat([r for _, r in parts])
 
     def train_step(self, query_view, key_view, query_box, key_box):
-        for k, q in zip(self.key.parameters(), self.query.parameters()):
-            k.data = 0.9 * k.data + 0.1 * q.data
         query_points, key_points, keep = matched_points(query_box, key_box, query_view.shape[2:], 32, 3)
         order = torch.randperm(8, generator=seeded("keys", 5, self.step))
         z_key, r_key = [None] * 8, [None] * 8
@@ -172,6 +162,8 @@ class NaiveMoCo:
         loss.backward()
         for p in self.query.parameters():
             p.data -= self.lr * p.grad
+        for k, q in zip(self.key.parameters(), self.query.parameters()):
+            k.data = 0.9 * k.data + 0.1 * q.data
         for i in range(8):
             self.queue[(8 * self.step + i) % 20] = z_key[i]
         self.step += 1
@@ -188,10 +180,13 @@ def test_moco_equals_a_naive_re_implementation():
     naive = NaiveMoCo(moco, lr=0.01)
     optimizer = torch.optim.SGD(moco.query.parameters(), lr=0.01)
     for batch in training_batches(4):  # 32 keys: the queue of 20 wraps around
-        terms = moco(*batch)
+        views, boxes = batch[:2], batch[2:]
+        targets = moco.targets(views, boxes)
+        terms = moco(views, boxes, targets)
         optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
+        moco.after_step(targets)
         assert terms["loss"].item() == pytest.approx(naive.train_step(*batch), rel=1e-9)
         torch.testing.assert_close(moco.queue, torch.stack(naive.queue, dim=1))
         newest = [naive.queue[moco.queue_pointer - 1 - i] for i in range(8)]
@@ -207,13 +202,15 @@ def test_accumulated_parts_equal_one_batch(negatives):
     local = {"negatives": negatives}
     whole = MoCo(Encoder("tiny"), dim=16, queue_size=16, local=local, bn_split=4).double()
     parts = copy.deepcopy(whole)
-    (batch,) = training_batches(1)
-    whole(*batch)["loss"].backward()
-    parts.update_momentum_encoder()
-    keys = parts.encode_keys(*batch[1:], parts=2)
+    ((*views, box1, box2),) = training_batches(1)
+    targets = whole.targets(views, [box1, box2])
+    whole(views, [box1, box2], targets)["loss"].backward()
+    whole.after_step(targets)
+    targets = parts.targets(views, [box1, box2], parts=2)
     for rows in (slice(0, 4), slice(4, 8)):
-        (parts(batch[0][rows], keys=keys.part(rows))["loss"] / 2).backward()
-    parts.enqueue(keys)
+        some = [view[rows] for view in views], [box1[rows], box2[rows]]
+        (parts(*some, targets.part(rows))["loss"] / 2).backward()
+    parts.after_step(targets)
     for ours, theirs in zip(parts.query.parameters(), whole.query.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad)
     torch.testing.assert_close(parts.queue, whole.queue)
@@ -223,7 +220,8 @@ def test_accumulated_parts_equal_one_batch(negatives):
 def test_the_loss_is_the_weighted_sum_of_its_terms():
     torch.manual_seed(0)
     moco = MoCo(Encoder("tiny"), dim=16, queue_size=16, local={"weight": 2}, bn_split=4, weight=0.1)
-    terms = moco.double()(*next(training_batches(1)))
+    (*views, box1, box2) = next(training_batches(1))
+    terms = moco.double()(views, [box1, box2])
     torch.testing.assert_close(terms["loss"], 0.1 * terms["global"] + 2 * terms["local"])
 
 
@@ -232,7 +230,10 @@ def test_evaluation_changes_nothing():
     moco = MoCo(Encoder("tiny"), dim=8, queue_size=16).eval()
     moco.query.projector[0].weight.data += 1  # something that a momentum update would carry over
     before = copy.deepcopy(moco.state_dict())
-    moco(torch.randn(4, 1, 64, 64), torch.randn(4, 1, 64, 64))
+    views = list(torch.randn(2, 4, 1, 64, 64))
+    targets = moco.targets(views)
+    moco(views, None, targets)
+    moco.after_step(targets)
     after = moco.state_dict()
     assert after.pop("_extra_state") == before.pop("_extra_state")
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -242,13 +243,13 @@ def test_moco_state_survives_saving(tmp_path):
     torch.manual_seed(0)
     moco = MoCo(Encoder("tiny"), dim=8, queue_size=20, bn_split=0)
     for _ in range(3):
-        moco(torch.randn(8, 1, 32, 32), torch.randn(8, 1, 32, 32))
+        moco.after_step(moco.targets(torch.randn(2, 8, 1, 32, 32)))
     torch.save(moco.state_dict(), tmp_path / "moco.pth")
     other = MoCo(Encoder("tiny"), dim=8, queue_size=20, bn_split=0)
     other.load_state_dict(torch.load(tmp_path / "moco.pth", weights_only=True))
     assert (other.queue_pointer, other.step) == (24 % 20, 3)
-    view = torch.randn(8, 1, 32, 32)
-    torch.testing.assert_close(moco(view, view), other(view, view))
+    views = [torch.randn(8, 1, 32, 32)] * 2
+    torch.testing.assert_close(moco(views), other(views))
 
 
 class ProbeEncoder(nn.Module):
@@ -278,17 +279,20 @@ def test_batch_statistics_reveal_the_positive_unless_split_and_permuted(split, p
     for _ in range(20):
         view = torch.randn(64, 16, 1, 1) + 0.3 * torch.randn(64, 16, 4, 4)
         view[:, :, 0, 0] = 0
-        accuracy.append(moco(view, view)["accuracy"].item())
+        targets = moco.targets([view, view])
+        accuracy.append(moco([view, view], None, targets)["accuracy"].item())
+        moco.after_step(targets)
     recognised = sum(accuracy[5:]) / 15
     assert recognised > 0.95 if leaks else recognised < 0.4  # a quarter: sub-batches that share samples
 
 
 def test_moco_refuses_what_cannot_work():
-    encoder = Encoder("tiny")
+    encoder, views = Encoder("tiny"), torch.randn(2, 8, 1, 32, 32)
     with pytest.raises(ValueError, match="queue"):
-        MoCo(encoder, queue_size=4)(torch.randn(8, 1, 32, 32), torch.randn(8, 1, 32, 32))
+        moco = MoCo(encoder, queue_size=4)
+        moco.after_step(moco.targets(views))
     with pytest.raises(ValueError, match="boxes"):
-        MoCo(encoder, queue_size=8, local={})(torch.randn(8, 1, 32, 32), torch.randn(8, 1, 32, 32))
+        MoCo(encoder, queue_size=8, local={})(views)
     with pytest.raises(ValueError, match="matsch"):
         MoCo(encoder, local={"matsch": "grid"})
     with pytest.raises(ValueError, match="negatives"):
@@ -302,7 +306,8 @@ def test_output_whitening_stays_outside_the_encoder():
     encoder = Encoder("resnet18")
     names = set(encoder.state_dict())
     moco = MoCo(encoder, dim=8, queue_size=16, decorrelation={"method": "zca", "group_size": 32}, local={})
-    terms = moco(*(x.float() for x in next(training_batches(1))))
+    (*views, box1, box2) = (x.float() for x in next(training_batches(1)))
+    terms = moco(views, [box1, box2])
     assert set(terms) == {"loss", "global", "local", "accuracy", "similarity"}
     assert set(moco.query.encoder.state_dict()) == names == set(encoder.export_state_dict())
     assert moco.query.decorrelation.running_cov.shape == (16, 32, 32)

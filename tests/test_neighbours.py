@@ -15,8 +15,9 @@ import eval_cls
 from augment import SegmentationAugment, TwoViews
 from ct.slices import DataError, read_slice
 from data import BatchReader, SegmentationDataset, SliceDataset, encoder_card, middle
-from models import Encoder, load_encoder_weights
+from models import Encoder
 from prepare import commands
+from weights import load_encoder_weights
 
 
 def stack_by_hand(root, name):

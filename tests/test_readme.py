@@ -21,9 +21,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_losses_and_models_can_be_copied_alone(tmp_path):
-    """The README's example runs in a folder that holds only these two files."""
-    for name in ("losses.py", "models.py"):
+def test_moco_can_be_copied_with_what_it_needs(tmp_path):
+    """The README's example runs in a folder that holds only these three files."""
+    for name in ("losses.py", "models.py", "moco.py"):
         shutil.copy(ROOT / name, tmp_path)
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     (tmp_path / "example.py").write_text(example)

@@ -11,14 +11,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("engine", "ct", "prepare", "pretraining", "evaluation", "experiments")
-BELOW_THE_SCRIPTS = {"data", "models", "weights", "losses", "augment", "collapse", "ct", "engine"}
+BELOW_THE_SCRIPTS = {"data", "models", "moco", "weights", "losses", "augment", "collapse", "ct", "engine"}
 MAY_IMPORT = {  # of the project, besides modules of its own room; a new module or room has to be added here
     "losses": set(),
     "augment": set(),
-    "weights": set(),
-    "models": {"losses", "weights"},
-    "methods": {"losses", "models", "spark"},
-    "spark": {"losses", "models"},
+    "models": {"losses"},
+    "moco": {"losses", "models"},
+    "methods": {"losses", "models", "moco", "spark"},
+    "spark": {"losses", "models", "moco"},
+    "weights": {"losses", "models"},
     "collapse": {"losses"},
     "data": {"ct", "engine", "augment"},  # and prepare, in the lines that are run as a script
     "train_moco": BELOW_THE_SCRIPTS | {"pretraining", "methods"},
@@ -35,8 +36,9 @@ MAY_IMPORT = {  # of the project, besides modules of its own room; a new module 
 THIRD_PARTIES = {  # of these; of the others, whatever requirements.txt has
     "losses": {"torch"},
     "augment": {"torch"},
-    "weights": {"torch"},
     "models": {"torch", "torchvision"},
+    "moco": {"torch"},
+    "weights": {"torch", "torchvision"},
     "collapse": {"torch"},
     "engine": {"torch", "yaml", "tqdm", "numpy"},
 }
@@ -119,11 +121,6 @@ def test_third_parties(place):
                 assert top(name) in allowed or (inside and top(name) in extras), f"{module} imports {name}"
 
 
-def test_models_reads_files_only_where_weights_are_loaded():
-    """So that it can be copied with losses.py alone."""
-    assert all(inside for name, inside, _ in IMPORTS["models"] if top(name) == "weights")
-
-
 def test_requirements_are_what_is_imported():
     used = {top(name) for imports in IMPORTS.values() for name, *_ in imports}
     used -= OURS | sys.stdlib_module_names | required("requirements-extra.txt")
@@ -146,7 +143,7 @@ def test_the_pretraining_script_takes_a_handful_from_the_project():
         if (isinstance(node, ast.ImportFrom) and top(node.module) in OURS)
         or (isinstance(node, ast.Import) and any(top(alias.name) in OURS for alias in node.names))
     ]
-    assert len(statements) <= 10
+    assert len(statements) <= 13
 
 
 def test_scripts_load_nothing_that_makes_data_sets():

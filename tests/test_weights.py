@@ -10,10 +10,9 @@ from tiny import tiny_resnet
 from torch import nn
 
 import eval_seg
-import models
 import weights
-from models import ARCHITECTURES, Encoder, architecture_of, load_encoder_weights
-from weights import WeightsError, weights_file
+from models import ARCHITECTURES, Encoder
+from weights import WeightsError, architecture_of, load_encoder_weights, weights_file
 
 EVALUATE = ["data.workers=0", "run.device=cpu", "model.output_stride=16"]
 EVALUATE += ["optim.steps=1", "optim.batch_size=4"]
@@ -220,7 +219,7 @@ def test_our_architectures_are_recognised_and_named(holding, arch):
     assert str(error.value) == f"{file}: holds a {arch}, not a {other}; model.arch={arch}"
 
 
-@pytest.mark.parametrize("name", models.PUBLISHED)
+@pytest.mark.parametrize("name", weights.PUBLISHED)
 def test_other_resnets_are_named(holding, name):
     file = holding(on_meta(getattr(torchvision.models, name)).state_dict())
     assert architecture_of(file) is None

@@ -3,7 +3,7 @@
 import torch
 
 from engine import config, process
-from models import seeded
+from losses import seeded
 from train_moco import DEFAULTS, NULLABLE
 
 

@@ -14,7 +14,7 @@ from collapse import SLICES, FeatureSample, some_positions
 from engine.process import Process
 from evaluation import batches
 from evaluation.batches import Batches, frozen_collapse
-from models import seeded
+from losses import seeded
 
 ALONE = Process(0, 1, torch.device("cpu"), "fp32")
 

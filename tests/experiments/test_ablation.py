@@ -24,7 +24,8 @@ from experiments.cells import Cell, Cells, cell_of, evaluation_record, pretraini
 from experiments.jobs import as_yaml
 from experiments.position import local_task, noise, set_borders
 from experiments.side_by_side import kendall_tau
-from models import Encoder, MoCo
+from moco import MoCo
+from models import Encoder
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "experiments" / "configs"

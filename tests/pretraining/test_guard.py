@@ -5,7 +5,8 @@ import torch
 
 import train_moco
 from engine.config import to_config
-from models import Encoder, MoCo
+from moco import MoCo
+from models import Encoder
 from pretraining.guard import Guard
 
 
@@ -17,14 +18,13 @@ def moco_and_views():
 
 def take_step(model, optimizer, guard, view):
     guard.remember()
-    keys = model.encode_keys(view)
-    terms = model(view, keys=keys)
+    targets = model.targets([view, view])
+    terms = model([view, view], None, targets)
     terms["loss"].backward()
     ok = guard.judge(terms["loss"].detach())
     optimizer.step()
     optimizer.zero_grad()
-    model.update_momentum_encoder(ok)
-    model.enqueue(keys, ok)
+    model.after_step(targets, ok)
     guard.restore_unless(ok)
     return bool(ok)
 

@@ -8,7 +8,7 @@ import train_moco
 from engine.config import ConfigError, load_config
 from engine.process import Process
 from methods import METHODS
-from models import whole_slices
+from moco import whole_slices
 from pretraining.method_settings import SETTINGS, check_norms, defaults_of, own_settings, settle
 
 every_method = pytest.mark.parametrize("name", METHODS)
