@@ -105,7 +105,7 @@ def test_code_that_the_readme_points_to_exists():
     answers = text[text.index("- *Where is the local loss") : text.index("## Copying a piece")]
     named = set(re.findall(r"`(?:\w+\.)?(\w+)`", answers)) - {"py"}
     there = r"(?m)(def|class) {0}\b|^{0} =|^  {0}: "  # or a constant, or a setting
-    assert {"local_nce_per_image", "fold_whitening", "SliceDataset", "terms", "max_bad_steps"} <= named
+    assert {"local_nce_per_image", "fold_whitening", "SliceDataset", "terms", "enqueue"} <= named
     assert [name for name in sorted(named) if not re.search(there.format(name), sources)] == []
 
 
