@@ -19,7 +19,15 @@ from ct.slices import DataError
 from data import SegmentationDataset, SliceDataset
 
 WHOLE = Properties(
-    "hu", 1024, 1, (64, 48), {"a": (5.0, 0.8, 0.7)}, ["background", "liver"], "a.nii.gz", "data.py slice"
+    "hu",
+    1024,
+    1,
+    (64, 48),
+    spacing={"a": (5.0, 0.8, 0.7)},
+    patients={"a": "p", "b": "p"},
+    classes=["background", "liver"],
+    source="a.nii.gz",
+    made_by="data.py slice",
 )
 
 
