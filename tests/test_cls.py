@@ -263,7 +263,7 @@ def test_a_case_on_both_sides_is_refused(phantom, tmp_path):
     names = (root / "train.txt").read_text().splitlines()
     (root / "test.txt").write_text(names[0] + "\n" + names[-1] + "\n")
     (root / "train.txt").write_text("\n".join(names[1:-1]) + "\n")
-    with pytest.raises(DataError, match="2 cases are in the test and training lists"):
+    with pytest.raises(DataError, match="2 cases or patients are in the test and training lists"):
         evaluate(root, tmp_path / "run", "mode=knn", CHOSEN)
 
 
