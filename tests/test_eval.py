@@ -317,7 +317,7 @@ def test_predicting_a_volume_of_any_orientation_equals_predicting_its_slices(lin
     (tmp_path / "in" / "sub").mkdir(parents=True)
     nibabel.save(image, tmp_path / "in" / "sub" / "ct.nii.gz")
     run(*TINY, f"run.out={linear[0]}", "--predict", tmp_path / "in", "--out", tmp_path / "out")
-    result = nibabel.load(tmp_path / "out" / "sub" / "ct.nii.gz")
+    result = nibabel.load(tmp_path / "out" / "sub.nii.gz")
     assert np.array_equal(result.affine, image.affine) and result.get_data_dtype() == np.uint8
     back = np.asarray(result.dataobj)[:, :, ::-1].transpose(0, 2, 1)[::-1]
     assert expected.any() and np.array_equal(back, expected)
