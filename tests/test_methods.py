@@ -103,7 +103,7 @@ def test_a_bad_step_changes_nothing(name, optimizer):
     model = small_with_additions(name, bn_split=2)
     optimizer = make_optimizer(to_config(optim_settings(optimizer)), model)
     guard = Guard(model, optimizer, most=5)
-    for value, (views, boxes) in zip((torch.nan, torch.inf), batches_for(name, 2, n=4)):
+    for value, (views, boxes) in zip((torch.nan, torch.inf), batches_for(name, 2)):
         before = everything(model, optimizer)
         bad = [view.clone() for view in views]
         for view in bad:
