@@ -249,10 +249,6 @@ def words_of_organ(name):
     return frozenset(word.removesuffix("s") for word in re.findall("[a-z0-9]+", name.lower()))
 
 
-def is_flat(path):
-    return Path(path).is_dir() and bool(files_below(path, VOLUMES, deep=False))
-
-
 def files_of_pattern(pattern):
     """The case is what the first folder or name says in which the files differ, and the next ones, if it is
     not enough."""
